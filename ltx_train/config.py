@@ -1,0 +1,429 @@
+"""The typed configuration: schema, composition, and every rule between fields.
+
+The only room that raises `ConfigError`, and it does so before anything heavy is imported: no
+torch here, so that `--cfg job` answers at once. Knows names and numbers, not what they do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ltx_train.contracts import Condition, ConditionKind, ConfigError, Mode, Role
+
+__all__ = ["Config", "ConfigError", "compose_config", "config_dir", "to_yaml", "validate"]
+
+
+@dataclass
+class ModelConfig:
+    """preset names the sizes when weights are random; path is the single-file checkpoint otherwise."""
+
+    preset: str = "tiny"
+    path: str | None = None
+    weights: str = "file"
+    seed: int = 0
+    dtype: str = "bfloat16"
+    text_encoder: str | None = None
+    text_tokens: int = 1024
+
+
+@dataclass
+class AdapterConfig:
+    """kind: lora trains an adapter on the frozen base, full trains every weight."""
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list[str])
+
+
+@dataclass
+class DataConfig:
+    """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads."""
+
+    root: str = MISSING
+    source: str | None = None
+    buckets: list[str] = field(default_factory=list[str])
+    fps: float = 25.0
+    caption: str | None = None
+    trigger: str | None = None
+    reference_s: float = 3.5
+    heldout_speakers: float = 0.1
+    latent_dtype: str = "bfloat16"
+    samples_per_shard: int = 256
+    silence_db: float = -60.0
+    on_bad_clip: str = "error"
+    workers: int = 2
+
+
+@dataclass
+class SigmaConfig:
+    """The shifted logit-normal distribution of noise levels."""
+
+    std: float = 1.0
+    eps: float = 1e-3
+    uniform_prob: float = 0.1
+
+
+@dataclass
+class LossConfig:
+    video_weight: float = 1.0
+    audio_weight: float = 1.0
+
+
+@dataclass
+class OptimConfig:
+    """steps are optimizer steps; the learning rate is a function of the step alone.
+
+    schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    final_lr: float = 0.0
+    schedule: str = "linear"
+    warmup: int = 0
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip: float = 1.0
+
+
+@dataclass
+class MemoryConfig:
+    """quantize: none or int8 (frozen block weights). recompute: activations of every block are recomputed in backward."""
+
+    quantize: str = "none"
+    recompute: bool = True
+
+
+@dataclass
+class StrategyConfig:
+    """device: auto, cpu or cuda."""
+
+    device: str = "auto"
+
+
+@dataclass
+class EvalConfig:
+    """Held-out loss on a fixed sigma grid with fixed noise; `wrong_references` draws per sample for the gap."""
+
+    interval: int = 250
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    seed: int = 1234
+    batch_size: int = 1
+    max_samples: int = 0
+    wrong_references: int = 1
+
+
+@dataclass
+class LoggerConfig:
+    """wandb: offline, online or disabled; every: steps between two logged lines."""
+
+    wandb: str = "offline"
+    project: str = "ltx-train"
+    every: int = 10
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 250
+    keep: int = 3
+
+
+@dataclass
+class RunConfig:
+    """A run lives in <root>/<experiment>/<id>; the same three names continue it."""
+
+    root: str = "runs"
+    experiment: str = "default"
+    id: str = "main"
+    seed: int = 42
+    resume: str = "auto"
+
+
+@dataclass
+class CheckConfig:
+    previews: int = 4
+
+
+@dataclass
+class SampleConfig:
+    """Sampling settings; adapter is a LoRA file, run a trained run folder whose newest adapter is used."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    bucket: str | None = None
+    fps: float | None = None
+    steps: int = 30
+    seed: int = 42
+    adapter: str | None = None
+    strength: float = 1.0
+    image: str | None = None
+    audio: str | None = None
+    reference_audio: str | None = None
+    video_cfg: float = 1.0
+    audio_cfg: float = 1.0
+    modality_scale: float = 1.0
+    stg_scale: float = 0.0
+    stg_blocks: list[int] = field(default_factory=list[int])
+    rescale: float = 0.0
+    out: str = "sample.mp4"
+
+
+@dataclass
+class ExportConfig:
+    """run: the run folder (default: the one this configuration names); step: a checkpoint's step, newest by default."""
+
+    run: str | None = None
+    step: int | None = None
+    out: str | None = None
+
+
+@dataclass
+class InspectConfig:
+    """file: the LoRA to prove against model.path; strict numerics compare against the run's own output."""
+
+    file: str | None = None
+    run: str | None = None
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mode: Mode = field(default_factory=Mode)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+_CHOICES = {
+    "model.preset": ("tiny", "ltx2_3_22b"),
+    "model.weights": ("file", "random"),
+    "model.dtype": ("bfloat16", "float32"),
+    "adapter.kind": ("lora", "full"),
+    "data.latent_dtype": ("bfloat16", "float32"),
+    "data.on_bad_clip": ("error", "skip"),
+    "optim.name": ("adamw", "adamw8bit"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "memory.quantize": ("none", "int8"),
+    "strategy.device": ("auto", "cpu", "cuda"),
+    "logger.wandb": ("offline", "online", "disabled"),
+    "run.resume": ("auto", "never"),
+}
+_AT_LEAST = {
+    "adapter.rank": 1, "adapter.dropout": 0, "data.reference_s": 0.2, "data.samples_per_shard": 1, "data.workers": 0,
+    "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.accumulate": 1, "optim.warmup": 0, "optim.clip": 0,
+    "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
+    "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
+    "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
+}  # fmt: skip
+_BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
+_NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
+
+
+def config_dir() -> Path:
+    """The Hydra tree: inside an installed wheel, beside the package in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def compose_config(overrides: list[str], extra_dir: str | None = None) -> Config:
+    """The validated configuration of a list of Hydra overrides; `extra_dir` adds a user's own tree."""
+    config = OmegaConf.to_object(_composed(overrides, extra_dir))
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(overrides: list[str], extra_dir: str | None = None) -> str:
+    """What `--cfg job` prints; reloadable."""
+    return OmegaConf.to_yaml(_composed(overrides, extra_dir), resolve=False)
+
+
+def dump(config: Config) -> str:
+    """A configuration as reloadable YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def load(path: Path) -> Config:
+    """A configuration that `dump` wrote."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def parse_bucket(text: str) -> tuple[int, int, int]:
+    """`WxHxF` -> (width, height, frames); ConfigError when off the grid."""
+    match = _BUCKET.fullmatch(text)
+    if not match:
+        raise ConfigError(f"data.buckets: {text!r} is not WIDTHxHEIGHTxFRAMES (as 512x512x121)")
+    width, height, frames = (int(g) for g in match.groups())
+    if width % 32 or height % 32 or not width or not height:
+        raise ConfigError(f"data.buckets: {text!r}: width and height must be multiples of 32")
+    if frames % 8 != 1:
+        near = max(1, round((frames - 1) / 8) * 8 + 1)
+        raise ConfigError(f"data.buckets: {text!r}: frames must be 8k + 1 (nearest: {near})")
+    return width, height, frames
+
+
+def validate(config: Config) -> None:
+    """Every rule that holds for all commands; ConfigError names the field and the mend."""
+    for name, allowed in _CHOICES.items():
+        value = _value(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{name}={value!r}: choose one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+    for name, least in _AT_LEAST.items():
+        if _value(config, name) < least:
+            raise ConfigError(f"{name}={_value(config, name)}: must be at least {least}")
+    for bucket in config.data.buckets + ([config.sample.bucket] if config.sample.bucket else []):
+        parse_bucket(bucket)
+    _validate_mode(config)
+    _validate_training(config)
+
+
+def _validate_mode(config: Config) -> None:
+    mode = config.mode
+    kinds = [condition.kind for condition in mode.conditions]
+    if len(set(kinds)) != len(kinds):
+        raise ConfigError("mode.conditions: each kind may stand once")
+    if Role.generate not in (mode.video, mode.audio):
+        raise ConfigError("mode: nothing is generated; set mode.video or mode.audio to generate")
+    for condition in mode.conditions:
+        _validate_condition(condition, mode)
+    weights = {"video": config.loss.video_weight, "audio": config.loss.audio_weight}
+    generated = [name for name in weights if getattr(mode, name) is Role.generate]
+    if all(weights[name] == 0 for name in generated):
+        raise ConfigError(f"loss: the weight of every generated modality ({', '.join(generated)}) is 0")
+
+
+def _validate_condition(condition: Condition, mode: Mode) -> None:
+    if not 0 <= condition.p <= 1:
+        raise ConfigError(f"mode.conditions: p={condition.p} of {condition.kind} must lie in [0, 1]")
+    if condition.kind is ConditionKind.first_frame and mode.video is not Role.generate:
+        raise ConfigError("mode.conditions: first_frame needs mode.video=generate")
+    if condition.kind is ConditionKind.reference and mode.audio is not Role.generate:
+        raise ConfigError("mode.conditions: a reference needs mode.audio=generate")
+    if condition.kind is ConditionKind.reference and condition.p != 1:
+        raise ConfigError("mode.conditions: the reference is always given (p=1) in this release")
+
+
+def _validate_training(config: Config) -> None:
+    adapter = config.adapter
+    if adapter.kind == "lora" and not adapter.targets:
+        raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
+    if adapter.kind == "full" and config.memory.quantize != "none":
+        raise ConfigError("adapter.kind=full trains every weight, which int8 weights cannot be: set memory.quantize=none")
+    if config.mode.audio is Role.absent and any("audio" in t for t in adapter.targets):
+        raise ConfigError("adapter.targets name audio modules, but mode.audio=absent gives them no loss")
+    if not 0 <= config.data.heldout_speakers < 1:
+        raise ConfigError("data.heldout_speakers must lie in [0, 1): a share of the identities")
+    if not config.eval.sigmas or not all(0 < s <= 1 for s in config.eval.sigmas):
+        raise ConfigError("eval.sigmas must be noise levels in (0, 1]")
+
+
+def _value(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _composed(overrides: list[str], extra_dir: str | None) -> Any:
+    groups = _groups(extra_dir)
+    for override in overrides:
+        _check_override(override, groups)
+    search = [f"hydra.searchpath=[file://{Path(extra_dir).absolute()}]"] if extra_dir else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", overrides=[*overrides, *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explained(error)) from error
+
+
+def _groups(extra_dir: str | None) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for root in (config_dir(), *([Path(extra_dir)] if extra_dir else [])):
+        for path in sorted(root.glob("*/*.yaml")):
+            groups.setdefault(path.parent.name, []).append(path.stem)
+    return groups
+
+
+def _check_override(override: str, groups: dict[str, list[str]]) -> None:
+    """Finds typing errors before Hydra does, because it can name the nearest valid word."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"{override!r} is not an override: write key=value")
+    key = key.lstrip("+~")
+    known = sorted({*_schema_keys(), *groups})
+    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith(("mode.conditions.", "hydra.", "hydra/")):
+        raise ConfigError(f"there is no setting {key!r}{nearest(key, known)}")
+    if key in groups and value and value not in (*groups[key], "null") and not value.startswith(("[", "{")):
+        options = ", ".join(groups[key])
+        raise ConfigError(f"there is no {key}={value}{nearest(value, groups[key])}; there are: {options}")
+
+
+def _schema_keys() -> Iterator[str]:
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield prefix + key
+            child = node._get_node(key)
+            if OmegaConf.is_dict(child):
+                yield from walk(child, f"{prefix}{key}.")
+
+    return walk(OmegaConf.structured(Config), "")
+
+
+def _explained(error: Exception) -> str:
+    text = str(error)
+    match = _NOT_A_KEY.search(text) or _NOT_A_KEY.search(str(error.__cause__))
+    hint = ""
+    if match:
+        known = list(_schema_keys())
+        hint = nearest(match[1], [*known, *(k.rsplit(".", 1)[-1] for k in known)])
+    return _first_line(error) + hint
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    full = next((line for line in lines if line.startswith("full_key:")), "")
+    return f"{lines[0]}{f' ({full})' if full else ''}" if lines else type(error).__name__
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean ...?` for the closest known word, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

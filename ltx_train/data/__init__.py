@@ -1,0 +1,1 @@
+"""Clips to shards, and shards to batches."""

@@ -1,0 +1,107 @@
+"""The index of a prepared folder: which samples exist, where their bytes lie, what they were made from.
+
+Owns `index.json` and its schema version. No torch: reading an index must be instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltx_train.contracts import DataError
+
+SCHEMA = 1
+INDEX_NAME = "index.json"
+TRAIN, HELDOUT = "train", "heldout"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Bytes inside a shard: offset, size in bytes, and their SHA-256."""
+
+    offset: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample. seconds is the length of the target; voice tells whether it holds a reference window for others."""
+
+    key: str
+    split: str
+    speaker: str
+    caption: str
+    bucket: str
+    fps: float
+    seconds: float
+    context: str
+    has_audio: bool
+    voice: bool
+    own_reference: bool
+    rms_db: float
+    source: str
+    source_sha256: str
+    item: str
+    shard: str = ""
+    tensors: Member = Member(0, 0, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    name: str
+    size: int
+    sha256: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """settings and encoders are what latents depend on; a difference to the run's makes the folder stale."""
+
+    settings: Mapping[str, Any]
+    encoders: Mapping[str, str]
+    shards: tuple[Shard, ...]
+    records: tuple[Record, ...]
+    quarantined: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def split(self, name: str) -> tuple[Record, ...]:
+        return tuple(r for r in self.records if r.split == name)
+
+
+def save(index: Index, root: Path) -> None:
+    """Writes the index last and atomically: a folder with an index is complete."""
+    text = json.dumps({"schema": SCHEMA, **asdict(index)}, indent=1, sort_keys=True, ensure_ascii=False)
+    temporary = root / f"{INDEX_NAME}.tmp-{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / INDEX_NAME)
+
+
+def load(root: str | Path) -> Index:
+    """DataError when the folder was never (or not completely) prepared, or by another release."""
+    path = Path(root) / INDEX_NAME
+    if not path.is_file():
+        raise DataError(f"no prepared data at {root}: run `ltx-train prepare` with the same data settings first")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("schema") != SCHEMA:
+            raise DataError(f"{path} was written by another release: run `ltx-train prepare` again")
+        raw["records"] = tuple(Record(**{**r, "tensors": Member(**r["tensors"])}) for r in raw["records"])
+        raw["shards"] = tuple(Shard(**s) for s in raw["shards"])
+        return Index(**raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error}): run `ltx-train prepare` again") from error
+
+
+def stale_reasons(index: Index, settings: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:
+    """Every difference between what the latents were made with and what the run asks for."""
+    pairs = [("data." + k, index.settings.get(k), v) for k, v in settings.items()]
+    pairs += [(f"the {k}", index.encoders.get(k), v) for k, v in encoders.items()]
+    return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]

@@ -1,0 +1,74 @@
+"""Addressed order: which samples an optimizer step uses, as a pure function of (seed, step).
+
+Knows sample keys, buckets and the global batch; never ranks, workers or history. A checkpoint
+therefore stores one integer, and any number of ranks sees the same samples per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ltx_train import rng
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One use of a sample: `draw` is its global position and keys its random numbers."""
+
+    key: str
+    draw: int
+
+
+class Order:
+    """Every epoch is a new permutation, cut into batches of one bucket; a bucket's last batch is
+    filled up from its own beginning, so each sample is used at least once per epoch."""
+
+    def __init__(self, buckets: dict[str, Sequence[str]], global_batch: int, seed: int) -> None:
+        self._buckets = {name: sorted(keys) for name, keys in sorted(buckets.items()) if keys}
+        self._batch, self._seed = global_batch, seed
+        self.batches_per_epoch = sum(-(-len(keys) // global_batch) for keys in self._buckets.values())
+        self._epoch: tuple[int, list[list[str]]] = (-1, [])
+
+    def batch(self, step: int) -> list[Address]:
+        """The samples of optimizer step `step` (from 0)."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        keys = self._epoch[1][place]
+        return [Address(key, step * self._batch + slot) for slot, key in enumerate(keys)]
+
+    def epoch(self, step: int) -> int:
+        return step // self.batches_per_epoch
+
+    def _batches(self, epoch: int) -> list[list[str]]:
+        batches: list[list[str]] = []
+        for name, keys in self._buckets.items():
+            order = torch.randperm(len(keys), generator=rng.generator(self._seed, "order", name, epoch)).tolist()
+            short = -len(order) % self._batch
+            order += [order[i % len(keys)] for i in range(short)]
+            shuffled = [keys[i] for i in order]
+            batches += [shuffled[i : i + self._batch] for i in range(0, len(shuffled), self._batch)]
+        mixed = torch.randperm(len(batches), generator=rng.generator(self._seed, "order/batches", "", epoch))
+        return [batches[i] for i in mixed.tolist()]
+
+
+class MicroBatches:
+    """The batch sampler of one rank: its share of every global batch, in micro-batches, from a given step on."""
+
+    def __init__(self, order: Order, micro_batch: int, first_step: int, last_step: int, rank: int = 0, world: int = 1):
+        self._order, self._micro = order, micro_batch
+        self._steps, self._rank, self._world = range(first_step, last_step), rank, world
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        for step in self._steps:
+            batch = self._order.batch(step)
+            share = len(batch) // self._world
+            own = batch[self._rank * share : (self._rank + 1) * share]
+            yield from (own[i : i + self._micro] for i in range(0, len(own), self._micro))
+
+    def __len__(self) -> int:
+        share = len(self._order.batch(0)) // self._world
+        return len(self._steps) * (share // self._micro)

@@ -1,0 +1,171 @@
+"""The whole preparation: plan, encode what is new, pack, commit the index.
+
+Owns the work folder: `items/` holds encoded clips by content (source bytes, settings, encoders),
+`contexts/` text contexts by content. Stopping at any moment loses at most the clip in hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from ltx_train.contracts import DataError
+from ltx_train.data import index
+from ltx_train.data.index import Index, Record
+from ltx_train.data.prepare import pack
+from ltx_train.data.prepare.encode import Encoders
+from ltx_train.data.prepare.media import Bucket, read_clip
+from ltx_train.data.prepare.sources import Clip, split_by_identity
+from ltx_train.data.reader import AUDIO, REFERENCE, VOICE
+
+FORMAT = 1
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything latents depend on besides media and encoders, and how clips are split and packed."""
+
+    buckets: tuple[Bucket, ...]
+    fps: float
+    reference_s: float
+    latent_dtype: str
+    caption: str | None
+    trigger: str | None
+    heldout_speakers: float
+    seed: int
+    samples_per_shard: int
+    needs_audio: bool
+    silence_db: float
+    skip_bad: bool
+
+    def settings(self) -> dict[str, Any]:
+        """The part that makes prepared data stale when it changes."""
+        return {
+            "buckets": ["x".join(map(str, b)) for b in self.buckets],
+            "fps": self.fps,
+            "reference_s": self.reference_s,
+            "latent_dtype": self.latent_dtype,
+            "caption": self.caption,
+            "trigger": self.trigger,
+            "heldout_speakers": self.heldout_speakers,
+        }
+
+    def final_caption(self, caption: str) -> str:
+        """The constant caption if there is one; otherwise the clip's, led by the trigger unless it holds it already."""
+        caption = self.caption if self.caption is not None else caption
+        return f"{self.trigger} {caption}" if self.trigger and self.trigger not in caption else caption
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a preparation did: clips encoded now, clips taken from earlier work, clips set aside with the reason."""
+
+    encoded: int
+    reused: int
+    quarantined: Mapping[str, str]
+    index: Index
+
+
+def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, report: Report) -> Outcome:
+    """Makes or completes a prepared folder; the index is written last."""
+    items, contexts = root / "items", root / "contexts"
+    for folder in (items, contexts):
+        folder.mkdir(parents=True, exist_ok=True)
+    splits = split_by_identity(clips, recipe.heldout_speakers, recipe.seed)
+    records: list[Record] = []
+    bad: dict[str, str] = {}
+    encoded = 0
+    for number, clip in enumerate(clips, start=1):
+        report(number, len(clips), clip.key)
+        try:
+            record, new = _item(clip, splits[clip.key], recipe, encoders, items)
+            records.append(_with_context(record, recipe, encoders, contexts))
+            encoded += new
+        except DataError as error:
+            if not recipe.skip_bad:
+                raise DataError(f"{error} (data.on_bad_clip=skip sets such clips aside)") from error
+            bad[clip.key] = str(error)
+    if not records:
+        raise DataError(f"none of the {len(clips)} clips could be prepared; the first reason: {next(iter(bad.values()))}")
+    shards, placed = pack.write_shards(
+        records, lambda r: (items / f"{r.item}.safetensors").read_bytes(), root / "shards", recipe.samples_per_shard
+    )
+    result = Index(recipe.settings(), encoders.fingerprints, tuple(shards), tuple(placed), bad)
+    index.save(result, root)
+    pack.prune(root / "shards", shards)
+    return Outcome(encoded, len(records) - encoded, bad, result)
+
+
+def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Path) -> tuple[Record, bool]:
+    """The record of a clip, encoding it unless an item of the same content exists."""
+    source_sha = _file_sha256(clip.video)
+    key = _item_key(clip, source_sha, recipe, encoders)
+    note = items / f"{key}.json"
+    new = not (note.is_file() and (items / f"{key}.safetensors").is_file())
+    if new:
+        _encode(clip, recipe, encoders, items / f"{key}.safetensors", note)
+    facts: dict[str, Any] = json.loads(note.read_text())
+    if recipe.needs_audio and not facts["has_audio"]:
+        raise DataError(f"{clip.video} has no sound, but the mode generates or reads audio")
+    if recipe.needs_audio and facts["rms_db"] < recipe.silence_db:
+        raise DataError(f"{clip.video} is silent ({facts['rms_db']:.0f} dB, data.silence_db={recipe.silence_db:g})")
+    record = Record(
+        key=clip.key, split=split, speaker=clip.speaker, caption=recipe.final_caption(clip.caption), context="",
+        fps=recipe.fps, source=clip.video.name, source_sha256=source_sha, item=key, **facts,
+    )  # fmt: skip
+    return record, new
+
+
+def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note: Path) -> None:
+    media = read_clip(clip.video, list(recipe.buckets), recipe.fps)
+    done = encoders.clip(media, clip.reference_audio, recipe.reference_s, recipe.fps)
+    facts = {
+        "bucket": "x".join(map(str, media.bucket)),
+        "seconds": media.bucket[2] / recipe.fps,
+        "has_audio": AUDIO in done.tensors,
+        "voice": VOICE in done.tensors,
+        "own_reference": REFERENCE in done.tensors,
+        "rms_db": round(done.rms_db, 2),
+    }
+    _write(tensors, save(done.tensors))
+    _write(note, json.dumps(facts, sort_keys=True).encode())
+
+
+def _with_context(record: Record, recipe: Recipe, encoders: Encoders, contexts: Path) -> Record:
+    prints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
+    digest = _digest(record.caption, prints, recipe.latent_dtype)
+    path = contexts / f"{digest}.safetensors"
+    if not path.is_file():
+        _write(path, save(encoders.caption(record.caption)))
+    return replace(record, context=digest)
+
+
+def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -> str:
+    settings = {k: recipe.settings()[k] for k in ("buckets", "fps", "reference_s", "latent_dtype")}
+    vaes = {k: v for k, v in encoders.fingerprints.items() if k.endswith("VAE")}
+    reference = _file_sha256(clip.reference_audio) if clip.reference_audio else None
+    return _digest(FORMAT, source_sha, reference, settings, vaes)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or absent: another name first, then a rename."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

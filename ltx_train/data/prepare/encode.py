@@ -1,0 +1,144 @@
+"""One clip to latents, one caption to contexts: the encoders of a checkpoint, held together.
+
+Owns what a sample's tensors are made of and the fingerprints they depend on. Knows no folders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+from ltx_train.data.prepare.media import Media, read_audio
+from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO, VIDEO_CONTEXT, VOICE
+from ltx_train.diffusion import positions
+from ltx_train.model import codecs, loaders, text
+from ltx_train.model.checkpoint import TensorSource
+
+_SILENT_DB = -120.0
+_WINDOW_STEP_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedClip:
+    """Tensors by name, and the loudness of the target's sound in dB of full scale."""
+
+    tensors: dict[str, Tensor]
+    rms_db: float
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The checkpoint's encoders on one device."""
+
+    video_vae: Any
+    audio_vae: Any
+    connectors: Any
+    text_encoder: text.TextEncoder
+    fingerprints: dict[str, str]
+    latent_dtype: torch.dtype
+
+    @torch.no_grad()
+    def clip(self, media: Media, reference: Path | None, reference_s: float, fps: float) -> EncodedClip:
+        """Video latents; audio latents cut to 25 per second; a voice window for other clips; a given reference."""
+        pixels = media.pixels.permute(3, 0, 1, 2)[None].to(self.video_vae.device).float() / 127.5 - 1
+        video = codecs.encode_video(self.video_vae, pixels)[0]
+        tensors = {VIDEO: video.to(self.latent_dtype).cpu()}
+        loudness = _SILENT_DB
+        if media.waveform is not None:
+            seconds = media.pixels.shape[0] / fps
+            tensors[AUDIO] = self._audio(media.waveform, media.rate, positions.audio_latents(seconds))
+            window = loudest_window(media.waveform, media.rate, reference_s)
+            if window is not None:
+                tensors[VOICE] = self._audio(window, media.rate, None)
+            loudness = rms_db(media.waveform)
+        if reference is not None:
+            tensors[REFERENCE] = self._reference(reference, reference_s)
+        return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
+
+    @torch.no_grad()
+    def caption(self, caption: str) -> dict[str, Tensor]:
+        video, audio = text.contexts(self.text_encoder, self.connectors, caption)
+        return {
+            VIDEO_CONTEXT: video.to(self.latent_dtype).cpu().contiguous(),
+            AUDIO_CONTEXT: audio.to(self.latent_dtype).cpu().contiguous(),
+        }
+
+    def _audio(self, waveform: Tensor, rate: int, latents: int | None) -> Tensor:
+        # The encoder gives up to one latent more than inference generates for the same duration.
+        return codecs.encode_audio(self.audio_vae, waveform[None], rate)[0, :, :latents].float().cpu()
+
+    def _reference(self, path: Path, reference_s: float) -> Tensor:
+        waveform, rate = read_audio(path)
+        window = None if waveform is None else loudest_window(waveform, rate, reference_s)
+        if window is None:
+            raise DataError(f"{path} has less than {reference_s:g} s of sound: give a longer reference_audio")
+        return self._audio(window, rate, None)
+
+
+def open_encoders(
+    source: TensorSource,
+    *,
+    text_encoder: str | None,
+    text_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    latent_dtype: torch.dtype,
+) -> Encoders:
+    """Loads video VAE, audio VAE (float32), connectors and text encoder. text_encoder None takes the stand-in."""
+    encoder = open_text_encoder(source, text_encoder, text_tokens, device, dtype)
+    return Encoders(
+        video_vae=loaders.load_video_vae(source, device=device, dtype=dtype),
+        audio_vae=loaders.load_audio_vae(source, device=device),
+        connectors=loaders.load_text_connectors(source, device=device, dtype=dtype),
+        text_encoder=encoder,
+        fingerprints=encoder_fingerprints(source, text_encoder, text_tokens),
+        latent_dtype=latent_dtype,
+    )
+
+
+def open_text_encoder(
+    source: TensorSource, path: str | None, tokens: int, device: torch.device, dtype: torch.dtype
+) -> text.TextEncoder:
+    """Gemma from `path`, or the stand-in for a model too small to have one."""
+    if path is not None:
+        return text.GemmaEncoder(path, device=str(device), dtype=dtype, tokens=tokens)
+    states, width = loaders.text_hidden_states(source), source.config["transformer"]["caption_channels"]
+    if width > 1024:
+        raise DataError("captions need a text encoder: set model.text_encoder to a local Gemma folder")
+    return text.StandInEncoder(width, states, tokens)
+
+
+def encoder_fingerprints(source: TensorSource, text_encoder: str | None, tokens: int) -> dict[str, str]:
+    """What prepared tensors depend on, by name; cheap enough to compare at the start of every run."""
+    projection = ("text_embedding_projection.", "model.diffusion_model.video_embeddings_connector.")
+    name = "stand-in" if text_encoder is None else text.gemma_fingerprint(text_encoder)
+    return {
+        "video VAE": source.fingerprint("vae."),
+        "audio VAE": source.fingerprint("audio_vae."),
+        "text connectors": source.fingerprint(*projection, "model.diffusion_model.audio_embeddings_connector."),
+        "text encoder": f"{name}:{tokens}",
+    }
+
+
+def rms_db(waveform: Tensor) -> float:
+    """Loudness in dB of full scale, -120 for silence."""
+    power = float(waveform.double().square().mean())
+    return max(_SILENT_DB, 10 * math.log10(power)) if power > 0 else _SILENT_DB
+
+
+def loudest_window(waveform: Tensor, rate: int, seconds: float) -> Tensor | None:
+    """The loudest `seconds` of (channels, samples), so that a reference is a voice and not a pause; None if too short."""
+    length, step = round(seconds * rate), max(1, round(_WINDOW_STEP_S * rate))
+    if waveform.shape[1] < length:
+        return None
+    energy = waveform.double().square().mean(0).cumsum(0)
+    starts = range(0, waveform.shape[1] - length + 1, step)
+    best = max(starts, key=lambda s: float(energy[s + length - 1] - (energy[s - 1] if s else 0)))
+    return waveform[:, best : best + length]
+

@@ -1,0 +1,148 @@
+"""Decoding with PyAV: a file to frames on a fixed grid and a waveform aligned with them.
+
+Owns time: frames are picked by their timestamps, so variable frame rates and odd start times come
+out right. Knows buckets, not models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+
+Bucket = tuple[int, int, int]
+Picture = NDArray[np.uint8]
+_TOLERANCE_FRAMES = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """pixels (F, H, W, 3) uint8; waveform (channels, samples) float32 of exactly the same duration, or None."""
+
+    pixels: Tensor
+    waveform: Tensor | None
+    rate: int
+    bucket: Bucket
+    source_seconds: float
+    source_fps: float
+
+
+def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
+    """The first frames of a clip on the bucket's grid, with its sound. DataError says what is wrong with the file."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no video stream")
+            stream = container.streams.video[0]
+            seconds = _seconds(container, stream)
+            bucket = choose_bucket(path, buckets, seconds, fps, stream.width, stream.height)
+            pixels, start = _frames(container, stream, bucket, fps, path)
+        waveform, rate = read_audio(path, start, bucket[2] / fps)
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path} cannot be decoded ({error})") from error
+    source_fps = float(stream.average_rate or 0)
+    return Media(pixels, waveform, rate, bucket, seconds, source_fps)
+
+
+def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> tuple[Tensor | None, int]:
+    """Waveform (channels, samples) float32 at its own rate from `start` on, and the rate; None without sound.
+
+    With `seconds` it is cut or padded with silence to exactly that length. A decoder's own delay is
+    honoured through timestamps.
+    """
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return None, 0
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler(format="fltp")
+        chunks: list[NDArray[np.float32]] = []
+        first: float | None = None
+        for frame in container.decode(stream):
+            if first is None:
+                first = float(frame.time or 0.0)
+            chunks += [out.to_ndarray() for out in resampler.resample(frame)]
+            rate = frame.sample_rate
+            if seconds is not None and sum(c.shape[1] for c in chunks) / rate > start + seconds - first + 1:
+                break
+    if not chunks or first is None:
+        return None, 0
+    waveform = torch.from_numpy(np.concatenate(chunks, axis=1).astype(np.float32))
+    return _aligned(waveform, rate, first - start, seconds), rate
+
+
+def choose_bucket(path: Path, buckets: list[Bucket], seconds: float, fps: float, width: int, height: int) -> Bucket:
+    """Among the buckets the clip is long enough for: nearest aspect ratio, then most frames, then most pixels."""
+    available = seconds * fps + _TOLERANCE_FRAMES
+    fitting = [b for b in buckets if b[2] <= available]
+    if not fitting:
+        shortest = min(b[2] for b in buckets)
+        raise DataError(f"{path} lasts {seconds:.2f} s, the shortest bucket needs {shortest} frames at {fps:g} fps")
+    ratio = math.log(width / height)
+    return min(fitting, key=lambda b: (round(abs(math.log(b[0] / b[1]) - ratio), 6), -b[2], -b[0] * b[1]))
+
+
+def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
+    """Resizes to cover the bucket (bicubic), crops the centre; upright whatever the recorder's rotation was."""
+    turn = round(getattr(frame, "rotation", 0) / 90) % 4
+    target = (height, width) if turn % 2 else (width, height)
+    scale = max(target[0] / frame.width, target[1] / frame.height)
+    size = (max(target[0], round(frame.width * scale)), max(target[1], round(frame.height * scale)))
+    scaled = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+    left, top = (size[0] - target[0]) // 2, (size[1] - target[1]) // 2
+    return np.ascontiguousarray(np.rot90(scaled[top : top + target[1], left : left + target[0]], turn))
+
+
+def _frames(container: Any, stream: Any, bucket: Bucket, fps: float, path: Path) -> tuple[Tensor, float]:
+    """The frame shown at i / fps for every i, and the time of the first frame."""
+    width, height, count = bucket
+    stream.thread_type = "AUTO"
+    pictures: list[Picture] = []
+    start: float | None = None
+    shown: Picture | None = None
+    for time, frame in _timed(container, stream):
+        start = time if start is None else start
+        # Half an output frame of slack makes equal rates map one to one despite rounded timestamps.
+        while shown is not None and len(pictures) < count and len(pictures) / fps + 0.5 / fps < time - start:
+            pictures.append(shown)
+        if len(pictures) == count:
+            break
+        shown = picture_to_bucket(frame, width, height)
+    if shown is None or start is None:
+        raise DataError(f"{path} holds no decodable frame")
+    missing = count - len(pictures)
+    if missing > _TOLERANCE_FRAMES + 1:
+        raise DataError(f"{path} ends {missing} frames before its declared length: re-encode or cut it")
+    pictures += [shown] * missing
+    return torch.from_numpy(np.stack(pictures)), start
+
+
+def _timed(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    for index, frame in enumerate(container.decode(stream)):
+        yield float(frame.time) if frame.time is not None else index / float(stream.average_rate), frame
+
+
+def _seconds(container: Any, stream: Any) -> float:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if container.duration is not None:
+        return container.duration / av.time_base
+    raise DataError("the file does not say how long it is: remux it (ffmpeg -i in -c copy out.mp4)")
+
+
+def _aligned(waveform: Tensor, rate: int, offset: float, seconds: float | None) -> Tensor:
+    shift = round(offset * rate)
+    waveform = torch.nn.functional.pad(waveform, (shift, 0)) if shift > 0 else waveform[:, -shift:]
+    if seconds is None:
+        return waveform
+    length = round(seconds * rate)
+    return torch.nn.functional.pad(waveform[:, :length], (0, max(0, length - waveform.shape[1])))

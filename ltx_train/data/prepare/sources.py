@@ -1,0 +1,123 @@
+"""What a data set is: a folder with CAPTIONS.json, or a CSV, JSON or JSONL table.
+
+Owns the column names and the keys of samples. It opens no media.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltx_train.contracts import DataError
+from ltx_train.rng import key_seed
+
+_COLUMNS = ("video", "caption", "speaker", "reference_audio", "split")
+_ALIASES = {"file": "video", "media_path": "video", "identity": "speaker"}
+_SPLITS = ("", "train", "heldout")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row: where the media lie, what is said of them. split '' leaves the choice to `prepare`."""
+
+    key: str
+    video: Path
+    caption: str
+    speaker: str
+    reference_audio: Path | None
+    split: str
+
+
+def read_source(source: str | Path) -> list[Clip]:
+    """All clips, sorted by key. DataError names a missing file, an unknown column, a double or missing entry."""
+    path = Path(source).expanduser()
+    table = path / "CAPTIONS.json" if path.is_dir() else path
+    if not table.is_file():
+        raise DataError(f"no data set at {source}: give a folder with CAPTIONS.json, or a .csv, .json or .jsonl file")
+    rows = _rows(table)
+    if not rows:
+        raise DataError(f"{table} lists no clips")
+    clips = [_clip(row, number, table) for number, row in enumerate(rows, start=1)]
+    doubles = [key for key, count in Counter(c.key for c in clips).items() if count > 1]
+    if doubles:
+        raise DataError(f"{table} lists a clip more than once: {', '.join(sorted(doubles)[:5])}")
+    missing = [str(c.video) for c in clips if not c.video.is_file()]
+    missing += [str(c.reference_audio) for c in clips if c.reference_audio and not c.reference_audio.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} files named in {table} do not exist: {', '.join(missing[:5])}")
+    return sorted(clips, key=lambda clip: clip.key)
+
+
+def _rows(table: Path) -> list[Mapping[str, Any]]:
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+        if table.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        if table.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+        return content["captions"] if isinstance(content, dict) else content
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{table} cannot be read as {table.suffix[1:]} ({error})") from error
+
+
+def _clip(row: Mapping[str, Any], number: int, table: Path) -> Clip:
+    where = f"{table}, entry {number}"
+    values = {_column(name, where): str(value).strip() for name, value in row.items() if value not in (None, "")}
+    if "video" not in values or "caption" not in values:
+        raise DataError(f"{where}: needs the columns video (or file) and caption, has {', '.join(sorted(row))}")
+    if values.get("split", "") not in _SPLITS:
+        raise DataError(f"{where}: split is {values['split']!r}, must be train or heldout")
+    reference = values.get("reference_audio")
+    return Clip(
+        key=sample_key(values["video"]),
+        video=table.parent / values["video"],
+        caption=values["caption"],
+        speaker=values.get("speaker", table.parent.resolve().name),
+        reference_audio=table.parent / reference if reference else None,
+        split=values.get("split", ""),
+    )
+
+
+def _column(name: str, where: str) -> str:
+    plain = _ALIASES.get(name, name)
+    if plain in _COLUMNS:
+        return plain
+    near = difflib.get_close_matches(name, [*_COLUMNS, *_ALIASES], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise DataError(f"{where}: unknown column {name!r}{hint} (known: {', '.join(_COLUMNS)})")
+
+
+def sample_key(relative: str) -> str:
+    """A tar-safe name: WebDataset cuts keys at the first dot, so dots and separators become underscores."""
+    return re.sub(r"[./\\\s]+", "_", str(Path(relative).with_suffix("")).strip("./"))
+
+
+def split_by_identity(clips: Iterable[Clip], share: float, seed: int) -> dict[str, str]:
+    """key -> train or heldout. Whole identities are held out, so no speaker stands in both splits.
+
+    An explicit split of a row applies to its speaker; DataError when a speaker's rows disagree.
+    """
+    clips = list(clips)
+    fixed: dict[str, str] = {}
+    for clip in clips:
+        if clip.split and fixed.setdefault(clip.speaker, clip.split) != clip.split:
+            raise DataError(f"speaker {clip.speaker!r} is listed in both splits: an identity belongs to one")
+    free = sorted({c.speaker for c in clips} - fixed.keys(), key=lambda name: _rank(name, seed))
+    count = round(share * len(free))
+    if share > 0 and len(free) > 1:
+        count = min(max(1, count), len(free) - 1)
+    held = set(free[: count if len(free) > 1 else 0]) | {s for s, split in fixed.items() if split == "heldout"}
+    return {c.key: "heldout" if c.speaker in held else "train" for c in clips}
+
+
+def _rank(name: str, seed: int) -> int:
+    # Keyed by name: adding a speaker does not move the others between the splits' order.
+    return key_seed(seed, "split", name)

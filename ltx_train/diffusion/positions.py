@@ -1,0 +1,50 @@
+"""Where tokens stand: [start, end) of every token in seconds and pixels, always float32.
+
+The VAEs are causal: the first latent frame holds one pixel frame (one mel frame), every later
+one eight (four). Knows the grids only, not what is done with them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FRAMES_PER_LATENT, PIXELS_PER_LATENT = 8, 32
+MEL_FRAMES_PER_LATENT = 4
+MEL_HOP_S = 160 / 16000
+AUDIO_LATENTS_PER_S = 25.0
+REFERENCE_GAP_S = 0.04
+
+
+def video(latent_frames: int, latent_height: int, latent_width: int, fps: float) -> Tensor:
+    """(3, F * H * W, 2): seconds, rows in pixels, columns in pixels; tokens in the order frame, row, column."""
+    sizes = (latent_frames, latent_height, latent_width)
+    axes = [torch.arange(size, dtype=torch.float32) for size in sizes]
+    starts = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    bounds = torch.stack([starts, starts + 1], dim=-1)
+    bounds *= torch.tensor([FRAMES_PER_LATENT, PIXELS_PER_LATENT, PIXELS_PER_LATENT])[:, None, None]
+    bounds[0] = (bounds[0] + 1 - FRAMES_PER_LATENT).clamp(min=0) / fps
+    return bounds
+
+
+def audio(latents: int) -> Tensor:
+    """(1, latents, 2) in seconds."""
+    edges = torch.arange(latents + 1, dtype=torch.float32) * MEL_FRAMES_PER_LATENT
+    seconds = (edges + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0) * MEL_HOP_S
+    return torch.stack([seconds[:-1], seconds[1:]], dim=-1)[None]
+
+
+def negative_audio(latents: int, gap_s: float = REFERENCE_GAP_S) -> Tensor:
+    """(1, latents, 2): a reference that ends `gap_s` before time zero (p - end of the last latent - gap)."""
+    bounds = audio(latents)
+    return bounds - bounds[..., -1:, 1:] - gap_s
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a clip of 8k + 1 pixel frames."""
+    return (frames - 1) // FRAMES_PER_LATENT + 1
+
+
+def audio_latents(seconds: float) -> int:
+    """Audio latents that stand for a duration: 25 per second, as at inference."""
+    return round(seconds * AUDIO_LATENTS_PER_S)

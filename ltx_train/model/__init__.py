@@ -1,0 +1,11 @@
+"""The model: weights in the original layout, our forward, adapters, codecs and exports."""
+
+from ltx_train.model.loaders import (
+    load_audio_vae,
+    load_text_connectors,
+    load_transformer,
+    load_video_vae,
+    load_vocoder,
+)
+
+__all__ = ["load_audio_vae", "load_text_connectors", "load_transformer", "load_video_vae", "load_vocoder"]

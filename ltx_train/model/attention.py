@@ -1,0 +1,72 @@
+"""Attention over the diffusers projections: rotary split, log-strength masks, per-head gates.
+
+Owns one attention call. Masks stay broadcast over heads, which a mask per head (64 times the
+memory at 12k tokens) would not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, apply_split_rotary_emb
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Additive bias log(strength) in `dtype`, with the lowest finite value where strength is 0.
+
+    strength: (B, Tq, Tk) or (B, Tk) in [0, 1]; returns (B, 1, Tq or 1, Tk).
+    """
+    if strength is None:
+        return None
+    values = strength.float()
+    lowest = torch.finfo(dtype).min
+    bias = torch.where(values > 0, values.clamp_min(torch.finfo(torch.float32).tiny).log(), lowest)
+    return bias.to(dtype)[:, None] if strength.ndim == 3 else bias.to(dtype)[:, None, None]
+
+
+def attend(
+    module: LTX2Attention,
+    hidden: Tensor,
+    context: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    rotary: Rotary | None = None,
+    key_rotary: Rotary | None = None,
+    values_only: bool = False,
+) -> Tensor:
+    """Attention of hidden (B, Tq, D) over context (B, Tk, Dc), or over itself when context is None.
+
+    values_only replaces the attention by its value projection (spatio-temporal guidance).
+    """
+    keys_from = hidden if context is None else context
+    mixed = module.to_v(keys_from)
+    if not values_only:
+        mixed = _weighted(module, hidden, keys_from, mixed, bias, rotary, key_rotary)
+    gate = 2.0 * torch.sigmoid(module.to_gate_logits(hidden))
+    mixed = (_heads(module, mixed) * gate[..., None]).flatten(2)
+    return module.to_out[0](mixed)
+
+
+def _weighted(
+    module: LTX2Attention,
+    hidden: Tensor,
+    keys_from: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    rotary: Rotary | None,
+    key_rotary: Rotary | None,
+) -> Tensor:
+    query = module.norm_q(module.to_q(hidden))
+    key = module.norm_k(module.to_k(keys_from))
+    if rotary is not None:
+        query = apply_split_rotary_emb(query, rotary)
+        key = apply_split_rotary_emb(key, rotary if key_rotary is None else key_rotary)
+    query, key, value = (_heads(module, x).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def _heads(module: LTX2Attention, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (module.heads, -1))

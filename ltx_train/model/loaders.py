@@ -1,0 +1,194 @@
+"""Opens the components of a single-file checkpoint: transformer, VAEs, vocoder, text connectors.
+
+Owns which tensors belong to which component and under which names. Each loader takes a path or a
+`TensorSource`, builds the module on the meta device and streams the weights into it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from torch import nn
+
+from ltx_train.contracts import DataError
+from ltx_train.model import checkpoint, spec
+from ltx_train.model.checkpoint import TensorSource
+from ltx_train.model.transformer import Transformer
+
+Source = str | Path | TensorSource
+BlockQuantizer = Callable[[nn.Module], None]
+
+TRANSFORMER_PREFIX = "model.diffusion_model."
+_CONNECTOR_PREFIXES = (
+    f"{TRANSFORMER_PREFIX}video_embeddings_connector.",
+    f"{TRANSFORMER_PREFIX}audio_embeddings_connector.",
+)
+_PROJECTION = "text_embedding_projection."
+_ATTENTION_NORMS = (("norm_q.", "q_norm."), ("norm_k.", "k_norm."))
+_TABLES = (
+    ("video_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_video"),
+    ("audio_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_audio"),
+)
+
+
+def load_transformer(
+    path: Source,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: BlockQuantizer | None = None,
+) -> Transformer:
+    """The transformer, frozen, in eval mode. `quantize` is applied to each block as soon as it is complete,
+    so that peak memory stays one block above the final size. dtype None keeps the stored dtype."""
+    source = checkpoint.open_source(path)
+    model = build_transformer(source)
+    finished = _block_counter(model, quantize)
+    checkpoint.load(
+        model, source, transformer_original_name, (TRANSFORMER_PREFIX,),
+        device=torch.device(device), dtype=dtype, excluded=_CONNECTOR_PREFIXES, done=finished,
+    )  # fmt: skip
+    return model.requires_grad_(False).eval()
+
+
+def build_transformer(source: TensorSource) -> Transformer:
+    """The transformer of a source's metadata on the meta device, without weights."""
+    with torch.device("meta"):
+        return Transformer(spec.transformer(source.config))
+
+
+def load_video_vae(
+    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> AutoencoderKLLTX2Video:
+    """The video VAE; its latents are raw, `codecs` normalizes them."""
+    source = checkpoint.open_source(path)
+    with torch.device("meta"):
+        model = AutoencoderKLLTX2Video(**spec.video_vae(source.config))
+    return _filled(model, source, video_vae_original_name, ("vae.",), device, dtype)
+
+
+def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> AutoencoderKLLTX2Audio:
+    """The audio VAE, always float32: in bfloat16 its latents are audibly off."""
+    source = checkpoint.open_source(path)
+    with torch.device("meta"):
+        model = AutoencoderKLLTX2Audio(**spec.audio_vae(source.config))
+    return _filled(model, source, _audio_vae_original_name, ("audio_vae.",), device, torch.float32)
+
+
+def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2VocoderWithBWE:
+    """The vocoder (log-mel to 48 kHz), always float32."""
+    source = checkpoint.open_source(path)
+    # Not on the meta device: its resampling filter is computed at construction and stored in no file.
+    model = LTX2VocoderWithBWE(**spec.vocoder(source.config))
+    return _filled(model, source, _vocoder_original_name, ("vocoder.",), device, torch.float32)
+
+
+def load_text_connectors(
+    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LTX2TextConnectors:
+    """The text projections and connectors: text encoder states to the two contexts."""
+    source = checkpoint.open_source(path)
+    with torch.device("meta"):
+        model = LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source)))
+    prefixes = (_PROJECTION, *_CONNECTOR_PREFIXES)
+    return _filled(model, source, _connector_original_name, prefixes, device, dtype)
+
+
+def text_hidden_states(source: TensorSource) -> int:
+    """How many hidden states of the text encoder the projection reads (49 for Gemma-3-12B)."""
+    values = spec.transformer(source.config)
+    if "text_hidden_states" in values:
+        return values["text_hidden_states"]
+    shape = source.shape(f"{_PROJECTION}video_aggregate_embed.weight", ())
+    if shape is None:
+        raise DataError(f"the checkpoint has no {_PROJECTION}video_aggregate_embed.weight")
+    return shape[1] // values["caption_channels"]
+
+
+def transformer_original_name(name: str) -> str:
+    """The checkpoint's name of a transformer tensor."""
+    for ours, original in (*_ATTENTION_NORMS, *_TABLES):
+        name = name.replace(ours, original)
+    return TRANSFORMER_PREFIX + name
+
+
+def _filled(
+    model: M,
+    source: TensorSource,
+    original_name: checkpoint.Rename,
+    prefixes: tuple[str, ...],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> M:
+    checkpoint.load(model, source, original_name, prefixes, device=torch.device(device), dtype=dtype)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _block_counter(model: Transformer, quantize: BlockQuantizer | None) -> Callable[[str], None] | None:
+    """Calls `quantize` on a block when its last tensor has arrived."""
+    if quantize is None:
+        return None
+    left = {i: len(block.state_dict()) for i, block in enumerate(model.transformer_blocks)}
+
+    def arrived(name: str) -> None:
+        match = re.match(r"transformer_blocks\.(\d+)\.", name)
+        if match is None:
+            return
+        index = int(match[1])
+        left[index] -= 1
+        if left[index] == 0:
+            quantize(model.transformer_blocks[index])
+
+    return arrived
+
+
+def _connector_original_name(name: str) -> str:
+    for kind in ("video", "audio"):
+        name = name.replace(f"{kind}_text_proj_in.", f"{_PROJECTION}{kind}_aggregate_embed.")
+        name = name.replace(f"{kind}_connector.", f"{TRANSFORMER_PREFIX}{kind}_embeddings_connector.")
+    for ours, original in (*_ATTENTION_NORMS, (".transformer_blocks.", ".transformer_1d_blocks.")):
+        name = name.replace(ours, original)
+    return name
+
+
+def video_vae_original_name(name: str) -> str:
+    """The original numbers residual groups and resamplers in one list: encoder groups at even places,
+    decoder groups at even places behind the middle block, resamplers between them."""
+    if name in _STATISTICS:
+        return "vae." + _STATISTICS[name]
+    name = re.sub(r"encoder\.mid_block\.resnets", "encoder.down_blocks.8.res_blocks", name)
+    name = re.sub(r"decoder\.mid_block\.resnets", "decoder.up_blocks.0.res_blocks", name)
+    name = re.sub(r"(down)_blocks\.(\d)\.resnets", lambda m: f"down_blocks.{2 * int(m[2])}.res_blocks", name)
+    name = re.sub(r"(down)_blocks\.(\d)\.downsamplers\.0", lambda m: f"down_blocks.{2 * int(m[2]) + 1}", name)
+    name = re.sub(r"(up)_blocks\.(\d)\.resnets", lambda m: f"up_blocks.{2 * int(m[2]) + 2}.res_blocks", name)
+    name = re.sub(r"(up)_blocks\.(\d)\.upsamplers\.0", lambda m: f"up_blocks.{2 * int(m[2]) + 1}", name)
+    return f"vae.{name}"
+
+
+def _audio_vae_original_name(name: str) -> str:
+    return "audio_vae." + _STATISTICS.get(name, name)
+
+
+_STATISTICS = {
+    "latents_mean": "per_channel_statistics.mean-of-means",
+    "latents_std": "per_channel_statistics.std-of-means",
+}
+_VOCODER_LAYERS = (
+    ("conv_in.", "conv_pre."),
+    ("conv_out.", "conv_post."),
+    ("act_out.", "act_post."),
+    ("upsamplers.", "ups."),
+    ("resnets.", "resblocks."),
+    ("downsample.filter", "downsample.lowpass.filter"),
+)
+
+
+def _vocoder_original_name(name: str) -> str:
+    for ours, original in _VOCODER_LAYERS:
+        name = name.replace(ours, original)
+    return f"vocoder.{name}"

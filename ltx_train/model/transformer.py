@@ -1,0 +1,286 @@
+"""The LTX-2.3 transformer: our forward over diffusers' blocks.
+
+diffusers supplies the layers and the rotary tables. This forward supplies what its own gets
+wrong for clean tokens and frozen modalities: in the audio-video cross-attention, scale and shift
+come from a stream's own per-token timesteps, the gate from the other stream's sigma. A modality
+that is absent is not computed at all. Module names are the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.transformers.transformer_ltx2 import (
+    LTX2AdaLayerNormSingle,
+    LTX2AudioVideoRotaryPosEmbed,
+    LTX2VideoTransformerBlock,
+)
+from torch import Tensor, nn
+
+from ltx_train.contracts import Modality
+from ltx_train.model.attention import Rotary, attend, bias_from_strength
+from ltx_train.model.spec import Section
+
+
+class Stream(NamedTuple):
+    """What the blocks read of one modality; constant over the blocks of a forward pass.
+
+    U is the number of distinct timesteps in the batch: modulation is computed for those and
+    gathered per token through `level` (B, T).
+    """
+
+    level: Tensor
+    modulation: Tensor  # (U, 9 * D)
+    cross_modulation: Tensor | None  # (U, 4 * D)
+    cross_gate: Tensor | None  # (B, 1, D), from the other modality's sigma
+    prompt_modulation: Tensor | None  # (B, 2 * D)
+    context: Tensor
+    context_bias: Tensor | None
+    self_bias: Tensor | None
+    rotary: Rotary
+    cross_rotary: Rotary
+    embedded: Tensor  # (U, D)
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """What guidance switches off: self-attention in some blocks, or all audio-video attention."""
+
+    skip_self_attention: frozenset[int] = frozenset()
+    isolate_modalities: bool = False
+
+
+UNPERTURBED = Perturbation()
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+class Block(LTX2VideoTransformerBlock):
+    """One of the transformer's blocks; the layers are diffusers', the forward is ours."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        video: Tensor | None,
+        audio: Tensor | None,
+        video_stream: Stream | None,
+        audio_stream: Stream | None,
+        skip_self_attention: bool,
+        isolate: bool,
+    ) -> Pair:
+        """(B, Tv, Dv) and (B, Ta, Da) in and out; a modality whose stream is None stays None."""
+        v_mod = a_mod = ()
+        if video is not None and video_stream is not None:
+            v_mod = _modulation(self.scale_shift_table, video_stream.modulation, video_stream.level)
+            video = self._own_and_text(video, video_stream, v_mod, "", skip_self_attention)
+        if audio is not None and audio_stream is not None:
+            a_mod = _modulation(self.audio_scale_shift_table, audio_stream.modulation, audio_stream.level)
+            audio = self._own_and_text(audio, audio_stream, a_mod, "audio_", skip_self_attention)
+        if video is not None and audio is not None and video_stream and audio_stream and not isolate:
+            video, audio = self._across(video, audio, video_stream, audio_stream)
+        if video is not None:
+            video = video + self.ff(_scaled(self.norm3(video), v_mod[3], v_mod[4])) * v_mod[5]
+        if audio is not None:
+            audio = audio + self.audio_ff(_scaled(self.audio_norm3(audio), a_mod[3], a_mod[4])) * a_mod[5]
+        return video, audio
+
+    def _own_and_text(
+        self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool
+    ) -> Tensor:
+        layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
+        own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
+        own = attend(layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip)
+        hidden = hidden + own * mod[2]
+        table = getattr(self, f"{name}prompt_scale_shift_table")
+        prompt_shift, prompt_scale = _prompt_modulation(table, stream)
+        query = _scaled(layers["norm2"](hidden), mod[6], mod[7])
+        context = stream.context * (1 + prompt_scale) + prompt_shift
+        return hidden + attend(layers["attn2"], query, context, bias=stream.context_bias) * mod[8]
+
+    def _across(self, video: Tensor, audio: Tensor, v: Stream, a: Stream) -> tuple[Tensor, Tensor]:
+        """Audio to video and video to audio, both from the state before either."""
+        v_table, a_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
+        assert v.cross_modulation is not None and a.cross_modulation is not None
+        assert v.cross_gate is not None and a.cross_gate is not None
+        v_mod = _modulation(v_table[:4], v.cross_modulation, v.level)
+        a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
+        v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
+        to_video = attend(
+            self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), _scaled(a_norm, a_mod[1], a_mod[0]),
+            rotary=v.cross_rotary, key_rotary=a.cross_rotary,
+        )  # fmt: skip
+        to_audio = attend(
+            self.video_to_audio_attn, _scaled(a_norm, a_mod[3], a_mod[2]), _scaled(v_norm, v_mod[3], v_mod[2]),
+            rotary=a.cross_rotary, key_rotary=v.cross_rotary,
+        )  # fmt: skip
+        video = video + (v_table[4] + v.cross_gate) * to_video
+        return video, audio + (a_table[4] + a.cross_gate) * to_audio
+
+
+def run_block(block: Block, *arguments: Any) -> Pair:
+    """How a block is called by default; `memory` replaces it to recompute or stream."""
+    return block(*arguments)
+
+
+class Transformer(nn.Module):
+    """`transformer(video, audio) -> (video velocity, audio velocity)`, each (B, T, C) or None."""
+
+    def __init__(self, config: Section) -> None:
+        super().__init__()
+        self.config = dict(config)
+        width, audio_width = transformer_widths(config)
+        self.patchify_proj = nn.Linear(config["in_channels"], width)
+        self.audio_patchify_proj = nn.Linear(config["audio_in_channels"], audio_width)
+        if config.get("use_keyframes_abs_pos_embedding", False):
+            self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, width))
+        self.adaln_single = LTX2AdaLayerNormSingle(width, 9)
+        self.audio_adaln_single = LTX2AdaLayerNormSingle(audio_width, 9)
+        self.av_ca_video_scale_shift_adaln_single = LTX2AdaLayerNormSingle(width, 4)
+        self.av_ca_audio_scale_shift_adaln_single = LTX2AdaLayerNormSingle(audio_width, 4)
+        self.av_ca_a2v_gate_adaln_single = LTX2AdaLayerNormSingle(width, 1)
+        self.av_ca_v2a_gate_adaln_single = LTX2AdaLayerNormSingle(audio_width, 1)
+        if config.get("use_prompt_adaln_single", True):
+            self.prompt_adaln_single = LTX2AdaLayerNormSingle(width, 2)
+            self.audio_prompt_adaln_single = LTX2AdaLayerNormSingle(audio_width, 2)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
+        self.audio_scale_shift_table = nn.Parameter(torch.zeros(2, audio_width))
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.audio_norm_out = nn.LayerNorm(audio_width, eps=1e-6, elementwise_affine=False)
+        self.proj_out = nn.Linear(width, config["out_channels"])
+        self.audio_proj_out = nn.Linear(audio_width, config["audio_out_channels"])
+        self.transformer_blocks = nn.ModuleList(Block(**_block_arguments(config)) for _ in range(config["num_layers"]))
+        self._rotary = {name: _rotary(config, name) for name in ("video", "audio", "video_cross", "audio_cross")}
+        self.run_block: Callable[..., Pair] = run_block
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layers outside the blocks, which no quantizer touches."""
+        return self.patchify_proj.weight.dtype
+
+    def forward(
+        self, video: Modality | None, audio: Modality | None, perturbation: Perturbation = UNPERTURBED
+    ) -> Pair:
+        if video is None and audio is None:
+            raise ValueError("at least one modality is needed")
+        v_stream = self._stream(video, audio, "")
+        a_stream = self._stream(audio, video, "audio_")
+        v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
+        a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
+        for index, block in enumerate(self.transformer_blocks):
+            skip = index in perturbation.skip_self_attention
+            v_hidden, a_hidden = self.run_block(
+                block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
+            )
+        return self._head(v_hidden, v_stream, ""), self._head(a_hidden, a_stream, "audio_")
+
+    def _stream(self, own: Modality | None, other: Modality | None, name: str) -> Stream | None:
+        if own is None:
+            return None
+        kind = "audio" if name else "video"
+        scale, gate_scale = self.config["timestep_scale_multiplier"], self.config["av_ca_timestep_scale_multiplier"]
+        levels, level = torch.unique(own.timesteps.float(), return_inverse=True)
+        modulation, embedded = self._embed(f"{name}adaln_single", levels * scale)
+        prompt = f"{name}prompt_adaln_single"
+        cross = gate = None
+        if other is not None:
+            cross = self._embed(f"av_ca_{kind}_scale_shift_adaln_single", levels * scale)[0]
+            direction = "v2a" if name else "a2v"
+            gate = self._embed(f"av_ca_{direction}_gate_adaln_single", other.sigma.float() * gate_scale)[0][:, None]
+        positions = own.positions.float()
+        return Stream(
+            level=level,
+            modulation=modulation,
+            cross_modulation=cross,
+            cross_gate=gate,
+            prompt_modulation=self._embed(prompt, own.sigma.float() * scale)[0] if hasattr(self, prompt) else None,
+            context=own.context.to(self.dtype),
+            context_bias=bias_from_strength(own.context_mask, self.dtype),
+            self_bias=bias_from_strength(own.attention_mask, self.dtype),
+            rotary=self._rotary[kind](positions),
+            cross_rotary=self._rotary[f"{kind}_cross"](positions[:, :1]),
+            embedded=embedded,
+        )
+
+    def _embed(self, name: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) float32 timesteps -> modulation (N, n * D) and embedding (N, D)."""
+        return getattr(self, name)(timesteps, hidden_dtype=self.dtype)
+
+    def _head(self, hidden: Tensor | None, stream: Stream | None, name: str) -> Tensor | None:
+        if hidden is None or stream is None:
+            return None
+        table = getattr(self, f"{name}scale_shift_table")
+        shift, scale = (table[None] + stream.embedded[:, None]).unbind(1)
+        normed = getattr(self, f"{name}norm_out")(hidden)
+        return getattr(self, f"{name}proj_out")(_scaled(normed, shift[stream.level], scale[stream.level]))
+
+
+def transformer_widths(config: Section) -> tuple[int, int]:
+    """Inner widths (video, audio)."""
+    return (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["audio_num_attention_heads"] * config["audio_attention_head_dim"],
+    )
+
+
+def _block_arguments(config: Section) -> dict[str, Any]:
+    width, audio_width = transformer_widths(config)
+    return {
+        "dim": width,
+        "num_attention_heads": config["num_attention_heads"],
+        "attention_head_dim": config["attention_head_dim"],
+        "cross_attention_dim": config["cross_attention_dim"],
+        "audio_dim": audio_width,
+        "audio_num_attention_heads": config["audio_num_attention_heads"],
+        "audio_attention_head_dim": config["audio_attention_head_dim"],
+        "audio_cross_attention_dim": config["audio_cross_attention_dim"],
+        "video_gated_attn": True,
+        "video_cross_attn_adaln": True,
+        "audio_gated_attn": True,
+        "audio_cross_attn_adaln": True,
+        "attention_bias": config["attention_bias"],
+        "attention_out_bias": config["attention_bias"],
+        "eps": config["norm_eps"],
+        "rope_type": "split",
+        "ff_bias": config.get("ff_bias", True),
+        "audio_ff_bias": config.get("audio_ff_bias", True),
+    }
+
+
+def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:
+    """The rotary tables of self-attention, or of the audio-video cross-attention (time axis, audio width)."""
+    width, _ = transformer_widths(config)
+    seconds, height, width_pixels = config["positional_embedding_max_pos"]
+    audio_seconds = config["audio_positional_embedding_max_pos"][0]
+    base_seconds = {"video": seconds, "audio": audio_seconds}.get(name, max(seconds, audio_seconds))
+    audio_dim = config["audio_num_attention_heads"] * config["audio_attention_head_dim"]
+    dim = {"video": width, "audio": audio_dim}.get(name, config["audio_cross_attention_dim"])
+    kind = name.split("_")[0]
+    return LTX2AudioVideoRotaryPosEmbed(
+        dim=dim,
+        base_num_frames=base_seconds,
+        base_height=height,
+        base_width=width_pixels,
+        theta=config["positional_embedding_theta"],
+        modality=kind,
+        double_precision=config["frequencies_precision"] == "float64",
+        rope_type="split",
+        num_attention_heads=config["num_attention_heads" if kind == "video" else "audio_num_attention_heads"],
+    )
+
+
+def _modulation(table: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Per-token modulation: table (n, D) + levels (U, n * D), gathered by index (B, T) -> n tensors (B, T, D)."""
+    values = table[None] + levels.unflatten(-1, (table.shape[0], -1))
+    return tuple(row[index] for row in values.unbind(1))
+
+
+def _prompt_modulation(table: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    if stream.prompt_modulation is None:
+        return table[0], table[1]
+    shift, scale = (table[None] + stream.prompt_modulation.unflatten(-1, (2, -1))).unbind(1)
+    return shift[:, None], scale[:, None]
+
+
+def _scaled(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return hidden * (1 + scale) + shift
