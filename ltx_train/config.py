@@ -1,4 +1,4 @@
-"""The typed configuration: schema, composition, and every rule between fields.
+"""Composes the configuration and holds every rule between its fields.
 
 The only room that raises `ConfigError`, and it does so before anything heavy is imported: no
 torch here, so that `--cfg job` answers at once. Knows names and numbers, not what they do.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,211 +16,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ltx_train.contracts import Condition, ConditionKind, ConfigError, Mode, Role
+from ltx_train.schema import Config
 
 __all__ = ["Config", "ConfigError", "compose_config", "config_dir", "to_yaml", "validate"]
-
-
-@dataclass
-class ModelConfig:
-    """preset names the sizes when weights are random; path is the single-file checkpoint otherwise."""
-
-    preset: str = "tiny"
-    path: str | None = None
-    weights: str = "file"
-    seed: int = 0
-    dtype: str = "bfloat16"
-    text_encoder: str | None = None
-    text_tokens: int = 1024
-
-
-@dataclass
-class AdapterConfig:
-    """kind: lora trains an adapter on the frozen base, full trains every weight."""
-
-    kind: str = "lora"
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=list[str])
-
-
-@dataclass
-class DataConfig:
-    """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads."""
-
-    root: str = MISSING
-    source: str | None = None
-    buckets: list[str] = field(default_factory=list[str])
-    fps: float = 25.0
-    caption: str | None = None
-    trigger: str | None = None
-    reference_s: float = 3.5
-    heldout_speakers: float = 0.1
-    latent_dtype: str = "bfloat16"
-    samples_per_shard: int = 256
-    silence_db: float = -60.0
-    on_bad_clip: str = "error"
-    workers: int = 2
-
-
-@dataclass
-class SigmaConfig:
-    """The shifted logit-normal distribution of noise levels."""
-
-    std: float = 1.0
-    eps: float = 1e-3
-    uniform_prob: float = 0.1
-
-
-@dataclass
-class LossConfig:
-    video_weight: float = 1.0
-    audio_weight: float = 1.0
-
-
-@dataclass
-class OptimConfig:
-    """steps are optimizer steps; the learning rate is a function of the step alone.
-
-    schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    final_lr: float = 0.0
-    schedule: str = "linear"
-    warmup: int = 0
-    steps: int = 1000
-    batch_size: int = 1
-    accumulate: int = 1
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    clip: float = 1.0
-
-
-@dataclass
-class MemoryConfig:
-    """quantize: none or int8 (frozen block weights). recompute: activations of every block are recomputed in backward."""
-
-    quantize: str = "none"
-    recompute: bool = True
-
-
-@dataclass
-class StrategyConfig:
-    """device: auto, cpu or cuda."""
-
-    device: str = "auto"
-
-
-@dataclass
-class EvalConfig:
-    """Held-out loss on a fixed sigma grid with fixed noise; `wrong_references` draws per sample for the gap."""
-
-    interval: int = 250
-    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    seed: int = 1234
-    batch_size: int = 1
-    max_samples: int = 0
-    wrong_references: int = 1
-
-
-@dataclass
-class LoggerConfig:
-    """wandb: offline, online or disabled; every: steps between two logged lines."""
-
-    wandb: str = "offline"
-    project: str = "ltx-train"
-    every: int = 10
-
-
-@dataclass
-class CheckpointConfig:
-    interval: int = 250
-    keep: int = 3
-
-
-@dataclass
-class RunConfig:
-    """A run lives in <root>/<experiment>/<id>; the same three names continue it."""
-
-    root: str = "runs"
-    experiment: str = "default"
-    id: str = "main"
-    seed: int = 42
-    resume: str = "auto"
-
-
-@dataclass
-class CheckConfig:
-    previews: int = 4
-
-
-@dataclass
-class SampleConfig:
-    """Sampling settings; adapter is a LoRA file, run a trained run folder whose newest adapter is used."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    bucket: str | None = None
-    fps: float | None = None
-    steps: int = 30
-    seed: int = 42
-    adapter: str | None = None
-    strength: float = 1.0
-    image: str | None = None
-    audio: str | None = None
-    reference_audio: str | None = None
-    video_cfg: float = 1.0
-    audio_cfg: float = 1.0
-    modality_scale: float = 1.0
-    stg_scale: float = 0.0
-    stg_blocks: list[int] = field(default_factory=list[int])
-    rescale: float = 0.0
-    out: str = "sample.mp4"
-
-
-@dataclass
-class ExportConfig:
-    """run: the run folder (default: the one this configuration names); step: a checkpoint's step, newest by default."""
-
-    run: str | None = None
-    step: int | None = None
-    out: str | None = None
-
-
-@dataclass
-class InspectConfig:
-    """file: the LoRA to prove against model.path; strict numerics compare against the run's own output."""
-
-    file: str | None = None
-    run: str | None = None
-
-
-@dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mode: Mode = field(default_factory=Mode)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    sigma: SigmaConfig = field(default_factory=SigmaConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    check: CheckConfig = field(default_factory=CheckConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    inspect: InspectConfig = field(default_factory=InspectConfig)
-
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -246,6 +47,8 @@ _AT_LEAST = {
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
+_FIXED_IN_A_RUN = ("model.", "mode.", "adapter.", "data.", "sigma.", "loss.", "optim.", "run.seed", "memory.quantize")
+_FREE_IN_A_RUN = ("data.workers", "data.source", "data.root", "model.path", "optim.steps", "model.text_encoder")
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
@@ -283,6 +86,23 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
     assert isinstance(config, Config)
     return config
+
+
+def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
+    """Compares a run's saved configuration with the present one before it is continued.
+
+    Returns the harmless differences; ConfigError lists those that would make another run of it.
+    """
+    old, new = _flat(saved), _flat(now)
+    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    refused = [line for line in changed if line.startswith(_FIXED_IN_A_RUN) and not line.startswith(_FREE_IN_A_RUN)]
+    if refused:
+        listed = "\n  ".join(refused)
+        raise ConfigError(
+            f"{where} was started with another configuration:\n  {listed}\n"
+            "start a new run (run.id=...), or undo the changes to continue this one"
+        )
+    return changed
 
 
 def parse_bucket(text: str) -> tuple[int, int, int]:
@@ -352,6 +172,17 @@ def _validate_training(config: Config) -> None:
         raise ConfigError("data.heldout_speakers must lie in [0, 1): a share of the identities")
     if not config.eval.sigmas or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]")
+
+
+def _flat(config: Config) -> dict[str, str]:
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, str(value)
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), ""))
 
 
 def _value(config: Config, dotted: str) -> Any:

@@ -17,6 +17,8 @@ from ltx_train.data.index import Index
 from ltx_train.data.prepare.build import Recipe
 from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints, open_encoders
 from ltx_train.diffusion.sigma import SigmaDistribution
+from ltx_train.evaluation import heldout
+from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,3 +103,22 @@ def mode_facts(config: Config) -> dict[str, Any]:
     """The mode in words, for exports and reports."""
     conditions = ", ".join(c.kind.value for c in config.mode.conditions) or "none"
     return {"video": config.mode.video.value, "audio": config.mode.audio.value, "conditions": conditions}
+
+
+def lora(config: Config) -> Lora:
+    adapter = config.adapter
+    return Lora(adapter.rank, adapter.alpha, adapter.dropout, tuple(adapter.targets))
+
+
+def evaluation(config: Config) -> heldout.Settings:
+    """How the held-out split is measured; the same in `fit` and `evaluate`."""
+    return heldout.Settings(
+        mode=config.mode,
+        sigmas=tuple(config.eval.sigmas),
+        seed=config.eval.seed,
+        batch_size=config.eval.batch_size,
+        max_samples=config.eval.max_samples,
+        wrong_references=config.eval.wrong_references,
+        video_weight=config.loss.video_weight,
+        audio_weight=config.loss.audio_weight,
+    )

@@ -94,7 +94,7 @@ class CheckpointFile:
                 entry = header[name]
                 start, end = entry["data_offsets"]
                 digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-                for offset in {start, max(start, end - _FINGERPRINT_BYTES)}:
+                for offset in sorted({start, max(start, end - _FINGERPRINT_BYTES)}):
                     file.seek(8 + length + offset)
                     digest.update(file.read(min(_FINGERPRINT_BYTES, end - offset)))
         return digest.hexdigest()[:16]
@@ -120,6 +120,8 @@ class RandomWeights:
             return torch.zeros(shape, device=device)
         if leaf == "std-of-means" or "norm" in name.split(".")[-2:][0]:
             return torch.ones(shape, device=device)
+        if leaf == "filter":
+            return torch.full(shape, 1 / shape[-1], device=device)
         # A generator of the target device: 19 billion normals on one CPU core would take minutes.
         stream = torch.Generator(device).manual_seed(rng.key_seed(self.seed, "weights", name))
         return torch.randn(shape, generator=stream, device=device) / math.sqrt(_fan_in(name, shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
@@ -22,6 +23,7 @@ from ltx_train.model.checkpoint import TensorSource
 from ltx_train.model.transformer import Transformer
 
 Source = str | Path | TensorSource
+M = TypeVar("M", bound=nn.Module)
 BlockQuantizer = Callable[[nn.Module], None]
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
@@ -77,7 +79,7 @@ def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> Autoe
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Audio(**spec.audio_vae(source.config))
-    return _filled(model, source, _audio_vae_original_name, ("audio_vae.",), device, torch.float32)
+    return _filled(model, source, audio_vae_original_name, ("audio_vae.",), device, torch.float32)
 
 
 def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2VocoderWithBWE:
@@ -85,7 +87,7 @@ def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2Voc
     source = checkpoint.open_source(path)
     # Not on the meta device: its resampling filter is computed at construction and stored in no file.
     model = LTX2VocoderWithBWE(**spec.vocoder(source.config))
-    return _filled(model, source, _vocoder_original_name, ("vocoder.",), device, torch.float32)
+    return _filled(model, source, vocoder_original_name, ("vocoder.",), device, torch.float32)
 
 
 def load_text_connectors(
@@ -108,6 +110,19 @@ def text_hidden_states(source: TensorSource) -> int:
     if shape is None:
         raise DataError(f"the checkpoint has no {_PROJECTION}video_aggregate_embed.weight")
     return shape[1] // values["caption_channels"]
+
+
+def expected_tensors(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a complete checkpoint of this architecture, by original name: what a full file holds."""
+    with torch.device("meta"):
+        components: tuple[tuple[nn.Module, checkpoint.Rename], ...] = (
+            (Transformer(spec.transformer(source.config)), transformer_original_name),
+            (AutoencoderKLLTX2Video(**spec.video_vae(source.config)), video_vae_original_name),
+            (AutoencoderKLLTX2Audio(**spec.audio_vae(source.config)), audio_vae_original_name),
+            (LTX2VocoderWithBWE(**spec.vocoder(source.config)), vocoder_original_name),
+            (LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source))), _connector_original_name),
+        )
+    return {name(k): tuple(v.shape) for module, name in components for k, v in module.state_dict().items()}
 
 
 def transformer_original_name(name: str) -> str:
@@ -170,7 +185,8 @@ def video_vae_original_name(name: str) -> str:
     return f"vae.{name}"
 
 
-def _audio_vae_original_name(name: str) -> str:
+def audio_vae_original_name(name: str) -> str:
+    """The checkpoint's name of an audio VAE tensor."""
     return "audio_vae." + _STATISTICS.get(name, name)
 
 
@@ -188,7 +204,8 @@ _VOCODER_LAYERS = (
 )
 
 
-def _vocoder_original_name(name: str) -> str:
+def vocoder_original_name(name: str) -> str:
+    """The checkpoint's name of a vocoder tensor."""
     for ours, original in _VOCODER_LAYERS:
         name = name.replace(ours, original)
     return f"vocoder.{name}"

@@ -56,7 +56,7 @@ def log_mel(waveform: Tensor) -> Tensor:
     spectrum = torch.stft(
         waveform.flatten(0, 1), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
     ).abs()
-    mel = _mel_filters().to(waveform.device) @ spectrum
+    mel = filters().to(waveform.device) @ spectrum
     return mel.clamp_min(_LOG_FLOOR).log().transpose(1, 2).unflatten(0, waveform.shape[:2])
 
 
@@ -72,12 +72,12 @@ def _sinc_kernel(old: int, new: int) -> tuple[Tensor, int]:
     return (torch.sinc(time) * window * cutoff / old).float(), width
 
 
-@lru_cache(maxsize=1)
-def _mel_filters() -> Tensor:
-    """(64, 513) triangular filters on the Slaney scale, each of unit area."""
+@lru_cache(maxsize=4)
+def filters(window: int = WINDOW) -> Tensor:
+    """(64, window / 2 + 1) triangular filters on the Slaney scale, each of unit area."""
     top = _hz_to_mel(MAX_HZ)
     edges = torch.tensor([_mel_to_hz(top * i / (MEL_BINS + 1)) for i in range(MEL_BINS + 2)])
-    bins = torch.linspace(0, SAMPLE_RATE // 2, WINDOW // 2 + 1)
+    bins = torch.linspace(0, SAMPLE_RATE // 2, window // 2 + 1)
     slopes = edges[:, None] - bins[None]
     widths = edges.diff()[:, None]
     rising, falling = -slopes[:-2] / widths[:-1], slopes[2:] / widths[1:]

@@ -52,13 +52,13 @@ class Encoders:
         loudness = _SILENT_DB
         if media.waveform is not None:
             seconds = media.pixels.shape[0] / fps
-            tensors[AUDIO] = self._audio(media.waveform, media.rate, positions.audio_latents(seconds))
+            tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : positions.audio_latents(seconds)]
             window = loudest_window(media.waveform, media.rate, reference_s)
             if window is not None:
-                tensors[VOICE] = self._audio(window, media.rate, None)
+                tensors[VOICE] = self.sound(window, media.rate)
             loudness = rms_db(media.waveform)
         if reference is not None:
-            tensors[REFERENCE] = self._reference(reference, reference_s)
+            tensors[REFERENCE] = self.reference(reference, reference_s)
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
 
     @torch.no_grad()
@@ -69,16 +69,21 @@ class Encoders:
             AUDIO_CONTEXT: audio.to(self.latent_dtype).cpu().contiguous(),
         }
 
-    def _audio(self, waveform: Tensor, rate: int, latents: int | None) -> Tensor:
-        # The encoder gives up to one latent more than inference generates for the same duration.
-        return codecs.encode_audio(self.audio_vae, waveform[None], rate)[0, :, :latents].float().cpu()
+    @torch.no_grad()
+    def sound(self, waveform: Tensor, rate: int) -> Tensor:
+        """(channels, samples) -> (c, T, 16), float32 on the CPU.
 
-    def _reference(self, path: Path, reference_s: float) -> Tensor:
+        T may be one more than inference generates for the same duration; `clip` cuts it off.
+        """
+        return codecs.encode_audio(self.audio_vae, waveform[None], rate)[0].float().cpu()
+
+    def reference(self, path: Path, seconds: float) -> Tensor:
+        """The loudest `seconds` of a file as reference latents; DataError when it is shorter."""
         waveform, rate = read_audio(path)
-        window = None if waveform is None else loudest_window(waveform, rate, reference_s)
+        window = None if waveform is None else loudest_window(waveform, rate, seconds)
         if window is None:
-            raise DataError(f"{path} has less than {reference_s:g} s of sound: give a longer reference_audio")
-        return self._audio(window, rate, None)
+            raise DataError(f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s")
+        return self.sound(window, rate)
 
 
 def open_encoders(

@@ -1,0 +1,90 @@
+"""`ltx-train inspect`: the proof that a LoRA file binds to a base and does what training did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ltx_train import rng
+from ltx_train.commands import session
+from ltx_train.commands.export import open_run
+from ltx_train.config import Config
+from ltx_train.contracts import ConfigError, DataError, Exit, Modality
+from ltx_train.diffusion import positions
+from ltx_train.model import adapter, export
+from ltx_train.model.checkpoint import TensorSource
+from ltx_train.model.loaders import TRANSFORMER_PREFIX, build_transformer, load_transformer
+from ltx_train.model.transformer import Pair, Transformer
+
+_TOLERANCE = 1e-5
+
+
+def run(config: Config) -> int:
+    """Exit code 78 with the list when a key does not bind, the base is another, or the outputs differ."""
+    if config.inspect.file is None:
+        raise ConfigError("inspect.file is not set: give the LoRA file to inspect")
+    tensors, metadata = export.read_lora(config.inspect.file)
+    source = session.weights(config)
+    problems = export.unbound_keys(tensors, build_transformer(source))
+    print(f"{config.inspect.file}: {len(tensors)} tensors")
+    for name, value in sorted(metadata.items()):
+        print(f"  {name}: {value}")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise DataError(f"{len(problems)} of {len(tensors)} keys do not bind to the base:\n  {listed}")
+    print(f"  every key binds to {config.model.path or 'the random base'}")
+    _refuse_other_base(metadata, source)
+    if config.inspect.run is not None:
+        difference = _difference(config, source, tensors)
+        print(f"  base + LoRA against the trainer's own output: max. abs. difference {difference:.2e} (float32)")
+        if not difference <= _TOLERANCE:
+            raise DataError(f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})")
+    return Exit.DONE
+
+
+def _refuse_other_base(metadata: dict[str, str], source: TensorSource) -> None:
+    trained_on = metadata.get("base_fingerprint")
+    now = source.fingerprint(TRANSFORMER_PREFIX)
+    if trained_on is not None and trained_on != now:
+        raise DataError(f"the LoRA was trained on another base (fingerprint {trained_on}, this base is {now})")
+
+
+def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor]) -> float:
+    """Largest difference between the file merged into the base and the trained adapter, on one keyed input."""
+    trained_with, checkpoint = open_run(Path(config.inspect.run or ""), config.export.step)
+    trainer = load_transformer(source, dtype=torch.float32)
+    adapter.attach(trainer, session.lora(trained_with), trained_with.run.seed)
+    adapter.load_state(trainer, _rounded(checkpoint.weights, tensors, trained_with))
+    merged = load_transformer(source, dtype=torch.float32)
+    export.merge(merged, tensors)
+    with torch.no_grad():
+        pairs = zip(_probe(trainer.eval()), _probe(merged), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs if a is not None and b is not None)
+
+
+def _rounded(
+    weights: dict[str, torch.Tensor], exported: dict[str, torch.Tensor], config: Config
+) -> dict[str, torch.Tensor]:
+    """The trained weights as exact as the file's dtype can hold them, so that only binding and scale are judged."""
+    scale = config.adapter.alpha / config.adapter.rank
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        factor = scale if ".lora_B." in name else 1.0
+        kept[name] = (tensor.float() * factor).to(exported[name].dtype).float() / factor
+    return kept
+
+
+def _probe(transformer: Transformer) -> Pair:
+    """The transformer's output on a small keyed input of both modalities."""
+    config = transformer.config
+    video = _modality(positions.video(2, 2, 2, 24.0), config["in_channels"], config["cross_attention_dim"], "video")
+    audio = _modality(positions.audio(9), config["audio_in_channels"], config["audio_cross_attention_dim"], "audio")
+    return transformer(video, audio)
+
+
+def _modality(bounds: torch.Tensor, channels: int, width: int, name: str) -> Modality:
+    tokens = bounds.shape[1]
+    latent = rng.normal((1, tokens, channels), 0, "inspect", name)
+    context = rng.normal((1, 128, width), 0, "inspect/context", name)
+    return Modality(latent, torch.full((1, tokens), 0.5), torch.full((1,), 0.5), bounds[None], context)

@@ -1,0 +1,139 @@
+"""`ltx-train sample`: video with sound from text, a first frame, a reference voice or a given sound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltx_train.commands import session
+from ltx_train.config import Config, parse_bucket
+from ltx_train.contracts import Batch, Condition, ConditionKind, ConfigError, DataError, Exit, Mode, Role
+from ltx_train.data.prepare.encode import Encoders
+from ltx_train.data.prepare.media import read_audio
+from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
+from ltx_train.diffusion import conditions, positions, sigma
+from ltx_train.memory.quantize import block_quantizer
+from ltx_train.model import codecs, export
+from ltx_train.model.loaders import load_transformer
+from ltx_train.model.transformer import Transformer
+from ltx_train.sampling import media, sampler
+from ltx_train.sampling.guidance import Guidance
+from ltx_train.sampling.media import Sound
+
+
+@dataclass(frozen=True)
+class Given:
+    """The request as tensors, with the original sound that a given audio is returned with."""
+
+    mode: Mode
+    batch: Batch
+    negative: dict[str, Tensor]
+    sound: Sound | None
+
+
+def run(config: Config) -> int:
+    """Writes sample.out; the encoders are gone before the transformer is loaded."""
+    width, height, frames = parse_bucket(config.sample.bucket or _first_bucket(config))
+    fps = config.sample.fps or config.data.fps
+    given = _given(config, session.encoders(config), (width, height, frames), fps)
+    transformer = _transformer(config)
+    video, audio = sampler.sample(
+        transformer, _start(config, given), sigma.inference_schedule(config.sample.steps), _guidance(config)
+    )
+    del transformer
+    _write(config, given, video, audio, fps)
+    return Exit.DONE
+
+
+def _first_bucket(config: Config) -> str:
+    if not config.data.buckets:
+        raise ConfigError("sample.bucket is not set: give WIDTHxHEIGHTxFRAMES")
+    return config.data.buckets[0]
+
+
+def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps: float) -> Given:
+    width, height, frames = bucket
+    s, device = config.sample, session.device(config)
+    if config.mode.audio is Role.freeze and s.audio is None:
+        raise ConfigError("mode.audio=freeze: give the sound to make a video for with sample.audio=FILE")
+    channels = session.weights(config).config["transformer"]
+    latents = positions.audio_latents(frames / fps)
+    audio_shape = (1, channels["audio_in_channels"] // codecs.LATENT_MEL_BINS, latents, codecs.LATENT_MEL_BINS)
+    video = torch.zeros(1, channels["in_channels"], positions.latent_frames(frames), height // 32, width // 32)
+    audio: Tensor | None = torch.zeros(audio_shape)
+    mode = _mode(config)
+    sound = reference = None
+    if s.image is not None:
+        pixels = media.image_to_pixels(s.image, width, height).to(device)
+        video[:, :, :1] = codecs.encode_video(encoders.video_vae, pixels).float().cpu()
+    if s.audio is not None:
+        sound = _sound(s.audio, frames / fps)
+        audio = encoders.sound(sound.waveform, sound.rate)[None, :, :latents]
+    if s.reference_audio is not None:
+        reference = encoders.reference(Path(s.reference_audio), config.data.reference_s)[None]
+    positive, negative = encoders.caption(s.prompt), encoders.caption(s.negative_prompt)
+    batch = Batch(
+        keys=("sample",), speakers=("",), draws=(0,), fps=torch.tensor([fps]),
+        video_latent=None if mode.video is Role.absent else video.to(device),
+        audio_latent=None if mode.audio is Role.absent else audio.to(device),
+        video_context=positive[VIDEO_CONTEXT][None].to(device), audio_context=positive[AUDIO_CONTEXT][None].to(device),
+        reference_audio=None if reference is None else reference.to(device),
+    )  # fmt: skip
+    return Given(mode, batch, {k: v[None].to(device) for k, v in negative.items()}, sound)
+
+
+def _mode(config: Config) -> Mode:
+    """The trained mode, with the conditions that the given files ask for."""
+    asked: list[Condition] = []
+    if config.sample.image is not None:
+        asked.append(Condition(ConditionKind.first_frame, 1.0))
+    if config.sample.reference_audio is not None:
+        asked.append(config.mode.condition(ConditionKind.reference) or Condition(ConditionKind.reference))
+    role = Role.freeze if config.sample.audio is not None else config.mode.audio
+    return Mode(config.mode.video, role, config.mode.sigma, asked)
+
+
+def _start(config: Config, given: Given) -> sampler.Start:
+    draws = conditions.draw(given.batch, given.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
+    inputs = conditions.assemble(given.batch, given.mode, draws)
+    return sampler.Start(inputs.video, inputs.audio, given.negative[VIDEO_CONTEXT], given.negative[AUDIO_CONTEXT])
+
+
+def _guidance(config: Config) -> Guidance:
+    s = config.sample
+    return Guidance(s.video_cfg, s.audio_cfg, s.modality_scale, s.stg_scale, tuple(s.stg_blocks), s.rescale)
+
+
+def _transformer(config: Config) -> Transformer:
+    transformer = load_transformer(
+        session.weights(config), device=session.device(config), dtype=session.dtype(config),
+        quantize=block_quantizer(config.memory.quantize),
+    )  # fmt: skip
+    if config.sample.adapter is not None:
+        tensors, _ = export.read_lora(config.sample.adapter)
+        export.bind(transformer, tensors, config.sample.strength)
+    return transformer.eval()
+
+
+def _write(config: Config, given: Given, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
+    decoder = media.open_decoder(session.weights(config), session.device(config), session.dtype(config))
+    video_latent, audio_latent = given.batch.video_latent, given.batch.audio_latent
+    clip = speech = None
+    if video is not None and video_latent is not None:
+        clip = codecs.video_grid(video, *video_latent.shape[2:])[0]
+    if audio is not None and audio_latent is not None and given.sound is None:
+        speech = codecs.audio_grid(audio[:, : audio_latent.shape[2]], audio_latent.shape[1])[0]
+    pixels, sound = media.decode(decoder, clip, speech)
+    media.write_mp4(Path(config.sample.out), pixels, given.sound or sound, fps)
+    print(f"wrote {config.sample.out}")
+
+
+def _sound(path: str, seconds: float) -> Sound:
+    """A given sound, cut or padded to the video's length; it is also what the file gets."""
+    waveform, rate = read_audio(Path(path), 0.0, seconds)
+    if waveform is None:
+        raise DataError(f"{path} has no sound")
+    return Sound(waveform, rate)

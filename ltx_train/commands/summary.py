@@ -1,0 +1,77 @@
+"""The panel before the first step: what will be trained, on what, from where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from ltx_train.commands import session
+from ltx_train.config import Config, parse_bucket
+from ltx_train.contracts import Role
+from ltx_train.data.index import HELDOUT, TRAIN, Index
+from ltx_train.diffusion import positions
+from ltx_train.model import adapter
+from ltx_train.model.transformer import Transformer
+
+
+def show(config: Config, transformer: Transformer, index: Index, folder: Path, step: int) -> None:
+    """Prints the panel to the terminal."""
+    table = Table.grid(padding=(0, 2))
+    for name, text in _lines(config, transformer, index, folder, step):
+        table.add_row(f"[bold]{name}", text)
+    Console().print(Panel(table, title=f"ltx-train fit: {config.run.experiment}/{config.run.id}", expand=False))
+
+
+def _lines(
+    config: Config, transformer: Transformer, index: Index, folder: Path, step: int
+) -> list[tuple[str, str]]:
+    trained = adapter.trainable_parameters(transformer)
+    total = sum(p.numel() for p in transformer.parameters())
+    count = sum(p.numel() for p in trained.values())
+    groups: Counter[str] = Counter()
+    for name, parameter in trained.items():
+        groups[adapter.module_group(name)] += parameter.numel()
+    largest = ", ".join(f"{name} {_short(n)}" for name, n in groups.most_common(6))
+    optim = config.optim
+    source = config.model.path or f"random {config.model.preset}"
+    facts = session.mode_facts(config)
+    return [
+        ("model", f"{source}, {_short(total)} parameters, {config.model.dtype}, {config.memory.quantize} quantization"),
+        ("mode", ", ".join(f"{k} {v}" for k, v in facts.items())),
+        ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
+        ("data", f"{len(index.split(TRAIN))} training and {len(index.split(HELDOUT))} held-out clips in {config.data.root}"),
+        ("batch", f"{optim.batch_size} x {optim.accumulate} = {optim.batch_size * optim.accumulate} samples, {_tokens(config)}"),
+        ("memory", _memory(transformer, count, config)),
+        ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
+        ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
+    ]  # fmt: skip
+
+
+def _tokens(config: Config) -> str:
+    parts: list[str] = []
+    for bucket in config.data.buckets:
+        width, height, frames = parse_bucket(bucket)
+        video = positions.latent_frames(frames) * (width // 32) * (height // 32)
+        audio = positions.audio_latents(frames / config.data.fps)
+        counts = [f"{video} video"] if config.mode.video is not Role.absent else []
+        counts += [f"{audio} audio"] if config.mode.audio is not Role.absent else []
+        counts += [f"{positions.audio_latents(config.data.reference_s)} reference"] if config.mode.uses_reference else []
+        parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
+    return "; ".join(parts)
+
+
+def _memory(transformer: Transformer, trained: int, config: Config) -> str:
+    frozen = sum(t.numel() * t.element_size() for t in transformer.parameters() if not t.requires_grad)
+    moments = 2 if config.optim.name == "adamw8bit" else 8
+    return f"weights {frozen / 2**30:.2f} GiB frozen + {trained * (4 + 4 + moments) / 2**30:.2f} GiB trained (with gradients and moments)"
+
+
+def _short(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

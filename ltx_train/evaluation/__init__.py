@@ -1,0 +1,1 @@
+"""Measurements that can be believed: fixed noise, paired comparisons, intervals by identity."""

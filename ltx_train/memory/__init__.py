@@ -1,0 +1,1 @@
+"""What is traded for memory: precision of frozen weights, recomputation of activations."""

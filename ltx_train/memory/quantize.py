@@ -1,0 +1,25 @@
+"""int8 weights of the frozen blocks, by optimum-quanto: one scale per output channel.
+
+Embeddings, norms, gates and projections outside the blocks keep their precision. Blocks are
+quantized one by one while the checkpoint streams in.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ltx_train.model.loaders import BlockQuantizer
+
+
+def block_quantizer(name: str) -> BlockQuantizer | None:
+    """`none` or `int8`."""
+    return {"none": None, "int8": _int8}[name]
+
+
+def _int8(block: nn.Module) -> None:
+    # quanto's import costs a second and warns; only quantized runs pay for it.
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(block, weights=qint8, exclude="*to_gate_logits*")
+    freeze(block)
+    block.requires_grad_(False)

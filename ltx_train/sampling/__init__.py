@@ -1,0 +1,1 @@
+"""From noise to a file: guidance, the Euler loop, and media output."""

@@ -1,0 +1,115 @@
+"""Latents to an mp4 with sound, and images and sounds to latents: the edge of sampling.
+
+Owns decoding through the checkpoint's decoders and writing with PyAV.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+from ltx_train.data.prepare.media import picture_to_bucket
+from ltx_train.model import codecs, loaders
+from ltx_train.model.checkpoint import TensorSource
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoding half of a checkpoint."""
+
+    video_vae: Any
+    audio_vae: Any
+    vocoder: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """waveform (channels, samples) in [-1, 1] at `rate` Hz."""
+
+    waveform: Tensor
+    rate: int
+
+
+def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype) -> Decoder:
+    return Decoder(
+        loaders.load_video_vae(source, device=device, dtype=dtype),
+        loaders.load_audio_vae(source, device=device),
+        loaders.load_vocoder(source, device=device),
+    )
+
+
+@torch.no_grad()
+def decode(decoder: Decoder, video: Tensor | None, audio: Tensor | None) -> tuple[Tensor | None, Sound | None]:
+    """video (C, F, H, W) -> pixels (frames, height, width, 3) uint8; audio (c, T, f) -> 48 kHz stereo."""
+    pixels = sound = None
+    if video is not None:
+        decoded = codecs.decode_video(decoder.video_vae, video[None].to(decoder.video_vae.device))[0]
+        pixels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+    if audio is not None:
+        waveform = codecs.decode_waveform(decoder.audio_vae, decoder.vocoder, audio[None].to(decoder.audio_vae.device))
+        sound = Sound(waveform[0].float().cpu(), codecs.VOCODER_RATE)
+    return pixels, sound
+
+
+def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float) -> None:
+    """H.264 video and AAC sound; a missing part is left out. The file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            streams: list[tuple[Any, Any]] = []
+            if pixels is not None:
+                streams.append((_video_stream(container, pixels, fps), _pictures(pixels)))
+            if sound is not None:
+                streams.append((_sound_stream(container, sound), _sound_frames(sound)))
+            for stream, frames in streams:
+                for frame in frames:
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+        os.replace(temporary, path)
+    except (av.FFmpegError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path} could not be written ({error})") from error
+
+
+def image_to_pixels(path: str | Path, width: int, height: int) -> Tensor:
+    """The first picture of a file, fitted to a size: (1, 3, 1, H, W) in [-1, 1]."""
+    try:
+        with av.open(str(path)) as container:
+            picture = picture_to_bucket(next(container.decode(video=0)), width, height)
+    except (av.FFmpegError, OSError, StopIteration, IndexError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error})") from error
+    return torch.from_numpy(picture).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def _video_stream(container: Any, pixels: Tensor, fps: float) -> Any:
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+    stream.height, stream.width = pixels.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    return stream
+
+
+def _pictures(pixels: Tensor) -> Any:
+    return (av.VideoFrame.from_ndarray(np.ascontiguousarray(p.numpy()), "rgb24") for p in pixels)
+
+
+def _sound_stream(container: Any, sound: Sound) -> Any:
+    stream = container.add_stream("aac", rate=sound.rate, layout="mono" if sound.waveform.shape[0] == 1 else "stereo")
+    stream.bit_rate = 192_000
+    return stream
+
+
+def _sound_frames(sound: Sound) -> Any:
+    layout = "mono" if sound.waveform.shape[0] == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.waveform.numpy()), "fltp", layout)
+    frame.sample_rate, frame.pts, frame.time_base = sound.rate, 0, Fraction(1, sound.rate)
+    return (frame,)

@@ -1,0 +1,210 @@
+"""The schema of the configuration: every setting, its type and its default.
+
+Declarations only; the rules between fields are in `config`. No heavy imports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from ltx_train.contracts import Mode
+
+
+@dataclass
+class ModelConfig:
+    """preset names the sizes when weights are random; path is the single-file checkpoint otherwise."""
+
+    preset: str = "tiny"
+    path: str | None = None
+    weights: str = "file"
+    seed: int = 0
+    dtype: str = "bfloat16"
+    text_encoder: str | None = None
+    text_tokens: int = 1024
+
+
+@dataclass
+class AdapterConfig:
+    """kind: lora trains an adapter on the frozen base, full trains every weight."""
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list[str])
+
+
+@dataclass
+class DataConfig:
+    """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads."""
+
+    root: str = MISSING
+    source: str | None = None
+    buckets: list[str] = field(default_factory=list[str])
+    fps: float = 25.0
+    caption: str | None = None
+    trigger: str | None = None
+    reference_s: float = 3.5
+    heldout_speakers: float = 0.1
+    latent_dtype: str = "bfloat16"
+    samples_per_shard: int = 256
+    silence_db: float = -60.0
+    on_bad_clip: str = "error"
+    workers: int = 2
+
+
+@dataclass
+class SigmaConfig:
+    """The shifted logit-normal distribution of noise levels."""
+
+    std: float = 1.0
+    eps: float = 1e-3
+    uniform_prob: float = 0.1
+
+
+@dataclass
+class LossConfig:
+    video_weight: float = 1.0
+    audio_weight: float = 1.0
+
+
+@dataclass
+class OptimConfig:
+    """steps are optimizer steps; the learning rate is a function of the step alone.
+
+    schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    final_lr: float = 0.0
+    schedule: str = "linear"
+    warmup: int = 0
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip: float = 1.0
+
+
+@dataclass
+class MemoryConfig:
+    """quantize: none or int8 (frozen block weights). recompute: activations of every block are recomputed in backward."""
+
+    quantize: str = "none"
+    recompute: bool = True
+
+
+@dataclass
+class StrategyConfig:
+    """device: auto, cpu or cuda."""
+
+    device: str = "auto"
+
+
+@dataclass
+class EvalConfig:
+    """Held-out loss on a fixed sigma grid with fixed noise; `wrong_references` draws per sample for the gap."""
+
+    interval: int = 250
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    seed: int = 1234
+    batch_size: int = 1
+    max_samples: int = 0
+    wrong_references: int = 1
+
+
+@dataclass
+class LoggerConfig:
+    """wandb: offline, online or disabled; every: steps between two logged lines."""
+
+    wandb: str = "offline"
+    project: str = "ltx-train"
+    every: int = 10
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 250
+    keep: int = 3
+
+
+@dataclass
+class RunConfig:
+    """A run lives in <root>/<experiment>/<id>; the same three names continue it."""
+
+    root: str = "runs"
+    experiment: str = "default"
+    id: str = "main"
+    seed: int = 42
+    resume: str = "auto"
+
+
+@dataclass
+class CheckConfig:
+    previews: int = 4
+
+
+@dataclass
+class SampleConfig:
+    """Sampling settings; adapter is a LoRA file, run a trained run folder whose newest adapter is used."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    bucket: str | None = None
+    fps: float | None = None
+    steps: int = 30
+    seed: int = 42
+    adapter: str | None = None
+    strength: float = 1.0
+    image: str | None = None
+    audio: str | None = None
+    reference_audio: str | None = None
+    video_cfg: float = 1.0
+    audio_cfg: float = 1.0
+    modality_scale: float = 1.0
+    stg_scale: float = 0.0
+    stg_blocks: list[int] = field(default_factory=list[int])
+    rescale: float = 0.0
+    out: str = "sample.mp4"
+
+
+@dataclass
+class ExportConfig:
+    """run: the run folder (default: the one this configuration names); step: a checkpoint's step, newest by default."""
+
+    run: str | None = None
+    step: int | None = None
+    out: str | None = None
+
+
+@dataclass
+class InspectConfig:
+    """file: the LoRA to prove against model.path; strict numerics compare against the run's own output."""
+
+    file: str | None = None
+    run: str | None = None
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mode: Mode = field(default_factory=Mode)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)

@@ -1,0 +1,140 @@
+"""Checkpoints that are whole or absent: temporary folder, fsync, manifest, rename, then prune.
+
+Owns `checkpoints/step-N/`. Holds trained weights and optimizer moments as safetensors, the rest as
+JSON; no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+
+SCHEMA = 1
+_WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """step: optimizer steps done. weights by plain name; optimizer as `optimizer.state_dict()`; notes: JSON values."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Commits a checkpoint and removes the oldest committed ones beyond `keep`.
+
+    DataError when the disk refuses; nothing half written stays and earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{checkpoint.step:06d}"
+    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir()
+        _write_parts(temporary, checkpoint)
+        _write_manifest(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({error})") from error
+    _prune(folder, keep)
+    return final
+
+
+def committed(folder: Path) -> list[Path]:
+    """Whole checkpoints by step; folders without a matching manifest do not count."""
+    return sorted(path for path in folder.glob("step-*") if ".tmp-" not in path.name and _is_whole(path))
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint after comparing every byte with its manifest; DataError names what differs."""
+    manifest = json.loads((path / _MANIFEST).read_text())
+    if manifest["schema"] != SCHEMA:
+        raise DataError(f"{path} was written by another release (schema {manifest['schema']}, this one reads {SCHEMA})")
+    for name, entry in manifest["files"].items():
+        if _sha256(path / name) != entry["sha256"]:
+            raise DataError(f"{path / name} is damaged: remove {path} to continue from the checkpoint before it")
+    state = json.loads((path / _STATE).read_text())
+    tensors = load_file(path / _OPTIMIZER)
+    moments: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        moments.setdefault(int(index), {})[key] = tensor
+    for index, values in state["optimizer"]["state"].items():
+        moments.setdefault(int(index), {}).update(values)
+    optimizer = {"state": moments, "param_groups": state["optimizer"]["param_groups"]}
+    return Checkpoint(state["step"], load_file(path / _WEIGHTS), optimizer, state["notes"])
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, folder / _WEIGHTS)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in checkpoint.optimizer["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    save_file(tensors, folder / _OPTIMIZER)
+    optimizer = {"state": numbers, "param_groups": checkpoint.optimizer["param_groups"]}
+    state = {"step": checkpoint.step, "optimizer": optimizer, "notes": checkpoint.notes, "torch": torch.__version__}
+    (folder / _STATE).write_text(json.dumps(state, indent=1))
+
+
+def _write_manifest(folder: Path) -> None:
+    """The manifest is the commit mark: written and flushed after everything it lists."""
+    files: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / _MANIFEST
+    manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
+    _sync(manifest)
+    _sync(folder)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+        return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in committed(folder)[:-keep]:
+        shutil.rmtree(old)
+    for half in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,39 @@
+"""One process per run folder: an advisory lock that the kernel releases however the holder ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from ltx_train.contracts import UserError
+
+
+class RunLock:
+    """`with RunLock(folder):` refuses with the holder's host and process when the folder is in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._handle = -1
+
+    def __enter__(self) -> RunLock:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(self._handle)
+            raise RunInUseError(f"{self._path.parent} is in use by {holder}: wait for it, or set run.id=...") from error
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, f"{socket.gethostname()} pid {os.getpid()}".encode())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._handle)
+
+
+class RunInUseError(UserError):
+    """Two jobs, one run folder."""

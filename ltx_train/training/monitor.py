@@ -1,0 +1,79 @@
+"""What a training interval looked like: losses per modality and noise level, norms, times, memory.
+
+Owns accumulation between two logged rows. Its state goes into a checkpoint, so that a row that
+spans an interruption has the same value as without one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import StepResult
+
+_BUCKETS = 4
+
+
+class Monitor:
+    """Collects step results; `row` averages and clears them. Tensors stay on their device until then."""
+
+    def __init__(self, video_weight: float, audio_weight: float) -> None:
+        self._weights = (video_weight, audio_weight)
+        self._parts: dict[str, list[Tensor]] = {}
+        self._steps = 0
+        self._started = self._edge = time.perf_counter()
+        self._waited = 0.0
+
+    def add(self, result: StepResult) -> None:
+        """One micro-batch."""
+        total = torch.zeros_like(result.sigma)
+        for name, weight, loss in zip(("video", "audio"), self._weights, (result.video, result.audio), strict=True):
+            if loss is not None:
+                self._keep(name, loss)
+                total = total + weight * loss.detach()
+        self._keep("total", total)
+        self._keep("sigma", result.sigma)
+
+    def data_arrived(self) -> None:
+        """Called when a batch is there; the time since the last step's end was spent waiting for it."""
+        self._waited += time.perf_counter() - self._edge
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def batch_done(self) -> None:
+        self._edge = time.perf_counter()
+
+    def row(self) -> dict[str, float]:
+        """Averages since the last row, by DESIGN's names."""
+        values = {name: torch.cat([p.cpu() for p in parts]).double() for name, parts in self._parts.items()}
+        row = {"train/loss": float(values["total"].mean())}
+        row |= {f"train/loss_{name}": float(values[name].mean()) for name in ("video", "audio") if name in values}
+        place = (values["sigma"] * _BUCKETS).long().clamp(0, _BUCKETS - 1)
+        for bucket in range(_BUCKETS):
+            if bool((place == bucket).any()):
+                name = f"train/loss_sigma/{bucket / _BUCKETS:.2f}-{(bucket + 1) / _BUCKETS:.2f}"
+                row[name] = float(values["total"][place == bucket].mean())
+        now = time.perf_counter()
+        row["perf/step_s"] = (now - self._started) / max(1, self._steps)
+        row["perf/data_wait_s"] = self._waited / max(1, self._steps)
+        if torch.cuda.is_available():
+            row["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._parts, self._steps, self._waited, self._started = {}, 0, 0.0, now
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """The unfinished interval as JSON values; float32 numbers survive the round trip exactly."""
+        parts = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
+        return {"parts": parts, "steps": self._steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
+        self._steps = state["steps"]
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self._parts.setdefault(name, []).append(values.detach())

@@ -1,0 +1,88 @@
+"""The Lightning module: one training step, and nothing about files, signals or reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from ltx_train import rng
+from ltx_train.contracts import Batch, DivergedError, Mode, StepResult
+from ltx_train.data.collate import to_device
+from ltx_train.diffusion import conditions, objective
+from ltx_train.diffusion.sigma import SigmaDistribution
+from ltx_train.model import adapter
+from ltx_train.model.transformer import Transformer
+from ltx_train.training.optim import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised: mode, noise levels, weights of the modalities, and the seed of all draws."""
+
+    mode: Mode
+    sigma: SigmaDistribution
+    video_weight: float
+    audio_weight: float
+    seed: int
+
+
+class Task(LightningModule):
+    """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        goal: Objective,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer,
+        clip: float,
+        first_step: int,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.goal, self.schedule, self.clip, self.first_step = goal, schedule, clip, first_step
+        self._optimizer = optimizer
+        self.parameters_in_training = list(adapter.trainable_parameters(transformer).values())
+        self.result: StepResult | None = None
+        self.grad_norm: Tensor | None = None
+        self.keys: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in this run's whole life."""
+        return self.first_step + self.trainer.global_step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._refuse_nonfinite()
+        self.keys = batch.keys
+        # Dropout draws from torch's global stream; keying it by the draw makes a resumed step equal.
+        torch.manual_seed(rng.key_seed(self.goal.seed, "dropout", batch.keys[0], batch.draws[0]))
+        draws = conditions.draw(batch, self.goal.mode, self.goal.sigma, self.goal.seed)
+        inputs = conditions.assemble(batch, self.goal.mode, draws)
+        self.result = objective.losses(self.transformer, inputs, self.goal.video_weight, self.goal.audio_weight)
+        return self.result.loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Sets the step's learning rate, clips, and keeps the norm for the log."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.at(self.step)
+        limit = self.clip if self.clip > 0 else float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters_in_training, limit)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return to_device(batch, device)
+
+    def _refuse_nonfinite(self) -> None:
+        # One step late on purpose: the number is there by now, so asking for it stalls no GPU.
+        if self.grad_norm is not None and not bool(torch.isfinite(self.grad_norm)):
+            raise DivergedError(
+                f"the gradient of step {self.step} is not finite (samples {', '.join(self.keys)}): "
+                "lower optim.lr or check these clips; the last checkpoint is unharmed"
+            )
