@@ -136,10 +136,20 @@ def spectral(made: Tensor, wanted: Tensor, windows: tuple[int, ...]) -> Tensor:
     total = torch.zeros(())
     for window in windows:
         a, b = (
-            torch.stft(x[..., :length].flatten(0, 1), window, window // 4, window=torch.hann_window(window), return_complex=True).abs()
+            torch.stft(
+                x[..., :length].flatten(0, 1),
+                window,
+                window // 4,
+                window=torch.hann_window(window),
+                return_complex=True,
+            ).abs()
             for x in (made, wanted)
         )
-        total = total + (a - b).norm() / b.norm().clamp_min(1e-3) + (a.clamp_min(1e-3).log() - b.clamp_min(1e-3).log()).abs().mean()
+        total = (
+            total
+            + (a - b).norm() / b.norm().clamp_min(1e-3)
+            + (a.clamp_min(1e-3).log() - b.clamp_min(1e-3).log()).abs().mean()
+        )
     return total / len(windows)
 
 

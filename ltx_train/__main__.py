@@ -90,7 +90,9 @@ _USAGE = """usage: ltx-train <command> [group=option ...] [key=value ...]
 def _help() -> str:
     lines = [f"ltx-train {__version__}: train, measure and ship LTX-2.3 LoRAs", "", _USAGE, "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "example: ltx-train fit experiment=audio_reference adapter=audio_only optim.steps=500"])
+    return "\n".join(
+        [*lines, "", "example: ltx-train fit experiment=audio_reference adapter=audio_only optim.steps=500"]
+    )
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
     Returns the harmless differences; ConfigError lists those that would make another run of it.
     """
     old, new = _flat(saved), _flat(now)
-    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    changed = [
+        f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    ]
     refused = [line for line in changed if line.startswith(_FIXED_IN_A_RUN) and not line.startswith(_FREE_IN_A_RUN)]
     if refused:
         listed = "\n  ".join(refused)
@@ -165,7 +167,9 @@ def _validate_training(config: Config) -> None:
     if adapter.kind == "lora" and not adapter.targets:
         raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
     if adapter.kind == "full" and config.memory.quantize != "none":
-        raise ConfigError("adapter.kind=full trains every weight, which int8 weights cannot be: set memory.quantize=none")
+        raise ConfigError(
+            "adapter.kind=full trains every weight, which int8 weights cannot be: set memory.quantize=none"
+        )
     if config.mode.audio is Role.absent and any("audio" in t for t in adapter.targets):
         raise ConfigError("adapter.targets name audio modules, but mode.audio=absent gives them no loss")
     if not 0 <= config.data.heldout_speakers < 1:
@@ -220,7 +224,9 @@ def _check_override(override: str, groups: dict[str, list[str]]) -> None:
         raise ConfigError(f"{override!r} is not an override: write key=value")
     key = key.lstrip("+~")
     known = sorted({*_schema_keys(), *groups})
-    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith(("mode.conditions.", "hydra.", "hydra/")):
+    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith(
+        ("mode.conditions.", "hydra.", "hydra/")
+    ):
         raise ConfigError(f"there is no setting {key!r}{nearest(key, known)}")
     if key in groups and value and value not in (*groups[key], "null") and not value.startswith(("[", "{")):
         options = ", ".join(groups[key])

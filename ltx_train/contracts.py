@@ -173,7 +173,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Losses of one forward pass, float32: `loss` is a scalar, the others are per sample (B,), None if not generated."""
+    """Losses of one forward pass, float32: `loss` is a scalar, the others are per sample (B,) or None."""
 
     loss: Tensor
     video: Tensor | None

@@ -92,7 +92,7 @@ class OptimConfig:
 
 @dataclass
 class MemoryConfig:
-    """quantize: none or int8 (frozen block weights). recompute: activations of every block are recomputed in backward."""
+    """quantize: none or int8 (frozen block weights). recompute: blocks run again in backward."""
 
     quantize: str = "none"
     recompute: bool = True

@@ -37,7 +37,9 @@ def run(config: Config) -> int:
     _record(config, folder, checkpoint.step, heldout.summary(rows))
     page = folder / "report.html"
     facts = _facts(config, checkpoint, folder)
-    report.write(page, report.Report(f"{folder.parent.name}/{folder.name}", facts, read_rows(folder / "metrics.jsonl"), rows))
+    report.write(
+        page, report.Report(f"{folder.parent.name}/{folder.name}", facts, read_rows(folder / "metrics.jsonl"), rows)
+    )
     print("\n".join(report.verdict(rows)))
     print(f"wrote {page}")
     return Exit.DONE
@@ -64,7 +66,7 @@ def _facts(config: Config, checkpoint: Checkpoint, folder: Path) -> dict[str, st
         "base": config.model.path or f"random {config.model.preset}",
         "mode": ", ".join(f"{k} {v}" for k, v in mode.items()),
         "trained": trained,
-        "optimizer": f"{config.optim.name}, {config.optim.schedule} from {config.optim.lr:g}, batch {config.optim.batch_size}",
+        "optimizer": f"{config.optim.name}, {config.optim.schedule} from {config.optim.lr:g}",
         "data": config.data.root,
         "noise levels": ", ".join(f"{s:g}" for s in config.eval.sigmas),
     }

@@ -127,7 +127,9 @@ def publish(config: Config, transformer: Transformer, folder: Path, step: int, b
     """Every committed step of an adapter is at once a file other programs load."""
     if config.adapter.kind == "lora":
         lora = session.lora(config)
-        tensors = export.lora_tensors(adapter.lora_parameters(transformer), lora.rank, lora.alpha, session.dtype(config))
+        tensors = export.lora_tensors(
+            adapter.lora_parameters(transformer), lora.rank, lora.alpha, session.dtype(config)
+        )
         export.write(folder / "adapters" / f"step-{step:06d}.safetensors", tensors, lora_metadata(config, step, base))
 
 
@@ -156,7 +158,7 @@ def _evaluator(config: Config, start: Start, transformer: Transformer) -> Any:
     if config.eval.interval == 0 or not start.index.split(HELDOUT):
         return None
 
-    def evaluate(step: int) -> Mapping[str, float]:
+    def evaluate(_step: int) -> Mapping[str, float]:
         rows = heldout.measure(
             transformer, str(start.root), start.index, session.evaluation(config), session.device(config),
             with_base=config.adapter.kind == "lora",

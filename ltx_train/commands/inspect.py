@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +40,9 @@ def run(config: Config) -> int:
         difference = _difference(config, source, tensors)
         print(f"  base + LoRA against the trainer's own output: max. abs. difference {difference:.2e} (float32)")
         if not difference <= _TOLERANCE:
-            raise DataError(f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})")
+            raise DataError(
+                f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})"
+            )
     return Exit.DONE
 
 
@@ -64,7 +67,7 @@ def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.T
 
 
 def _rounded(
-    weights: dict[str, torch.Tensor], exported: dict[str, torch.Tensor], config: Config
+    weights: Mapping[str, torch.Tensor], exported: Mapping[str, torch.Tensor], config: Config
 ) -> dict[str, torch.Tensor]:
     """The trained weights as exact as the file's dtype can hold them, so that only binding and scale are judged."""
     scale = config.adapter.alpha / config.adapter.rank

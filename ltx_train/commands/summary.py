@@ -26,9 +26,7 @@ def show(config: Config, transformer: Transformer, index: Index, folder: Path, s
     Console().print(Panel(table, title=f"ltx-train fit: {config.run.experiment}/{config.run.id}", expand=False))
 
 
-def _lines(
-    config: Config, transformer: Transformer, index: Index, folder: Path, step: int
-) -> list[tuple[str, str]]:
+def _lines(config: Config, transformer: Transformer, index: Index, folder: Path, step: int) -> list[tuple[str, str]]:
     trained = adapter.trainable_parameters(transformer)
     total = sum(p.numel() for p in transformer.parameters())
     count = sum(p.numel() for p in trained.values())
@@ -43,8 +41,8 @@ def _lines(
         ("model", f"{source}, {_short(total)} parameters, {config.model.dtype}, {config.memory.quantize} quantization"),
         ("mode", ", ".join(f"{k} {v}" for k, v in facts.items())),
         ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
-        ("data", f"{len(index.split(TRAIN))} training and {len(index.split(HELDOUT))} held-out clips in {config.data.root}"),
-        ("batch", f"{optim.batch_size} x {optim.accumulate} = {optim.batch_size * optim.accumulate} samples, {_tokens(config)}"),
+        ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {config.data.root}"),
+        ("batch", f"{optim.batch_size} x {optim.accumulate} samples, {_tokens(config)}"),
         ("memory", _memory(transformer, count, config)),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
@@ -59,7 +57,9 @@ def _tokens(config: Config) -> str:
         audio = positions.audio_latents(frames / config.data.fps)
         counts = [f"{video} video"] if config.mode.video is not Role.absent else []
         counts += [f"{audio} audio"] if config.mode.audio is not Role.absent else []
-        counts += [f"{positions.audio_latents(config.data.reference_s)} reference"] if config.mode.uses_reference else []
+        counts += (
+            [f"{positions.audio_latents(config.data.reference_s)} reference"] if config.mode.uses_reference else []
+        )
         parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
     return "; ".join(parts)
 
@@ -67,7 +67,8 @@ def _tokens(config: Config) -> str:
 def _memory(transformer: Transformer, trained: int, config: Config) -> str:
     frozen = sum(t.numel() * t.element_size() for t in transformer.parameters() if not t.requires_grad)
     moments = 2 if config.optim.name == "adamw8bit" else 8
-    return f"weights {frozen / 2**30:.2f} GiB frozen + {trained * (4 + 4 + moments) / 2**30:.2f} GiB trained (with gradients and moments)"
+    state = trained * (4 + 4 + moments) / 2**30
+    return f"{frozen / 2**30:.2f} GiB frozen weights + {state:.2f} GiB trained weights, gradients and moments"
 
 
 def _short(count: int) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError, Mode, Role
-from ltx_train.data.order import Address
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
+from ltx_train.data.order import Address
 from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader
 from ltx_train.diffusion import positions
 

@@ -43,6 +43,8 @@ def _stack(samples: Sequence[Sample], name: str) -> Tensor | None:
     if not present:
         return None
     if len(present) != len(parts) or len({p.shape for p in present}) != 1:
-        described = ", ".join(f"{s.key}: {'none' if p is None else list(p.shape)}" for s, p in zip(samples, parts))
+        described = ", ".join(
+            f"{s.key}: {'none' if p is None else list(p.shape)}" for s, p in zip(samples, parts, strict=True)
+        )
         raise DataError(f"the {name} of a batch do not stack ({described}); set optim.batch_size=1 or fix the clips")
     return torch.stack(present)

@@ -93,11 +93,16 @@ def load(root: str | Path) -> Index:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("schema") != SCHEMA:
             raise DataError(f"{path} was written by another release: run `ltx-train prepare` again")
-        raw["records"] = tuple(Record(**{**r, "tensors": Member(**r["tensors"])}) for r in raw["records"])
+        raw["records"] = tuple(_record(r) for r in raw["records"])
         raw["shards"] = tuple(Shard(**s) for s in raw["shards"])
         return Index(**raw)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}): run `ltx-train prepare` again") from error
+
+
+def _record(raw: dict[str, Any]) -> Record:
+    member = Member(**raw.pop("tensors"))
+    return Record(**raw, tensors=member)
 
 
 def stale_reasons(index: Index, settings: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:

@@ -51,4 +51,4 @@ def training_order(index: Index, global_batch: int, seed: int) -> Order:
         buckets.setdefault(record.bucket, []).append(record.key)
     if not buckets:
         raise DataError("the training split is empty: lower data.heldout_speakers or add clips, then prepare again")
-    return Order({k: v for k, v in buckets.items()}, global_batch, seed)
+    return Order(buckets, global_batch, seed)

@@ -6,7 +6,7 @@ therefore stores one integer, and any number of ranks sees the same samples per 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Order:
     """Every epoch is a new permutation, cut into batches of one bucket; a bucket's last batch is
     filled up from its own beginning, so each sample is used at least once per epoch."""
 
-    def __init__(self, buckets: dict[str, Sequence[str]], global_batch: int, seed: int) -> None:
+    def __init__(self, buckets: Mapping[str, Sequence[str]], global_batch: int, seed: int) -> None:
         self._buckets = {name: sorted(keys) for name, keys in sorted(buckets.items()) if keys}
         self._batch, self._seed = global_batch, seed
         self.batches_per_epoch = sum(-(-len(keys) // global_batch) for keys in self._buckets.values())

@@ -39,9 +39,7 @@ class ModelInputs:
     audio_velocity: Velocity | None
 
 
-def draw(
-    batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *, sigma: float | None = None
-) -> Draws:
+def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *, sigma: float | None = None) -> Draws:
     """Keyed random numbers for a batch; a given `sigma` replaces the drawn levels (held-out evaluation)."""
     video_tokens, audio_tokens = _token_counts(batch)
     shared_tokens = video_tokens if mode.video is Role.generate else audio_tokens
@@ -98,9 +96,7 @@ def _audio(batch: Batch, mode: Mode, draws: Draws) -> tuple[Modality, Velocity |
     clean = _audio_tokens(batch.audio_latent)
     bounds = positions.audio(clean.shape[1]).expand(clean.shape[0], -1, -1, -1).to(clean.device)
     noised = torch.ones(clean.shape[:2], device=clean.device)
-    modality, velocity = _noise_tokens(
-        clean, noised, draws.audio_sigma, draws.audio_noise, bounds, batch.audio_context
-    )
+    modality, velocity = _noise_tokens(clean, noised, draws.audio_sigma, draws.audio_noise, bounds, batch.audio_context)
     reference = mode.condition(ConditionKind.reference)
     if reference is not None and batch.reference_audio is not None:
         modality = _with_reference(modality, _audio_tokens(batch.reference_audio), reference.position, reference.gap_s)

@@ -16,9 +16,7 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * weights).mean(dim=-1) / weights.mean(dim=-1).clamp_min(1e-8)
 
 
-def weighted_total(
-    video: Tensor | None, audio: Tensor | None, video_weight: float, audio_weight: float
-) -> Tensor:
+def weighted_total(video: Tensor | None, audio: Tensor | None, video_weight: float, audio_weight: float) -> Tensor:
     """Scalar loss: weighted sum of the modalities, mean over the batch."""
     parts = [weight * loss for weight, loss in ((video_weight, video), (audio_weight, audio)) if loss is not None]
     if not parts:

@@ -6,7 +6,8 @@ noise: correct and wrong reference, adapter on and off, this checkpoint and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         values |= {"val/reference_gap": gap.mean, "val/reference_gap_ci95": gap.half}
     if any(row.arm == BASE for row in rows):
         values["val/adapter_gain"] = paired(rows, CORRECT, BASE).mean
-    return {name: value for name, value in values.items() if value == value}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> Interval:
@@ -112,9 +113,7 @@ def _rows(
                     yield from _losses(transformer, to_device(batch, device), arm, settings)
 
 
-def _arms(
-    reader: Reader, addresses: list[Address], settings: Settings, with_base: bool
-) -> Iterator[tuple[str, Batch]]:
+def _arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[tuple[str, Batch]]:
     correct = collate([reader.sample(a) for a in addresses])
     yield CORRECT, correct
     if with_base:
@@ -140,7 +139,7 @@ def _losses(transformer: Transformer, batch: Batch, arm: str, settings: Settings
 
 
 @contextmanager
-def _evaluation_mode(transformer: Transformer) -> Iterator[None]:
+def _evaluation_mode(transformer: Transformer) -> Generator[None]:
     training = transformer.training
     state = torch.get_rng_state()
     transformer.eval()

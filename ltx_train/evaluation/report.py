@@ -60,15 +60,28 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
     if any(row.arm == BASE for row in rows):
         gain = paired(rows, CORRECT, BASE)
-        lines.append(_sentence("Adapter on minus off", gain, "the adapter lowers the held-out loss", "it raises the held-out loss"))
+        lines.append(
+            _sentence(
+                "Adapter on minus off", gain, "the adapter lowers the held-out loss", "it raises the held-out loss"
+            )
+        )
     if any(row.arm == WRONG for row in rows):
         gap = paired(rows, CORRECT, WRONG)
-        lines.append(_sentence("Reference gap (correct minus wrong)", gap, "the model uses the reference", "the wrong reference serves better"))
+        lines.append(
+            _sentence(
+                "Reference gap (correct minus wrong)",
+                gap,
+                "the model uses the reference",
+                "the wrong reference serves better",
+            )
+        )
         lines.append(
             "A gap near zero does not prove that the reference is ignored: where the noised target still shows the "
             "identity, nothing is left for the reference to tell. Generation with the reference swapped decides then."
         )
-    return lines or ["Held-out loss was measured; this mode has neither an adapter to switch off nor a reference to swap."]
+    return lines or [
+        "Held-out loss was measured; this mode has neither an adapter to switch off nor a reference to swap."
+    ]
 
 
 def _sentence(name: str, value: Interval, good: str, bad: str) -> str:
@@ -98,7 +111,11 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> str:
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, marker="." if name.startswith("val") else "")
         _dress(axis, "step", "")
-    gaps = [(r["step"], r["val/reference_gap"], r["val/reference_gap_ci95"]) for r in metrics if "val/reference_gap_ci95" in r]
+    gaps = [
+        (r["step"], r["val/reference_gap"], r["val/reference_gap_ci95"])
+        for r in metrics
+        if "val/reference_gap_ci95" in r
+    ]
     if gaps:
         steps, means, halves = zip(*gaps, strict=True)
         low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
@@ -126,7 +143,9 @@ def _gap(rows: Sequence[Row]) -> str:
     sigmas = sorted({row.sigma for row in rows})
     points = [paired([r for r in rows if r.sigma == s], CORRECT, WRONG) for s in sigmas]
     halves = [0 if math.isnan(p.half) else p.half for p in points]
-    axis.errorbar(sigmas, [p.mean for p in points], halves, color=_INK[CORRECT], capsize=3, marker="o", label="gap, 95 %")
+    axis.errorbar(
+        sigmas, [p.mean for p in points], halves, color=_INK[CORRECT], capsize=3, marker="o", label="gap, 95 %"
+    )
     axis.axhline(0, color="black", lw=0.7)
     _dress(axis, "noise level", "loss(correct) - loss(wrong)")
     return f"<h2>Reference gap by noise level</h2>{_picture(figure, 'reference gap by noise level')}"
@@ -172,7 +191,7 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; }}
 img {{ max-width: 100%; }} .verdict {{ background: #f3f6f7; padding: 0.5rem 0.8rem; border-left: 4px solid #1f6f8b; }}
 </style></head><body><h1>{title}</h1>
 {body}

@@ -7,9 +7,10 @@ must not know files or optimizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -54,7 +55,10 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
     """Adds trainable float32 LoRA weights in place: A from a keyed Kaiming draw, B zero, so the output is unchanged."""
     modules = matched_modules(model, lora.targets)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules  # pyright: ignore[reportArgumentType]
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=modules,
     )
     inject_adapter_in_model(config, model, adapter_name=_NAME)
     for name, parameter in lora_parameters(model).items():
@@ -97,7 +101,7 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> Generator[None]:
     """The base model alone, within the context."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:
@@ -121,9 +125,10 @@ def norm_ratio(model: nn.Module) -> float:
     |B A|^2 = sum((A A^T) * (B^T B)) needs only rank x rank matrices.
     """
     delta = base = 0.0
-    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
         a, b = layer.lora_A[_NAME].weight.float(), layer.lora_B[_NAME].weight.float()
-        delta += float(((a @ a.T) * (b.T @ b)).sum()) * layer.scaling[_NAME] ** 2
+        delta += float(((a @ a.T) * (b.T @ b)).sum().detach()) * layer.scaling[_NAME] ** 2
         base += float(layer.get_base_layer().weight.detach().float().square().sum())
     return math.sqrt(max(delta, 0.0) / base) if base else 0.0
 

@@ -6,9 +6,11 @@ memory at 12k tokens) would not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, apply_split_rotary_emb
+from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
@@ -28,7 +30,7 @@ def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | 
 
 
 def attend(
-    module: LTX2Attention,
+    module: Any,
     hidden: Tensor,
     context: Tensor | None = None,
     *,
@@ -37,7 +39,8 @@ def attend(
     key_rotary: Rotary | None = None,
     values_only: bool = False,
 ) -> Tensor:
-    """Attention of hidden (B, Tq, D) over context (B, Tk, Dc), or over itself when context is None.
+    """Attention through the projections of an `LTX2Attention`, of hidden (B, Tq, D)
+    over context (B, Tk, Dc), or over itself when context is None.
 
     values_only replaces the attention by its value projection (spatio-temporal guidance).
     """
@@ -51,7 +54,7 @@ def attend(
 
 
 def _weighted(
-    module: LTX2Attention,
+    module: Any,
     hidden: Tensor,
     keys_from: Tensor,
     value: Tensor,
@@ -68,5 +71,5 @@ def _weighted(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
-def _heads(module: LTX2Attention, x: Tensor) -> Tensor:
+def _heads(module: Any, x: Tensor) -> Tensor:
     return x.unflatten(-1, (module.heads, -1))

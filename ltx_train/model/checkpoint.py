@@ -63,11 +63,13 @@ class CheckpointFile:
         try:
             with safe_open(path, "pt") as handle:
                 metadata = handle.metadata() or {}
-                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
         if "config" not in metadata:
-            raise DataError(f"{path} has no `config` in its metadata: it is not an original LTX-2 single-file checkpoint")
+            raise DataError(
+                f"{path} has no `config` in its metadata: it is not an original LTX-2 single-file checkpoint"
+            )
         return cls(path, json.loads(metadata["config"]), shapes)
 
     def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -182,11 +184,15 @@ def _match(
             missing.append(wanted[name])
         elif found != tuple(tensor.shape):
             misshapen.append(f"{wanted[name]} is {list(found)}, the configuration says {list(tensor.shape)}")
-    available = {n for n in source.names(prefixes) if not n.startswith(excluded)} if excluded else source.names(prefixes)
+    available = (
+        {n for n in source.names(prefixes) if not n.startswith(excluded)} if excluded else source.names(prefixes)
+    )
     left_over = sorted(available - set(wanted.values()))
     problems = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
     if any(names for _, names in problems):
-        raise DataError("the checkpoint does not fit its own configuration:" + "".join(_listed(*p) for p in problems if p[1]))
+        raise DataError(
+            "the checkpoint does not fit its own configuration:" + "".join(_listed(*p) for p in problems if p[1])
+        )
 
 
 def _listed(title: str, names: list[str]) -> str:

@@ -1,14 +1,14 @@
 """Pixels and waveforms to normalized latents and back.
 
 Owns the normalization by the checkpoint's channel statistics, and the token layout of both
-modalities. Knows nothing of files, clips or training.
+modalities. Knows nothing of files, clips or training. `vae` and `vocoder` are what `loaders` opens
+(diffusers' classes, whose return types are unions that no type checker can narrow).
 """
 
 from __future__ import annotations
 
-import torch
-from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
-from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from typing import Any
+
 from torch import Tensor
 
 from ltx_train.model import mel
@@ -17,7 +17,7 @@ VOCODER_RATE = 48000
 LATENT_MEL_BINS = 16
 
 
-def encode_video(vae: AutoencoderKLLTX2Video, pixels: Tensor) -> Tensor:
+def encode_video(vae: Any, pixels: Tensor) -> Tensor:
     """(B, 3, F, H, W) RGB in [-1, 1] -> (B, C, 1 + (F - 1) // 8, H / 32, W / 32), the posterior's mean, normalized.
 
     Frames behind the last 8k + 1 are dropped.
@@ -27,33 +27,36 @@ def encode_video(vae: AutoencoderKLLTX2Video, pixels: Tensor) -> Tensor:
     return (raw - _video(vae.latents_mean, raw)) / _video(vae.latents_std, raw)
 
 
-def decode_video(vae: AutoencoderKLLTX2Video, latents: Tensor) -> Tensor:
+def decode_video(vae: Any, latents: Tensor) -> Tensor:
     """Normalized latents (B, C, F, H, W) -> pixels (B, 3, 8F - 7, 32H, 32W), not clamped."""
     latents = latents.to(vae.dtype)
     raw = latents * _video(vae.latents_std, latents) + _video(vae.latents_mean, latents)
     return vae.decode(raw).sample
 
 
-def encode_audio(vae: AutoencoderKLLTX2Audio, waveform: Tensor, rate: int) -> Tensor:
-    """(B, channels, samples) at `rate` Hz -> (B, c, T, 16) normalized, float32; T = ceil((1 + samples16k // 160) / 4)."""
+def encode_audio(vae: Any, waveform: Tensor, rate: int) -> Tensor:
+    """(B, channels, samples) at `rate` Hz -> (B, c, T, 16) normalized, float32.
+
+    T = ceil((1 + samples // 160) / 4), samples counted at 16 kHz.
+    """
     stereo = mel.resample(mel.to_stereo(waveform.float()), rate)
     return encode_log_mel(vae, mel.log_mel(stereo.to(vae.device)))
 
 
-def encode_log_mel(vae: AutoencoderKLLTX2Audio, log_mel: Tensor) -> Tensor:
+def encode_log_mel(vae: Any, log_mel: Tensor) -> Tensor:
     """(B, 2, frames, 64) -> (B, c, T, 16) normalized posterior mean."""
     raw = vae.encode(log_mel).latent_dist.mode()
     tokens = (audio_tokens(raw) - vae.latents_mean) / vae.latents_std
     return audio_grid(tokens, raw.shape[1])
 
 
-def decode_audio(vae: AutoencoderKLLTX2Audio, latents: Tensor) -> Tensor:
+def decode_audio(vae: Any, latents: Tensor) -> Tensor:
     """Normalized (B, c, T, 16) -> log-mel (B, 2, 4T - 3, 64)."""
     tokens = audio_tokens(latents.float()) * vae.latents_std + vae.latents_mean
     return vae.decode(audio_grid(tokens, latents.shape[1])).sample
 
 
-def decode_waveform(vae: AutoencoderKLLTX2Audio, vocoder: LTX2VocoderWithBWE, latents: Tensor) -> Tensor:
+def decode_waveform(vae: Any, vocoder: Any, latents: Tensor) -> Tensor:
     """Normalized (B, c, T, 16) -> waveform (B, 2, samples) at 48 kHz in [-1, 1]."""
     return vocoder(decode_audio(vae, latents))
 

@@ -51,14 +51,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by module name (`<module>.lora_A.weight`) and metadata. DataError for anything that is not a whole LoRA."""
+    """Tensors by module name (`<module>.lora_A.weight`) and metadata; DataError if it is not a whole LoRA."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no LoRA at {path}")
     try:
         with safe_open(path, "pt") as handle:
             metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file ({error}): it may be cut short") from error
     foreign = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]

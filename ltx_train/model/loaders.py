@@ -120,7 +120,10 @@ def expected_tensors(source: TensorSource) -> dict[str, tuple[int, ...]]:
             (AutoencoderKLLTX2Video(**spec.video_vae(source.config)), video_vae_original_name),
             (AutoencoderKLLTX2Audio(**spec.audio_vae(source.config)), audio_vae_original_name),
             (LTX2VocoderWithBWE(**spec.vocoder(source.config)), vocoder_original_name),
-            (LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source))), _connector_original_name),
+            (
+                LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source))),
+                _connector_original_name,
+            ),
         )
     return {name(k): tuple(v.shape) for module, name in components for k, v in module.state_dict().items()}
 

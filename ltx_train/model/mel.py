@@ -20,7 +20,7 @@ _SINC_ZEROS, _ROLLOFF = 6, 0.99
 
 
 def to_stereo(waveform: Tensor) -> Tensor:
-    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, more than two channels are averaged per side."""
+    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, more channels are averaged."""
     channels = waveform.shape[-2]
     if channels == 2:
         return waveform

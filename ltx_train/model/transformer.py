@@ -54,6 +54,7 @@ class Perturbation:
 
 
 UNPERTURBED = Perturbation()
+_NO_MODULATION: tuple[Tensor, ...] = tuple[Tensor, ...]()
 Pair = tuple[Tensor | None, Tensor | None]
 
 
@@ -70,7 +71,7 @@ class Block(LTX2VideoTransformerBlock):
         isolate: bool,
     ) -> Pair:
         """(B, Tv, Dv) and (B, Ta, Da) in and out; a modality whose stream is None stays None."""
-        v_mod = a_mod = ()
+        v_mod = a_mod = _NO_MODULATION
         if video is not None and video_stream is not None:
             v_mod = _modulation(self.scale_shift_table, video_stream.modulation, video_stream.level)
             video = self._own_and_text(video, video_stream, v_mod, "", skip_self_attention)
@@ -85,9 +86,7 @@ class Block(LTX2VideoTransformerBlock):
             audio = audio + self.audio_ff(_scaled(self.audio_norm3(audio), a_mod[3], a_mod[4])) * a_mod[5]
         return video, audio
 
-    def _own_and_text(
-        self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool
-    ) -> Tensor:
+    def _own_and_text(self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool) -> Tensor:
         layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
         own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
         own = attend(layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip)
@@ -101,8 +100,10 @@ class Block(LTX2VideoTransformerBlock):
     def _across(self, video: Tensor, audio: Tensor, v: Stream, a: Stream) -> tuple[Tensor, Tensor]:
         """Audio to video and video to audio, both from the state before either."""
         v_table, a_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
-        assert v.cross_modulation is not None and a.cross_modulation is not None
-        assert v.cross_gate is not None and a.cross_gate is not None
+        assert v.cross_modulation is not None
+        assert a.cross_modulation is not None
+        assert v.cross_gate is not None
+        assert a.cross_gate is not None
         v_mod = _modulation(v_table[:4], v.cross_modulation, v.level)
         a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
@@ -158,9 +159,7 @@ class Transformer(nn.Module):
         """The dtype of the layers outside the blocks, which no quantizer touches."""
         return self.patchify_proj.weight.dtype
 
-    def forward(
-        self, video: Modality | None, audio: Modality | None, perturbation: Perturbation = UNPERTURBED
-    ) -> Pair:
+    def forward(self, video: Modality | None, audio: Modality | None, perturbation: Perturbation = UNPERTURBED) -> Pair:
         if video is None and audio is None:
             raise ValueError("at least one modality is needed")
         v_stream = self._stream(video, audio, "")
@@ -255,7 +254,7 @@ def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:
     base_seconds = {"video": seconds, "audio": audio_seconds}.get(name, max(seconds, audio_seconds))
     audio_dim = config["audio_num_attention_heads"] * config["audio_attention_head_dim"]
     dim = {"video": width, "audio": audio_dim}.get(name, config["audio_cross_attention_dim"])
-    kind = name.split("_")[0]
+    kind = name.split("_", maxsplit=1)[0]
     return LTX2AudioVideoRotaryPosEmbed(
         dim=dim,
         base_num_frames=base_seconds,

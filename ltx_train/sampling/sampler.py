@@ -68,10 +68,11 @@ def _guided(
     """The guided prediction of the clean tokens."""
     skipped = Perturbation(skip_self_attention=frozenset(g.stg_blocks))
     isolated = Perturbation(isolate_modalities=True)
-    negative = [_with_context(video, start.negative_video), _with_context(audio, start.negative_audio)]
+    other_video = _with_context(video, start.negative_video)
+    other_audio = _with_context(audio, start.negative_audio)
     arms: list[Pair] = [
         _clean(transformer, video, audio, UNPERTURBED),
-        _clean(transformer, *negative, UNPERTURBED) if g.needs_negative else (None, None),
+        _clean(transformer, other_video, other_audio, UNPERTURBED) if g.needs_negative else (None, None),
         _clean(transformer, video, audio, skipped) if g.needs_perturbed else (None, None),
         _clean(transformer, video, audio, isolated) if g.needs_isolated and video and audio else (None, None),
     ]

@@ -54,7 +54,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _sync(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise DataError(f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({error})") from error
+        raise DataError(
+            f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({error})"
+        ) from error
     _prune(folder, keep)
     return final
 

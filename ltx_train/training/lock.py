@@ -31,7 +31,9 @@ class RunLock:
         os.write(self._handle, f"{socket.gethostname()} pid {os.getpid()}".encode())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._handle)
 
 

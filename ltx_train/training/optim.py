@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,4 +46,5 @@ def build_optimizer(
         import bitsandbytes
     except ImportError as error:
         raise UserError("optim.name=adamw8bit needs bitsandbytes: pip install 'ltx-train[gpu]'") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizers: Any = bitsandbytes.optim
+    return optimizers.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)

@@ -50,7 +50,13 @@ class ConsoleProgress:
     def __init__(self, total: int, first_step: int) -> None:
         self._bar = self._task = None
         if sys.stderr.isatty():
-            columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+            columns = (
+                TextColumn("fit"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("fit", total=total, completed=first_step, loss="")
             self._bar.start()
@@ -110,5 +116,10 @@ def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any
             name="/".join(folder.parts[-2:]), config=dict(config),
         )  # fmt: skip
     except (wandb.Error, OSError) as error:
-        print(f"ltx-train: W&B is not reachable ({error}); recording offline, `wandb sync {folder}/wandb`", file=sys.stderr)
-        return wandb.init(project=project, id=run_id, dir=folder, mode="offline", settings=settings, config=dict(config))
+        print(
+            f"ltx-train: W&B is not reachable ({error}); recording offline, `wandb sync {folder}/wandb`",
+            file=sys.stderr,
+        )
+        return wandb.init(
+            project=project, id=run_id, dir=folder, mode="offline", settings=settings, config=dict(config)
+        )

@@ -94,7 +94,9 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
                 raise DataError(f"{error} (data.on_bad_clip=skip sets such clips aside)") from error
             bad[clip.key] = str(error)
     if not records:
-        raise DataError(f"none of the {len(clips)} clips could be prepared; the first reason: {next(iter(bad.values()))}")
+        raise DataError(
+            f"none of the {len(clips)} clips could be prepared; the first reason: {next(iter(bad.values()))}"
+        )
     shards, placed = pack.write_shards(
         records, lambda r: (items / f"{r.item}.safetensors").read_bytes(), root / "shards", recipe.samples_per_shard
     )

@@ -82,7 +82,9 @@ class Encoders:
         waveform, rate = read_audio(path)
         window = None if waveform is None else loudest_window(waveform, rate, seconds)
         if window is None:
-            raise DataError(f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s")
+            raise DataError(
+                f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s"
+            )
         return self.sound(window, rate)
 
 
@@ -138,7 +140,7 @@ def rms_db(waveform: Tensor) -> float:
 
 
 def loudest_window(waveform: Tensor, rate: int, seconds: float) -> Tensor | None:
-    """The loudest `seconds` of (channels, samples), so that a reference is a voice and not a pause; None if too short."""
+    """The loudest `seconds` of (channels, samples): a voice, not a pause. None if the waveform is shorter."""
     length, step = round(seconds * rate), max(1, round(_WINDOW_STEP_S * rate))
     if waveform.shape[1] < length:
         return None
@@ -146,4 +148,3 @@ def loudest_window(waveform: Tensor, rate: int, seconds: float) -> Tensor | None
     starts = range(0, waveform.shape[1] - length + 1, step)
     best = max(starts, key=lambda s: float(energy[s + length - 1] - (energy[s - 1] if s else 0)))
     return waveform[:, best : best + length]
-

@@ -67,16 +67,16 @@ def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> 
         resampler = av.AudioResampler(format="fltp")
         chunks: list[NDArray[np.float32]] = []
         first: float | None = None
+        rate = stream.rate
         for frame in container.decode(stream):
             if first is None:
                 first = float(frame.time or 0.0)
-            chunks += [out.to_ndarray() for out in resampler.resample(frame)]
-            rate = frame.sample_rate
+            chunks += [np.asarray(out.to_ndarray(), np.float32) for out in resampler.resample(frame)]
             if seconds is not None and sum(c.shape[1] for c in chunks) / rate > start + seconds - first + 1:
                 break
     if not chunks or first is None:
         return None, 0
-    waveform = torch.from_numpy(np.concatenate(chunks, axis=1).astype(np.float32))
+    waveform = torch.from_numpy(np.concatenate(chunks, axis=1))
     return _aligned(waveform, rate, first - start, seconds), rate
 
 

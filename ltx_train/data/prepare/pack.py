@@ -35,7 +35,9 @@ def write_shards(
         by_split.setdefault(record.split, []).append(record)
     for split, members in sorted(by_split.items()):
         for number in range(0, len(members), per_shard):
-            shard, done = _write_shard(members[number : number + per_shard], read_item, folder, split, number // per_shard)
+            shard, done = _write_shard(
+                members[number : number + per_shard], read_item, folder, split, number // per_shard
+            )
             shards.append(shard)
             placed += done
     return shards, placed
