@@ -7,6 +7,7 @@ Imports a command only when it runs, so that help and `--cfg job` need no torch.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 
@@ -64,6 +65,8 @@ def _run(command: str, rest: list[str]) -> int:
         print(config.to_yaml(overrides, extra_dir), end="")
         return Exit.DONE
     settings = config.compose_config(overrides, extra_dir)
+    # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     entry: Callable[[config.Config], int] = importlib.import_module(f"ltx_train.commands.{command}").run
     return entry(settings)
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,30 +76,40 @@ def load(path: Path) -> Checkpoint:
             raise DataError(f"{path / name} is damaged: remove {path} to continue from the checkpoint before it")
     state = json.loads((path / _STATE).read_text())
     tensors = load_file(path / _OPTIMIZER)
-    moments: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = tensor
-    for index, values in state["optimizer"]["state"].items():
-        moments.setdefault(int(index), {}).update(values)
-    optimizer = {"state": moments, "param_groups": state["optimizer"]["param_groups"]}
+    optimizer = {"state": _nested(tensors, state["optimizer"]["state"]), "param_groups": state["optimizer"]["groups"]}
     return Checkpoint(state["step"], load_file(path / _WEIGHTS), optimizer, state["notes"])
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, folder / _WEIGHTS)
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in checkpoint.optimizer["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
-            else:
-                numbers.setdefault(str(index), {})[key] = value
+    flat = dict(_flat(checkpoint.optimizer["state"]))
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / _OPTIMIZER)
-    optimizer = {"state": numbers, "param_groups": checkpoint.optimizer["param_groups"]}
+    numbers = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
+    optimizer = {"state": numbers, "groups": checkpoint.optimizer["param_groups"]}
     state = {"step": checkpoint.step, "optimizer": optimizer, "notes": checkpoint.notes, "torch": torch.__version__}
     (folder / _STATE).write_text(json.dumps(state, indent=1))
+
+
+def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested optimizer state to `index/key/...` names; bitsandbytes nests one level deeper than torch."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(*flats: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Inverse of `_flat`; the first part is the parameter's number."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (pair for flat in flats for pair in flat.items()):
+        index, *path, leaf = name.split("/")
+        place = state.setdefault(int(index), {})
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return state
 
 
 def _write_manifest(folder: Path) -> None:

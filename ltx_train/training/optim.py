@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltx_train.contracts import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +41,7 @@ def build_optimizer(
     if name == "adamw":
         fused = parameters[0].is_cuda
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("optim.name=adamw8bit needs bitsandbytes: pip install 'ltx-train[gpu]'") from error
+    import bitsandbytes  # a second's import, for runs that use it
+
     optimizers: Any = bitsandbytes.optim
     return optimizers.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)

@@ -1,0 +1,60 @@
+"""Fixtures shared by all suites: goldens, a small prepared folder, and the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REPOSITORY = Path(__file__).parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden" / "data"
+TINY = GOLDEN / "ltx-2.3-tiny.safetensors"
+SPEAKERS = 5
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips of the first speakers of data/sample, as a data set of their own."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = json.loads((REPOSITORY / "data/sample/CAPTIONS.json").read_text())["captions"]
+    kept = [row for row in rows if int(row["speaker"][-2:]) < SPEAKERS]
+    for row in kept:
+        shutil.copy(REPOSITORY / "data/sample" / row["file"], folder)
+    (folder / "CAPTIONS.json").write_text(json.dumps({"captions": kept}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those clips prepared with the golden checkpoint, two identities held out. Read only."""
+    root = tmp_path_factory.mktemp("prepared") / "data"
+    assert command("prepare", *settings(root, clips)) == 0
+    return root
+
+
+def settings(root: Path, source: Path, *more: str) -> list[str]:
+    """The overrides that the prepared fixture was made with."""
+    return [
+        "experiment=audio_reference", f"model.path={TINY}", f"data.root={root}", f"data.source={source}",
+        "data.heldout_speakers=0.4", "logger=local", *more,
+    ]  # fmt: skip
+
+
+def command(*arguments: str) -> int:
+    """One command line, in this process."""
+    from ltx_train.__main__ import run
+
+    return run(list(arguments))
