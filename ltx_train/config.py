@@ -61,7 +61,11 @@ def config_dir() -> Path:
 
 def compose_config(overrides: list[str], extra_dir: str | None = None) -> Config:
     """The validated configuration of a list of Hydra overrides; `extra_dir` adds a user's own tree."""
-    config = OmegaConf.to_object(_composed(overrides, extra_dir))
+    composed = _composed(overrides, extra_dir)
+    unset = sorted(OmegaConf.missing_keys(composed))
+    if unset:
+        raise ConfigError(f"{' and '.join(unset)} must be set: add {unset[0]}=... to the command")
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     validate(config)
     return config

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ltx_train import config
+from ltx_train.contracts import DataError
+from ltx_train.model import adapter, export, load_transformer, loaders
+from ltx_train.model.checkpoint import RandomWeights
+from ltx_train.model.transformer import Transformer
+from tests.conftest import TINY
+from tests.golden.support import modality, read
+
+LORA = adapter.Lora(4, 8.0, 0.0, ("attn1.to_q", "audio_ff.net.2"))
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return load_transformer(TINY)
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("cross_modal", 1728), ("audio_only", 960), ("attention", 2304)])
+def test_tensor_counts_on_the_real_model(name: str, tensors: int) -> None:
+    real = loaders.build_transformer(RandomWeights("ltx2_3_22b"))
+    targets = config.compose_config([f"adapter={name}"]).adapter.targets
+    adapter.attach(real, adapter.Lora(32, 32, 0.0, tuple(targets)), 0)
+    assert len(adapter.lora_parameters(real)) == tensors
+
+
+def test_suffixes_match_at_a_dot(model: Transformer) -> None:
+    names = adapter.matched_modules(model, ["attn1.to_q"])
+    assert names == [f"transformer_blocks.{i}.attn1.to_q" for i in range(3)]
+
+
+def test_a_target_that_hits_nothing_is_named(model: Transformer) -> None:
+    with pytest.raises(adapter.AdapterError, match=r"attn9\.to_q"):
+        adapter.matched_modules(model, ["attn1.to_q", "attn9.to_q"])
+
+
+def test_a_new_adapter_changes_nothing_and_is_keyed(model: Transformer) -> None:
+    case = read("transformer_a_t2v")
+    with torch.no_grad():
+        before = model(modality(case, "video"), modality(case, "audio"))[0]
+        adapter.attach(model, LORA, seed=3)
+        after = model(modality(case, "video"), modality(case, "audio"))[0]
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    twin = load_transformer(TINY)
+    adapter.attach(twin, LORA, seed=3)
+    pairs = zip(adapter.lora_parameters(model).values(), adapter.lora_parameters(twin).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_adapter_weights_are_float32_on_a_bfloat16_base() -> None:
+    half = load_transformer(TINY, dtype=torch.bfloat16)
+    adapter.attach(half, LORA, 0)
+    assert {p.dtype for p in adapter.lora_parameters(half).values()} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def _trained(model: Transformer) -> dict[str, torch.Tensor]:
+    adapter.attach(model, LORA, 0)
+    with torch.no_grad():
+        for parameter in adapter.lora_parameters(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return {name: p.detach() for name, p in adapter.lora_parameters(model).items()}
+
+
+def test_alpha_is_folded_so_that_any_loader_keeps_the_strength(model: Transformer) -> None:
+    """alpha / rank = 2: merging the file at strength 1 gives the trainer's own output."""
+    case = read("transformer_c_audio_ref_negative")
+    weights = _trained(model)
+    exported = export.lora_tensors(weights, 4, 8.0, torch.float32)
+    plain = load_transformer(TINY)
+    export.merge(plain, {k.removeprefix(export.LORA_PREFIX): v for k, v in exported.items()})
+    with torch.no_grad():
+        pairs = zip(
+            model.eval()(modality(case, "video"), modality(case, "audio")),
+            plain(modality(case, "video"), modality(case, "audio")),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            assert ours is not None
+            assert theirs is not None
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_diffusers_reads_the_exported_names(model: Transformer) -> None:
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers as convert
+
+    exported = export.lora_tensors(_trained(model), 4, 8.0, torch.bfloat16)
+    assert all(k.startswith("diffusion_model.transformer_blocks.") for k in exported)
+    converted = convert(dict(exported))
+    assert set(converted) == {k.replace("diffusion_model.", "transformer.") for k in exported}
+
+
+def test_disabled_and_norm_ratio(model: Transformer) -> None:
+    case = read("transformer_a_t2v")
+    base = load_transformer(TINY)
+    _trained(model)
+    with torch.no_grad(), adapter.disabled(model):
+        off = model(modality(case, "video"), modality(case, "audio"))[1]
+        plain = base(modality(case, "video"), modality(case, "audio"))[1]
+    assert off is not None
+    assert plain is not None
+    assert torch.equal(off, plain)
+    layer = model.get_submodule("transformer_blocks.0.attn1.to_q")
+    by_hand = [
+        m.scaling["default"] * m.lora_B["default"].weight @ m.lora_A["default"].weight  # type: ignore[index, union-attr]
+        for n, m in model.named_modules()
+        if n.endswith(("attn1.to_q", "audio_ff.net.2")) and hasattr(m, "lora_A")
+    ]
+    assert hasattr(layer, "lora_A")
+    assert len(by_hand) == 6
+    moved = float(torch.cat([d.flatten() for d in by_hand]).norm().detach())
+    weights = [base.get_submodule(f"transformer_blocks.{i}.{n}").weight for i in range(3) for n in LORA.targets]
+    assert adapter.norm_ratio(model) == pytest.approx(moved / float(torch.cat([w.flatten() for w in weights]).norm()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop(next(k for k in t if ".lora_B." in k)), "its other half is missing"),
+        (lambda t: t.update({"diffusion_model.transformer_blocks.9.attn1.to_q.lora_A.weight": torch.zeros(4, 64)}), "no such module"),
+        (lambda t: t.update({next(iter(t)): torch.zeros(4, 63)}), "the base needs"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_does_not_bind_is_explained(model: Transformer, spoil: object, message: str) -> None:
+    tensors = export.lora_tensors(_trained(load_transformer(TINY)), 4, 8.0, torch.float32)
+    spoil(tensors)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message):
+        export.bind(model, {k.removeprefix(export.LORA_PREFIX): v for k, v in tensors.items()})
+
+
+def test_files_that_are_no_whole_lora(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    good = {"diffusion_model.a.lora_A.weight": torch.zeros(2, 2), "diffusion_model.a.lora_B.weight": torch.zeros(2, 2)}
+    save_file(good, path)
+    whole = path.read_bytes()
+    for content, message in ((whole[:-4], "not a readable"), (b"", "not a readable")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            export.read_lora(path)
+    save_file({"a.weight": torch.zeros(1)}, path)
+    with pytest.raises(DataError, match="is not a LoRA"):
+        export.read_lora(path)
+    good["diffusion_model.a.lora_B.weight"] = torch.full((2, 2), float("nan"))
+    save_file(good, path)
+    with pytest.raises(DataError, match="not finite"):
+        export.read_lora(path)
+    with pytest.raises(DataError, match="not finite"):
+        export.write(tmp_path / "y.safetensors", good, {})
+    assert not (tmp_path / "y.safetensors").exists()

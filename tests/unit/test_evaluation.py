@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_train.contracts import Condition, ConditionKind, Mode
+from ltx_train.data import index
+from ltx_train.evaluation import heldout, report
+from ltx_train.evaluation.heldout import BASE, CORRECT, WRONG, Row
+from ltx_train.evaluation.statistics import by_identity
+from ltx_train.model import adapter, load_transformer
+from tests.conftest import TINY
+
+
+def test_student_interval_by_hand() -> None:
+    """Means 1 and 3: standard error 1, t(0.975, 1 degree) = 12.706."""
+    found = by_identity({"a": [0.0, 2.0], "b": [3.0]})
+    assert found.mean == 2
+    assert found.half == pytest.approx(12.706, abs=1e-3)
+    assert not found.excludes_zero
+    assert math.isnan(by_identity({"a": [1.0]}).half)
+    assert not by_identity({"a": [1.0]}).excludes_zero
+    assert by_identity({}).identities == 0
+
+
+def test_clips_of_one_identity_do_not_narrow_the_interval() -> None:
+    few, many = by_identity({"a": [1.0], "b": [2.0]}), by_identity({"a": [1.0] * 50, "b": [2.0] * 50})
+    assert few == many
+
+
+def row(key: str, arm: str, loss: float, sigma: float = 0.5) -> Row:
+    return Row(key, key[0], sigma, arm, loss, loss, math.nan)
+
+
+def test_pairs_share_sample_and_noise_level() -> None:
+    rows = [row("a1", CORRECT, 1.0), row("a1", WRONG, 1.5), row("a1", WRONG, 2.5), row("b1", CORRECT, 2.0), row("b1", WRONG, 4.0)]  # fmt: skip
+    gap = heldout.paired(rows, CORRECT, WRONG)
+    assert gap.mean == pytest.approx(-1.5)
+    assert gap.identities == 2
+    assert "val/loss_audio" not in heldout.summary(rows)
+
+
+SETTINGS = heldout.Settings(
+    Mode(conditions=[Condition(ConditionKind.reference)]), (0.3, 0.9), 5, 2, 0, 2, 1.0, 1.0
+)  # fmt: skip
+
+
+def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
+    model = load_transformer(TINY)
+    adapter.attach(model, adapter.Lora(2, 2, 0.5, ("attn1.to_q",)), 0)
+    model.train()
+    state = torch.get_rng_state()
+    data = index.load(prepared)
+    first = heldout.measure(model, str(prepared), data, SETTINGS, torch.device("cpu"), with_base=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    torch.manual_seed(99)
+    assert heldout.measure(model, str(prepared), data, SETTINGS, torch.device("cpu"), with_base=True) == first
+    clips, sigmas = len(data.split("heldout")), 2
+    assert len(first) == clips * sigmas * (1 + 1 + 2)
+
+
+def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
+    model = load_transformer(TINY)
+    adapter.attach(model, adapter.Lora(2, 2, 0.0, ("attn1.to_q",)), 0)
+    rows = heldout.measure(
+        model, str(prepared), index.load(prepared), SETTINGS, torch.device("cpu"), with_base=True
+    )  # fmt: skip
+    assert heldout.paired(rows, CORRECT, BASE).mean == 0
+    assert heldout.paired(rows, CORRECT, WRONG).mean != 0
+
+
+def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:
+    from dataclasses import replace
+
+    model, data = load_transformer(TINY), index.load(prepared)
+    first, second = (
+        heldout.measure(model, str(prepared), data, replace(SETTINGS, batch_size=n), torch.device("cpu"), with_base=False)
+        for n in (1, 3)
+    )
+    by_place = {(r.key, r.sigma, r.arm): r.loss for r in second if r.arm != WRONG}
+    for r in first:
+        if r.arm != WRONG:
+            assert by_place[r.key, r.sigma, r.arm] == pytest.approx(r.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong", "sentence"),
+    [
+        ((1.0, 1.1), (2.0, 2.1), "excludes zero: the model uses the reference"),
+        ((2.0, 2.1), (1.0, 1.1), "excludes zero: the wrong reference serves better"),
+        ((1.0, 2.0), (2.0, 1.0), "contains zero: no effect is shown"),
+    ],
+)
+def test_verdicts(correct: tuple[float, float], wrong: tuple[float, float], sentence: str) -> None:
+    rows = [row(k, CORRECT, v) for k, v in zip("ab", correct, strict=True)]
+    rows += [row(k, WRONG, v + 1e-9 * i) for i, (k, v) in enumerate(zip("ab", wrong, strict=True))]
+    assert sentence in " ".join(report.verdict(rows))
+    assert "nothing about new identities" in report.verdict([])[0]
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    rows = [row(k, arm, v) for k, arm, v in (("a", CORRECT, 1.0), ("a", WRONG, 2.0), ("b", CORRECT, 1.0), ("b", WRONG, 2.2))]
+    metrics = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/reference_gap": -1.0, "val/reference_gap_ci95": 0.1}]
+    report.write(tmp_path / "r.html", report.Report("a <title>", {"k": "<v>"}, metrics, rows))
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "a &lt;title&gt;" in page
+    assert "&lt;v&gt;" in page
+    assert "http" not in page.replace('charset="utf-8"', "")

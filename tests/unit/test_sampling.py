@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from ltx_train.contracts import Condition, ConditionKind, Mode, Role
+from ltx_train.data.prepare.media import read_audio
+from ltx_train.diffusion import conditions, sigma
+from ltx_train.model import load_transformer
+from ltx_train.sampling import sampler
+from ltx_train.sampling.guidance import Guidance, combine
+from tests.conftest import REPOSITORY, TINY, command
+from tests.unit.test_conditions import batch
+
+CLIP = REPOSITORY / "data/sample/speaker01_0.mp4"
+
+
+def start(mode: Mode, reference: bool = False) -> tuple[sampler.Start, conditions.ModelInputs]:
+    data = batch(1, reference=reference)
+    data = replace(data, video_context=torch.randn(1, 8, 64), audio_context=torch.randn(1, 8, 32))
+    made = conditions.assemble(data, mode, conditions.draw(data, mode, sigma.SigmaDistribution(), 0, sigma=1.0))
+    return sampler.Start(made.video, made.audio), made
+
+
+def test_given_tokens_come_out_as_they_went_in() -> None:
+    mode = Mode(conditions=[Condition(ConditionKind.first_frame), Condition(ConditionKind.reference)])
+    begin, made = start(mode, reference=True)
+    video, audio = sampler.sample(load_transformer(TINY), begin, sigma.inference_schedule(3), Guidance())
+    assert made.video is not None
+    assert made.audio is not None
+    assert video is not None
+    assert audio is not None
+    assert torch.equal(video[:, :4], made.video.latent[:, :4])
+    assert not torch.equal(video[:, 4:], made.video.latent[:, 4:])
+    assert torch.equal(audio[:, 9:], made.audio.latent[:, 9:])
+
+
+def test_frozen_audio_stays_and_is_seen() -> None:
+    begin, made = start(Mode(audio=Role.freeze))
+    model, schedule = load_transformer(TINY), sigma.inference_schedule(2)
+    video, audio = sampler.sample(model, begin, schedule, Guidance())
+    assert made.audio is not None
+    assert audio is not None
+    assert torch.equal(audio, made.audio.latent)
+    other = replace(begin, audio=replace(made.audio, latent=made.audio.latent + 1))
+    changed, _ = sampler.sample(model, other, schedule, Guidance())
+    assert video is not None
+    assert changed is not None
+    assert not torch.equal(video, changed)
+
+
+def test_a_model_that_knows_the_answer_is_followed_to_it() -> None:
+    """With the true velocity at every level the loop ends in the clean sample."""
+    begin, made = start(Mode())
+    assert made.video is not None
+    assert made.audio is not None
+    goal = (torch.randn_like(made.video.latent), torch.randn_like(made.audio.latent))
+
+    def oracle(video, audio, what):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        return tuple((m.latent - g) / m.timesteps[..., None] for m, g in zip((video, audio), goal, strict=True))
+
+    found = sampler.sample(oracle, begin, sigma.inference_schedule(5), Guidance())  # type: ignore[arg-type]
+    for clean, wanted in zip(found, goal, strict=True):
+        assert clean is not None
+        torch.testing.assert_close(clean, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_by_hand() -> None:
+    one, zero = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
+    combined = combine(one, zero, zero, 0.5 * one, cfg=3.0, stg=1.0, modality=2.0, rescale=0.0)
+    assert float(combined[0, 0, 0]) == 1 + 2 * 1 + 1 * 1 + 1 * 0.5
+    assert combine(one, None, None, None, cfg=3.0, stg=1.0, modality=2.0, rescale=0.7) is one
+
+
+def test_guidance_runs_its_arms_and_changes_the_result() -> None:
+    begin, _ = start(Mode())
+    model, schedule = load_transformer(TINY), sigma.inference_schedule(2)
+    plain = sampler.sample(model, begin, schedule, Guidance())[0]
+    full = Guidance(3.0, 7.0, 3.0, 1.0, (1,), 0.7)
+    negative = replace(begin, negative_video=torch.randn(1, 8, 64), negative_audio=torch.randn(1, 8, 32))
+    guided = sampler.sample(model, negative, schedule, full)[0]
+    assert plain is not None
+    assert guided is not None
+    assert bool(torch.isfinite(guided).all())
+    assert not torch.equal(plain, guided)
+
+
+BASE = ("experiment=audio_reference", f"model.path={TINY}", "memory=none", "sample.steps=2")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("text", ("mode=t2av", "sample.prompt=a face")),
+        ("first_frame", ("mode=av_i2v", f"sample.image={CLIP}")),
+        ("reference", (f"sample.reference_audio={CLIP}",)),
+        ("a2v", ("mode=a2v", f"sample.audio={CLIP}", "sample.video_cfg=3", "sample.modality_scale=3")),
+    ],
+)
+def test_every_kind_of_sample_is_a_film_with_sound(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / f"{name}.mp4"
+    assert command("sample", *BASE, *overrides, f"sample.out={out}") == 0
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == 25
+        assert sum(1 for _ in container.decode(video=0)) == 33
+    waveform, rate = read_audio(out)
+    assert waveform is not None
+    assert rate == 48000
+    assert waveform.shape[1] / rate == pytest.approx(33 / 25, abs=0.1)
+    if name == "a2v":
+        original, _ = read_audio(CLIP, 0.0, 33 / 25)
+        assert original is not None
+        count = min(original.shape[1], waveform.shape[1])
+        pair = torch.stack([original[0, :count], waveform[0, :count]])
+        assert float(torch.corrcoef(pair)[0, 1]) > 0.95
+
+
+def test_requests_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("sample", *BASE, "mode=a2v") == 77
+    assert "sample.audio=FILE" in capsys.readouterr().err
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    assert command("sample", *BASE, f"sample.image={tmp_path / 'x.png'}") == 78
+    assert command("sample", *BASE, "data.reference_s=9", f"sample.reference_audio={CLIP}") == 78
+    assert "less than 9 s of sound" in capsys.readouterr().err
+

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_train.contracts import DataError, StepResult, UserError
+from ltx_train.training import checkpointing, tracking
+from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.lock import RunLock
+from ltx_train.training.monitor import Monitor
+from ltx_train.training.optim import Schedule, build_optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("constant", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.55, 0.1]), ("cosine", [1.0, 0.55, 0.1])],
+)
+def test_schedules(kind: str, expected: list[float]) -> None:
+    schedule = Schedule(kind, 1.0, 0.1, 10, 110)
+    assert [schedule.at(step) for step in (10, 60, 110)] == pytest.approx(expected)
+    assert [schedule.at(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule.at(10_000) == pytest.approx(expected[-1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """The next step after loading is bit for bit the next step without."""
+
+    def steps(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for number in range(count):
+            parameter.grad = torch.sin(parameter.detach() + number)
+            optimizer.step()
+
+    first = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
+    optimizer = build_optimizer(name, [first], 0.1, (0.9, 0.999), 0.01)
+    steps(first, optimizer, 3)
+    checkpointing.save(tmp_path, Checkpoint(3, {"w": first.detach().clone()}, optimizer.state_dict(), {"a": [1]}), 1)
+    loaded = checkpointing.load(checkpointing.committed(tmp_path)[-1])
+    second = torch.nn.Parameter(loaded.weights["w"])
+    again = build_optimizer(name, [second], 0.1, (0.9, 0.999), 0.01)
+    again.load_state_dict(dict(loaded.optimizer))
+    steps(first, optimizer, 2)
+    steps(second, again, 2)
+    assert torch.equal(first, second)
+    assert loaded.notes == {"a": [1]}
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"w": torch.ones(2)}, {"state": {}, "param_groups": []}, {})
+
+
+def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
+    """Half-written folders are neither loaded nor counted, and are cleared away by the next save."""
+    for step in (1, 2, 3):
+        checkpointing.save(tmp_path, checkpoint(step), keep=2)
+    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000003"]
+    (tmp_path / "step-000009.tmp-dead").mkdir()
+    (tmp_path / "step-000008").mkdir()
+    (tmp_path / "step-000003" / "weights.safetensors").write_bytes(b"short")
+    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002"]
+    checkpointing.save(tmp_path, checkpoint(4), keep=2)
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000004"]
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = checkpointing.save(tmp_path, checkpoint(1), keep=1)
+    data = bytearray((path / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match="is damaged"):
+        checkpointing.load(path)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpointing.save(tmp_path, checkpoint(1), keep=1)
+    checkpointing.save(tmp_path, Checkpoint(1, {"w": torch.zeros(2)}, {"state": {}, "param_groups": []}, {}), keep=1)
+    assert float(checkpointing.load(tmp_path / "step-000001").weights["w"].sum()) == 0
+
+
+def test_rows_of_steps_to_be_done_again_are_dropped(tmp_path: Path) -> None:
+    metrics = tracking.Metrics(tmp_path, 0, "disabled", "p", {})
+    for step in (1, 2, 3):
+        metrics.write(step, {"x": float(step)})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "x"')
+    tracking.Metrics(tmp_path, 2, "disabled", "p", {}).close()
+    assert tracking.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]
+
+
+def result(sigma: list[float], video: list[float] | None, audio: list[float] | None) -> StepResult:
+    parts = [None if p is None else torch.tensor(p) for p in (video, audio)]
+    return StepResult(torch.zeros(()), parts[0], parts[1], torch.tensor(sigma))
+
+
+def test_the_monitor_averages_by_modality_and_noise_level() -> None:
+    monitor = Monitor(1.0, 0.5)
+    monitor.add(result([0.1, 0.9], [1.0, 3.0], [2.0, 4.0]))
+    monitor.step_done()
+    row = monitor.row()
+    assert row["train/loss"] == pytest.approx((2 + 5) / 2)
+    assert row["train/loss_video"] == 2
+    assert row["train/loss_audio"] == 3
+    assert row["train/loss_sigma/0.00-0.25"] == pytest.approx(2)
+    assert row["train/loss_sigma/0.75-1.00"] == pytest.approx(5)
+    assert "train/loss_sigma/0.25-0.50" not in row
+
+
+def test_an_interrupted_interval_continues_exactly() -> None:
+    import json
+
+    whole, first, second = (Monitor(1.0, 1.0) for _ in range(3))
+    parts = [result([0.3], [math.pi], [1 / 3]), result([0.6], [math.e], [2 / 3])]
+    for part in parts:
+        whole.add(part)
+    first.add(parts[0])
+    second.restore(json.loads(json.dumps(first.state())))
+    second.add(parts[1])
+    keep = [k for k in whole.row() if k.startswith("train/")]
+    whole.add(parts[0])
+    whole.add(parts[1])
+    expected, found = whole.row(), second.row()
+    assert [expected[k] for k in keep] == [found[k] for k in keep]
+
+
+def test_two_jobs_cannot_share_a_run(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(UserError, match=r"in use by .* pid \d+"), RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
