@@ -8,6 +8,7 @@ syllables; the mouth opens with the loudness of the voice. Nothing is recorded f
 
 from __future__ import annotations
 
+import colorsys
 import json
 import sys
 from fractions import Fraction
@@ -18,7 +19,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-SPEAKERS, CLIPS = 24, 3
+SPEAKERS, CLIPS = 40, 2
 RATE, FPS, FRAMES, SIZE = 48000, 25, 36, 64
 SAMPLES = RATE * FRAMES // FPS
 Array = NDArray[np.float64]
@@ -69,7 +70,9 @@ def speech(voice: np.random.Generator, loudness: Array) -> Array:
 
 def frames(face: np.random.Generator, loudness: Array) -> list[NDArray[np.uint8]]:
     """FRAMES pictures (SIZE, SIZE, 3): a head with eyes, and a mouth as open as the sound is loud."""
-    background, skin, hair = face.uniform(20, 235, (3, 3))
+    background = np.full(3, 200.0)
+    skin = np.array([240.0, 190.0, 150.0]) * face.uniform(0.35, 1.0)
+    hair = 255 * np.array(colorsys.hsv_to_rgb(face.uniform(), 0.8, 0.7))
     width, height = face.uniform(0.5, 0.8), face.uniform(0.65, 0.95)
     eyes, mouth_width = face.uniform(0.16, 0.3), face.uniform(0.15, 0.35)
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
@@ -89,11 +92,11 @@ def frames(face: np.random.Generator, loudness: Array) -> list[NDArray[np.uint8]
 def write(path: Path, pictures: list[NDArray[np.uint8]], waveform: Array) -> None:
     """An mp4 with H.264 video and mono AAC sound."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        video: Any = container.add_stream("libx264", rate=FPS, options={"crf": "34", "preset": "slow"})
+        video: Any = container.add_stream("libx264", rate=FPS, options={"crf": "35", "preset": "slow"})
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
         audio: Any = container.add_stream("aac", rate=RATE, layout="mono")
-        audio.bit_rate = 32000
+        audio.bit_rate = 24000
         for picture in pictures:
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(video.encode())

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """kind: constant, linear or cosine from lr to final_lr over `steps`, after `warmup` linear steps from 0."""

@@ -89,7 +89,9 @@ FIRST, REFERENCE = Condition(ConditionKind.first_frame), Condition(ConditionKind
 def test_assembled_inputs(case: str, mode: Mode, references: int) -> None:
     """From clean latents, sigma and noise to the very tensors that went into the reference model."""
     tensors = read(f"transformer_{case}")
-    first = tensors["video.denoise_mask"][:, 0] == 0 if mode.condition(ConditionKind.first_frame) else torch.zeros(2) > 0
+    first = (
+        tensors["video.denoise_mask"][:, 0] == 0 if mode.condition(ConditionKind.first_frame) else torch.zeros(2) > 0
+    )
     draws = conditions.Draws(
         tensors["video.sigma"], tensors["audio.sigma"], tensors.get("video.noise"), tensors.get("audio.noise"), first
     )

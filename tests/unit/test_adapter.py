@@ -14,6 +14,7 @@ from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
 from tests.golden.support import modality, read
 
+BLOCK_9 = "transformer_blocks.9.attn1.to_q"
 LORA = adapter.Lora(4, 8.0, 0.0, ("attn1.to_q", "audio_ff.net.2"))
 
 
@@ -125,7 +126,7 @@ def test_disabled_and_norm_ratio(model: Transformer) -> None:
     ("spoil", "message"),
     [
         (lambda t: t.pop(next(k for k in t if ".lora_B." in k)), "its other half is missing"),
-        (lambda t: t.update({"diffusion_model.transformer_blocks.9.attn1.to_q.lora_A.weight": torch.zeros(4, 64)}), "no such module"),
+        (lambda t: t.update({f"diffusion_model.{BLOCK_9}.lora_A.weight": torch.zeros(4, 64)}), "no such module"),
         (lambda t: t.update({next(iter(t)): torch.zeros(4, 63)}), "the base needs"),
     ],
 )  # fmt: skip

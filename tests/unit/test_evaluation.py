@@ -36,7 +36,8 @@ def row(key: str, arm: str, loss: float, sigma: float = 0.5) -> Row:
 
 
 def test_pairs_share_sample_and_noise_level() -> None:
-    rows = [row("a1", CORRECT, 1.0), row("a1", WRONG, 1.5), row("a1", WRONG, 2.5), row("b1", CORRECT, 2.0), row("b1", WRONG, 4.0)]  # fmt: skip
+    rows = [row("a1", CORRECT, 1.0), row("a1", WRONG, 1.5), row("a1", WRONG, 2.5)]
+    rows += [row("b1", CORRECT, 2.0), row("b1", WRONG, 4.0)]
     gap = heldout.paired(rows, CORRECT, WRONG)
     assert gap.mean == pytest.approx(-1.5)
     assert gap.identities == 2
@@ -78,7 +79,9 @@ def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:
 
     model, data = load_transformer(TINY), index.load(prepared)
     first, second = (
-        heldout.measure(model, str(prepared), data, replace(SETTINGS, batch_size=n), torch.device("cpu"), with_base=False)
+        heldout.measure(
+            model, str(prepared), data, replace(SETTINGS, batch_size=n), torch.device("cpu"), with_base=False
+        )
         for n in (1, 3)
     )
     by_place = {(r.key, r.sigma, r.arm): r.loss for r in second if r.arm != WRONG}
@@ -103,8 +106,13 @@ def test_verdicts(correct: tuple[float, float], wrong: tuple[float, float], sent
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    rows = [row(k, arm, v) for k, arm, v in (("a", CORRECT, 1.0), ("a", WRONG, 2.0), ("b", CORRECT, 1.0), ("b", WRONG, 2.2))]
-    metrics = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/reference_gap": -1.0, "val/reference_gap_ci95": 0.1}]
+    rows = [
+        row(k, arm, v) for k, arm, v in (("a", CORRECT, 1.0), ("a", WRONG, 2.0), ("b", CORRECT, 1.0), ("b", WRONG, 2.2))
+    ]
+    metrics = [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "train/loss": 1.0, "val/reference_gap": -1.0, "val/reference_gap_ci95": 0.1},
+    ]
     report.write(tmp_path / "r.html", report.Report("a <title>", {"k": "<v>"}, metrics, rows))
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png;base64,") == 3

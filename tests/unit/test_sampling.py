@@ -60,7 +60,7 @@ def test_a_model_that_knows_the_answer_is_followed_to_it() -> None:
     assert made.audio is not None
     goal = (torch.randn_like(made.video.latent), torch.randn_like(made.audio.latent))
 
-    def oracle(video, audio, what):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def oracle(video, audio, what):  # type: ignore[no-untyped-def]
         return tuple((m.latent - g) / m.timesteps[..., None] for m, g in zip((video, audio), goal, strict=True))
 
     found = sampler.sample(oracle, begin, sigma.inference_schedule(5), Guidance())  # type: ignore[arg-type]
@@ -126,4 +126,3 @@ def test_requests_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert command("sample", *BASE, f"sample.image={tmp_path / 'x.png'}") == 78
     assert command("sample", *BASE, "data.reference_s=9", f"sample.reference_audio={CLIP}") == 78
     assert "less than 9 s of sound" in capsys.readouterr().err
-

@@ -1,0 +1,61 @@
+# Everything a newcomer or a machine runs; `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= runs/demo
+LTX := $(BIN)/ltx-train
+REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format unit golden faults docs wheel sample clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## a virtual environment with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny model
+	$(LTX) prepare experiment=audio_reference data.root=$(DEMO)/data
+	$(LTX) check experiment=audio_reference data.root=$(DEMO)/data check.previews=2
+	$(LTX) fit experiment=tiny_base run.root=$(DEMO) data.root=$(DEMO)/data
+	$(LTX) export experiment=tiny_base run.root=$(DEMO) data.root=$(DEMO)/data export.out=$(DEMO)/base.safetensors
+	$(LTX) fit $(REFERENCE)
+	$(LTX) evaluate $(REFERENCE)
+	$(LTX) export $(REFERENCE) export.out=$(DEMO)/voice.safetensors
+	$(LTX) inspect $(REFERENCE) inspect.file=$(DEMO)/voice.safetensors inspect.run=$(DEMO)/audio_reference/main
+	$(LTX) sample $(REFERENCE) sample.adapter=$(DEMO)/voice.safetensors sample.strength=1.0 \
+	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
+	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
+
+test: setup lint ## everything that is green before a change lands
+	$(BIN)/pytest --numprocesses 2
+
+lint: setup ## style, types and the direction of imports
+	$(BIN)/ruff format --check --quiet ltx_train data tests
+	$(BIN)/ruff check --quiet ltx_train data tests
+	$(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
+	$(BIN)/pyright
+
+format: setup ## rewrite to the house style
+	$(BIN)/ruff check --fix --quiet ltx_train data tests
+	$(BIN)/ruff format --quiet ltx_train data tests
+
+unit golden faults docs: setup ## one test suite
+	$(BIN)/pytest tests/$@ --numprocesses 2
+
+wheel: setup ## dist/*.whl with the configuration inside
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+sample: setup ## draw and sing data/sample again
+	$(BIN)/python data/make_sample.py
+
+clean: ## remove what make made, runs excepted
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

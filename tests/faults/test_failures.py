@@ -1,0 +1,98 @@
+"""What must not go wrong silently: full disks, broken numbers, damaged files."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_train.contracts import DataError
+from ltx_train.data import index
+from ltx_train.training import checkpointing
+from ltx_train.training.checkpointing import Checkpoint
+from tests.conftest import command
+from tests.faults.test_resume import fit, newest
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    def checkpoint(step: int, size: int) -> Checkpoint:
+        return Checkpoint(step, {"w": torch.zeros(size)}, {"state": {}, "param_groups": []}, {})
+
+    checkpointing.save(tmp_path, checkpoint(1, 10), keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(DataError, match="step 2 could not be written"):
+            checkpointing.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    checkpointing.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
+    assert len(checkpointing.committed(tmp_path)) == 2
+
+
+def test_numbers_that_are_not_finite_stop_the_run(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ltx_train.training.task import Task
+
+    original = Task.training_step
+
+    def poisoned(task: Task, *arguments: object) -> torch.Tensor:
+        loss = original(task, *arguments)  # type: ignore[arg-type]
+        return loss * float("nan") if task.step == 6 else loss
+
+    monkeypatch.setattr(Task, "training_step", poisoned)
+    assert command(*fit(prepared, clips, tmp_path, "checkpoint.interval=5", "eval.interval=0")) == 79
+    assert "is not finite (samples" in capsys.readouterr().err
+    kept = newest(tmp_path / "audio_reference" / "main")
+    assert kept.name == "step-000005"
+    assert all(bool(torch.isfinite(w).all()) for w in checkpointing.load(kept).weights.values())
+
+
+def test_fit_refuses_data_that_fail_the_check(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(prepared, root)
+    shard = next((root / "shards").glob("train*"))
+    data = bytearray(shard.read_bytes())
+    data[1500] ^= 4
+    shard.write_bytes(data)
+    assert command(*fit(root, clips, tmp_path / "runs")) == 78
+    assert "fail the check" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "audio_reference" / "main" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("share", [i / 16 for i in range(16)])
+def test_every_flipped_bit_in_a_sample_is_found(share: float, prepared: Path, tmp_path: Path) -> None:
+    from ltx_train.data.reader import Reader
+
+    shutil.copytree(prepared, tmp_path / "data")
+    found = index.load(prepared)
+    record = found.records[0]
+    place = record.tensors.offset + int(share * record.tensors.size)
+    shard = tmp_path / "data" / "shards" / record.shard
+    data = bytearray(shard.read_bytes())
+    data[place] ^= 1 << place % 8
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="do not match the index"):
+        Reader(tmp_path / "data", found, seed=0, references=False).tensors(record)
+
+
+def test_nothing_prepared_and_nothing_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = (f"data.root={tmp_path / 'none'}", f"run.root={tmp_path}")
+    assert command("fit", *here) == 78
+    assert "run `ltx-train prepare`" in capsys.readouterr().err
+    assert command("export", *here) == 78
+    assert "run `ltx-train fit` first" in capsys.readouterr().err
+    assert command("inspect") == 77
+    assert command("frobnicate") == 77
+    assert command("chek") == 77
+    assert "did you mean 'check'" in capsys.readouterr().err

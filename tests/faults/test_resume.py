@@ -1,0 +1,117 @@
+"""Interrupt and rerun: the same command continues, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ltx_train.training.tracking import read_rows
+from tests.conftest import REPOSITORY, command, settings
+
+STEPS, STOP = 30, 13
+KEYS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm", "optim/lr", "val/loss")
+
+
+def fit(prepared: Path, clips: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        "fit", *settings(prepared, clips), f"run.root={runs}", f"optim.steps={STEPS}", "optim.batch_size=2",
+        "logger.every=1", "checkpoint.interval=50", "eval.interval=10", "eval.sigmas=[0.5]", *more,
+    ]  # fmt: skip
+
+
+def curve(run: Path) -> list[tuple[float, ...]]:
+    return [tuple(row[k] for k in KEYS if k in row) for row in read_rows(run / "metrics.jsonl")]
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*"))[-1]
+
+
+@pytest.mark.parametrize("variant", [(), ("memory=none", "optim=adamw", "mode=t2av", "optim.accumulate=2")])
+def test_stopped_at_13_of_30_equals_an_unbroken_run(
+    variant: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss curve, adapter, moments; dropout 0.05, int8 weights and 8-bit moments in the first variant."""
+    assert command(*fit(prepared, clips, tmp_path / "whole", *variant)) == 0
+    _stop_after(monkeypatch, STOP)
+    broken = fit(prepared, clips, tmp_path / "broken", *variant)
+    assert command(*broken) == 75
+    run = tmp_path / "broken" / "audio_reference" / "main"
+    assert newest(run).name == f"step-{STOP:06d}"
+    monkeypatch.undo()
+    monkeypatch.chdir(REPOSITORY)
+    assert command(*broken) == 0
+    whole = tmp_path / "whole" / "audio_reference" / "main"
+    assert len(curve(whole)) == STEPS
+    assert curve(run) == curve(whole)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        first, second = load_file(newest(whole) / name), load_file(newest(run) / name)
+        assert first.keys() == second.keys()
+        assert all(bool((first[k] == second[k]).all()) for k in first)
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A real signal to this process while the given step runs."""
+    from ltx_train.training.task import Task
+
+    original = Task.training_step
+
+    def step_and_signal(task: Task, *arguments: object) -> object:
+        if task.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(task, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Task, "training_step", step_and_signal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_continues(number: signal.Signals, prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM lose nothing and exit 75; SIGKILL loses at most the steps since the last save."""
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=400", "checkpoint.interval=5", "eval.interval=0")
+    process = subprocess.Popen([sys.executable, "-m", "ltx_train", *arguments], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "audio_reference" / "main" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_rows(metrics)) < 8:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    code = process.wait(60)
+    assert code == (-9 if number == signal.SIGKILL else 75)
+    done = int(newest(metrics.parent).name[5:])
+    rows = len(read_rows(metrics))
+    assert done == rows if code == 75 else rows - 5 <= done <= rows
+    assert command(*arguments, f"optim.steps={done + 2}") == 0
+    assert [row["step"] for row in read_rows(metrics)] == list(range(1, done + 3))
+
+
+def test_a_finished_run_says_so(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=1", "eval.interval=0")
+    assert command(*arguments) == 0
+    capsys.readouterr()
+    assert command(*arguments) == 0
+    assert "is complete: 1 of 1 steps are done" in capsys.readouterr().out
+
+
+def test_a_changed_configuration_is_refused_before_work(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=1", "eval.interval=0")
+    assert command(*arguments) == 0
+    assert command(*arguments, "optim.lr=0.5", "optim.steps=3") == 77
+    error = capsys.readouterr().err
+    assert "optim.lr: 0.0002 -> 0.5" in error
+    assert "run.id=" in error
+    saved = json.dumps((tmp_path / "audio_reference/main/config.yaml").read_text())
+    assert "0.5" not in saved.split("optim:")[1].split("lr:")[1][:8]
