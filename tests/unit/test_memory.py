@@ -104,5 +104,7 @@ def test_host_memory_peaks_one_block_above_the_final_size(quantize: str, tmp_pat
     out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()
     peak, final = int(out[0]), int(out[1])
     assert blocks > 30 * 2**20
-    assert peak - final < 1.5 * blocks
+    # Quantizing one layer takes a few float32 copies of it besides the block that is being filled.
+    layer = 4 * max(v.numel() for v in tensors.values())
+    assert peak - final < (blocks + 4 * layer if quantize == "int8" else 1.5 * blocks)
     assert final < (0.8 if quantize == "int8" else 1.2) * total
