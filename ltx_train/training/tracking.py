@@ -41,7 +41,7 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 class ConsoleProgress:

@@ -1,0 +1,91 @@
+"""What the documents promise: commands exist, settings compose, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ltx_train import config
+from ltx_train.__main__ import COMMANDS
+from tests.conftest import REPOSITORY, command
+
+PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "data" / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+
+
+def lines(prefix: str) -> list[str]:
+    """Every command line in the documents and in the Makefile's recipes that starts with `prefix`."""
+    texts = [page.read_text() for page in PAGES]
+    texts += [path.read_text() for path in (REPOSITORY / "conf").glob("*/*.yaml")]
+    found = [m for text in texts for m in re.findall(rf"^(?:# )?({prefix} [^\n`]*)", text, re.MULTILINE)]
+    return sorted({re.sub(r"\s+#.*$", "", line) for line in found})
+
+
+@pytest.mark.parametrize("line", lines("ltx-train"))
+def test_documented_commands_compose(line: str) -> None:
+    words = [w for w in shlex.split(line)[1:] if w != "..."]
+    assert words[0] in COMMANDS
+    overrides = [re.sub(r"^\[|\]$", "", w) for w in words[1:] if not w.startswith("--") and w not in ("job", "NAME")]
+    config.compose_config([*overrides, "data.source=x", "data.root=y"])
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:^|`)make ([a-z]+)", "".join(p.read_text() for p in PAGES), re.MULTILINE)))
+)
+def test_documented_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^[a-z ]*\b{target}\b[a-z ]*:", MAKEFILE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_links_lead_to_files(page):  # type: ignore[no-untyped-def]
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_help_lists_every_target_and_command(capsys: pytest.CaptureFixture[str]) -> None:
+    out = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert all(f"make {t}" in out.stdout for t in ("help", "setup", "demo", "test", "lint"))
+    assert command() == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    for name in COMMANDS:
+        assert command(name, "--help") == 0
+
+
+@pytest.mark.parametrize("experiment", ["talking_head_22b", "audio_reference"])
+def test_cfg_job_answers_within_a_second(experiment: str) -> None:
+    """And without torch: the fastest of three runs counts, other tests are running beside this one."""
+    arguments = [sys.executable, "-m", "ltx_train", "fit", "--cfg", "job", f"experiment={experiment}"]
+    times: list[float] = []
+    for _ in range(3):
+        start = time.monotonic()
+        out = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        times.append(time.monotonic() - start)
+    assert "rank: 32" in out
+    assert min(times) < 1
+    code = "import sys; from ltx_train import config; config.compose_config([]); print('torch' in sys.modules)"
+    probe = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert probe.stdout.strip() == "False"
+
+
+def test_versions_are_pinned() -> None:
+    """Every direct dependency has an exact version in the constraints."""
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=\[]", d)[0] for d in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    assert [n for n in names if n.lower().replace("_", "-") not in pinned] == []
+    assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text()
+
+
+def test_the_sample_is_small() -> None:
+    files = list((REPOSITORY / "data" / "sample").iterdir())
+    assert sum(f.stat().st_size for f in files) < 1_000_000
+    assert len(list((REPOSITORY / "data" / "sample").glob("*.mp4"))) == 80
