@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -40,8 +41,14 @@ class ShardData(LightningDataModule):
             batch_sampler=MicroBatches(self._order, self._micro, self._first, self._last),  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=self._workers,
-            persistent_workers=False,
+            worker_init_fn=_ignore_signals,
         )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C and a scheduler's notice reach the whole process group; only the training process may act on them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_order(index: Index, global_batch: int, seed: int) -> Order:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,6 +23,8 @@ from ltx_train.data.order import Address
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
+# 12.6 MB each on the 22B; a constant caption needs one, a set of a few dozen captions is read once.
+_CONTEXTS_KEPT = 64
 
 
 class Reader:
@@ -36,7 +37,7 @@ class Reader:
         for record in sorted(index.records, key=lambda r: r.key):
             if record.voice:
                 self._donors.setdefault(record.speaker, []).append(record.key)
-        self._context = lru_cache(maxsize=64)(self._read_context)
+        self._contexts: dict[str, dict[str, Tensor]] = {}
 
     def sample(self, address: Address) -> Sample:
         """The sample, with the reference of its own speaker if the mode uses one."""
@@ -101,6 +102,13 @@ class Reader:
             return load_tensors(data)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot read {record.key} ({error}): prepare again") from error
+
+    def _context(self, digest: str) -> dict[str, Tensor]:
+        if digest not in self._contexts:
+            if len(self._contexts) >= _CONTEXTS_KEPT:
+                self._contexts.pop(next(iter(self._contexts)))
+            self._contexts[digest] = self._read_context(digest)
+        return self._contexts[digest]
 
     def _read_context(self, digest: str) -> dict[str, Tensor]:
         path = self._root / "contexts" / f"{digest}.safetensors"

@@ -94,6 +94,29 @@ def test_a_killed_process_continues(number: signal.Signals, prepared: Path, clip
     assert [row["step"] for row in read_rows(metrics)] == list(range(1, done + 3))
 
 
+def test_loader_workers_change_nothing_and_survive_ctrl_c(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """The whole process group gets the signal, as from a terminal or a scheduler."""
+    here = ("eval.interval=0", "memory=none")
+    assert command(*fit(prepared, clips, tmp_path / "none", "optim.steps=4", *here)) == 0
+    workers = fit(prepared, clips, tmp_path / "two", "data.workers=2", *here)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ltx_train", *workers, "optim.steps=400"], stderr=subprocess.PIPE, start_new_session=True
+    )
+    run = tmp_path / "two" / "audio_reference" / "main"
+    deadline = time.monotonic() + 120
+    while len(read_rows(run / "metrics.jsonl")) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert b"Traceback" not in error
+    none = tmp_path / "none" / "audio_reference" / "main"
+    losses = [[row["train/loss"] for row in read_rows(r / "metrics.jsonl")[:4]] for r in (none, run)]
+    assert losses[0] == losses[1]
+
+
 def test_a_finished_run_says_so(
     prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
