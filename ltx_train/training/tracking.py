@@ -68,7 +68,10 @@ class ConsoleProgress:
     def row(self, step: int, total: int, values: Values) -> None:
         shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items() if k in _SHOWN)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, loss=shown)
+            if "train/loss" in values:
+                self._bar.update(self._task, loss=f"loss {values['train/loss']:.4g}")
+            if any(name.startswith("val/") for name in values):
+                self._bar.console.print(f"step {step}/{total}  {shown}", highlight=False)
         else:
             print(f"step {step}/{total}  {shown}", file=sys.stderr, flush=True)
 
