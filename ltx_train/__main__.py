@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
     "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
     "inspect": "prove that every key of a LoRA binds to a base model",
+    "bench": "speed and memory of a training step, as JSON",
     "sample": "video with sound from text, an image, audio or a reference voice",
 }
 

@@ -36,6 +36,8 @@ _CHOICES = {
     "optim.name": ("adamw", "adamw8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "memory.quantize": ("none", "int8"),
+    "memory.keep": ("everything", "attention", "inputs"),
+    "memory.compile": ("auto", "on", "off"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "logger.wandb": ("offline", "online", "disabled"),
     "run.resume": ("auto", "never"),
@@ -45,7 +47,8 @@ _AT_LEAST = {
     "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.accumulate": 1, "optim.warmup": 0, "optim.clip": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
-    "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
+    "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "bench.steps": 1,
+    "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
 _FIXED_IN_A_RUN = ("model.", "mode.", "adapter.", "data.", "sigma.", "loss.", "optim.", "run.seed", "memory.quantize")
 _FREE_IN_A_RUN = ("data.workers", "data.source", "data.root", "model.path", "optim.steps", "model.text_encoder")
@@ -170,6 +173,14 @@ def _validate_training(config: Config) -> None:
     adapter = config.adapter
     if adapter.kind == "lora" and not adapter.targets:
         raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
+    if config.memory.stream_blocks and (config.memory.keep != "inputs" or config.memory.keep_everything):
+        raise ConfigError(
+            "memory: a streamed block keeps its inputs alone, its weights have moved on: set memory.keep=inputs"
+        )
+    if adapter.kind == "full" and config.memory.stream_blocks:
+        raise ConfigError(
+            "adapter.kind=full trains every weight, and only frozen ones are streamed: set memory=recompute"
+        )
     if adapter.kind == "full" and config.memory.quantize != "none":
         raise ConfigError(
             "adapter.kind=full trains every weight, which int8 weights cannot be: set memory.quantize=none"

@@ -92,10 +92,20 @@ class OptimConfig:
 
 @dataclass
 class MemoryConfig:
-    """quantize: none or int8 (frozen block weights). recompute: blocks run again in backward."""
+    """What is traded for memory.
+
+    quantize: none or int8 (frozen block weights). keep: what a block keeps for backward: everything,
+    attention or inputs. keep_everything: so many blocks, evenly spaced, keep everything nevertheless.
+    stream_blocks: so many blocks live in host memory and pass through stream_slots slots on the device.
+    compile: auto (on a GPU), on or off.
+    """
 
     quantize: str = "none"
-    recompute: bool = True
+    keep: str = "inputs"
+    keep_everything: int = 0
+    stream_blocks: int = 0
+    stream_slots: int = 3
+    compile: str = "auto"
 
 
 @dataclass
@@ -190,6 +200,17 @@ class InspectConfig:
 
 
 @dataclass
+class BenchConfig:
+    """out: a JSON file that the record is added to; case names the record."""
+
+    steps: int = 5
+    warmup: int = 3
+    case: str = ""
+    out: str | None = None
+    budget_gib: float = 0.0
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     mode: Mode = field(default_factory=Mode)
@@ -208,3 +229,4 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)

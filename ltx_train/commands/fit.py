@@ -19,7 +19,7 @@ from ltx_train.data.module import ShardData, training_order
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import heldout
 from ltx_train.memory.quantize import block_quantizer
-from ltx_train.memory.recompute import recompute_blocks
+from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, export
 from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer
 from ltx_train.model.transformer import Transformer
@@ -110,16 +110,20 @@ def _train(config: Config, start: Start) -> Exit:
 def trainable_transformer(config: Config) -> Transformer:
     """The configured transformer on its device, with an adapter or all weights trainable (float32)."""
     device = session.device(config)
+    layout = session.weights(config)
+    count = layout.config["transformer"]["num_layers"]
+    stream = session.weight_stream(config, count)
     transformer = load_transformer(
-        session.weights(config), device=device, dtype=session.dtype(config),
-        quantize=block_quantizer(config.memory.quantize),
+        layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(config.memory.quantize),
+        arrived=stream.stash_if_streamed if stream else None,
     )  # fmt: skip
+    if stream is not None:
+        stream.ready()
     if config.adapter.kind == "lora":
         adapter.attach(transformer, session.lora(config), config.run.seed)
     else:
         transformer.float().requires_grad_(True)
-    if config.memory.recompute:
-        recompute_blocks(transformer)
+    transformer.run_block = BlockRunner(session.kept(config, count), compiled=session.compiles(config), stream=stream)
     return transformer.train()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +24,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         reference_audio=_stack(samples, "reference_audio"),
         reference_keys=tuple(s.reference_key for s in samples),
     )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
-    moved = {
-        f.name: value.to(device, non_blocking=True)
-        for f in fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor)
-    }
-    return replace(batch, **moved)
 
 
 def _stack(samples: Sequence[Sample], name: str) -> Tensor | None:

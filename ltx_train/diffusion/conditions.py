@@ -6,7 +6,7 @@ keyed by sample, so they do not depend on the batch a sample happens to be in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,38 @@ def assemble(batch: Batch, mode: Mode, draws: Draws) -> ModelInputs:
         video_velocity=video[1] if video else None,
         audio_velocity=audio[1] if audio else None,
     )
+
+
+def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
+    """Everything on `device` except timesteps, which stay on the CPU: the model looks for the distinct
+    ones there without stalling the GPU."""
+    return ModelInputs(
+        video=_moved(inputs.video, device),
+        audio=_moved(inputs.audio, device),
+        video_velocity=_moved_velocity(inputs.video_velocity, device),
+        audio_velocity=_moved_velocity(inputs.audio_velocity, device),
+    )
+
+
+def _moved(modality: Modality | None, device: torch.device) -> Modality | None:
+    if modality is None:
+        return None
+    names = ("latent", "sigma", "positions", "context", "context_mask", "attention_mask")
+    tensors: dict[str, Tensor | None] = {name: getattr(modality, name) for name in names}
+    return replace(modality, **{k: _sent(t, device) for k, t in tensors.items() if t is not None})
+
+
+def _moved_velocity(velocity: Velocity | None, device: torch.device) -> Velocity | None:
+    if velocity is None:
+        return None
+    return Velocity(_sent(velocity.target, device), _sent(velocity.loss_mask, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory when it goes to a GPU: only then does the copy run beside the computation."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _video(batch: Batch, mode: Mode, draws: Draws) -> tuple[Modality, Velocity | None] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ltx_train.contracts import Batch, Mode
-from ltx_train.data.collate import collate, to_device
+from ltx_train.data.collate import collate
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader
@@ -110,7 +110,7 @@ def _rows(
             for arm, batch in _arms(reader, addresses, settings, with_base):
                 off = adapter.disabled(transformer) if arm == BASE else nullcontext()
                 with off:
-                    yield from _losses(transformer, to_device(batch, device), arm, settings)
+                    yield from _losses(transformer, batch, arm, settings, device)
 
 
 def _arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[tuple[str, Batch]]:
@@ -124,11 +124,13 @@ def _arms(reader: Reader, addresses: list[Address], settings: Settings, with_bas
             yield WRONG, collate([reader.with_reference(a, key) for a, key in wrong])
 
 
-def _losses(transformer: Transformer, batch: Batch, arm: str, settings: Settings) -> Iterator[Row]:
+def _losses(
+    transformer: Transformer, batch: Batch, arm: str, settings: Settings, device: torch.device
+) -> Iterator[Row]:
     for sigma in settings.sigmas:
         # The distribution is irrelevant here: the level is given; the noise is keyed by sample alone.
         draws = conditions.draw(batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
-        inputs = conditions.assemble(batch, settings.mode, draws)
+        inputs = conditions.to_device(conditions.assemble(batch, settings.mode, draws), device)
         result = objective.losses(transformer, inputs, settings.video_weight, settings.audio_weight)
         nan = torch.full((len(batch.keys),), float("nan"))
         video = nan if result.video is None else result.video.cpu()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltx_train import rng
 from ltx_train.contracts import UserError
+from ltx_train.model.linear import LowRankLinear, frobenius
 
 _NAME = "default"
 
@@ -60,6 +61,7 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         lora_dropout=lora.dropout,
         target_modules=modules,
     )
+    config._register_custom_module({nn.Linear: LowRankLinear})
     inject_adapter_in_model(config, model, adapter_name=_NAME)
     for name, parameter in lora_parameters(model).items():
         parameter.data = parameter.data.float()
@@ -129,7 +131,7 @@ def norm_ratio(model: nn.Module) -> float:
     for layer in layers:
         a, b = layer.lora_A[_NAME].weight.float(), layer.lora_B[_NAME].weight.float()
         delta += float(((a @ a.T) * (b.T @ b)).sum().detach()) * layer.scaling[_NAME] ** 2
-        base += float(layer.get_base_layer().weight.detach().float().square().sum())
+        base += frobenius(layer.get_base_layer()) ** 2
     return math.sqrt(max(delta, 0.0) / base) if base else 0.0
 
 

@@ -25,6 +25,7 @@ from ltx_train.model.transformer import Transformer
 Source = str | Path | TensorSource
 M = TypeVar("M", bound=nn.Module)
 BlockQuantizer = Callable[[nn.Module], None]
+BlockArrival = Callable[[int, nn.Module], None]
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
 _CONNECTOR_PREFIXES = (
@@ -45,12 +46,16 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantize: BlockQuantizer | None = None,
+    arrived: BlockArrival | None = None,
 ) -> Transformer:
-    """The transformer, frozen, in eval mode. `quantize` is applied to each block as soon as it is complete,
-    so that peak memory stays one block above the final size. dtype None keeps the stored dtype."""
+    """The transformer, frozen, in eval mode. dtype None keeps the stored dtype.
+
+    quantize, then arrived(index, block), are applied to each block as soon as it is complete, so that
+    peak memory stays one block above the final size.
+    """
     source = checkpoint.open_source(path)
     model = build_transformer(source)
-    finished = _block_counter(model, quantize)
+    finished = _block_counter(model, quantize, arrived)
     checkpoint.load(
         model, source, transformer_original_name, (TRANSFORMER_PREFIX,),
         device=torch.device(device), dtype=dtype, excluded=_CONNECTOR_PREFIXES, done=finished,
@@ -147,22 +152,26 @@ def _filled(
     return model.to(device).requires_grad_(False).eval()
 
 
-def _block_counter(model: Transformer, quantize: BlockQuantizer | None) -> Callable[[str], None] | None:
-    """Calls `quantize` on a block when its last tensor has arrived."""
-    if quantize is None:
-        return None
+def _block_counter(
+    model: Transformer, quantize: BlockQuantizer | None, arrived: BlockArrival | None
+) -> Callable[[str], None]:
+    """Tells when a block's last tensor has come in."""
     left = {i: len(block.state_dict()) for i, block in enumerate(model.transformer_blocks)}
 
-    def arrived(name: str) -> None:
+    def placed(name: str) -> None:
         match = re.match(r"transformer_blocks\.(\d+)\.", name)
         if match is None:
             return
         index = int(match[1])
         left[index] -= 1
         if left[index] == 0:
-            quantize(model.transformer_blocks[index])
+            block = model.transformer_blocks[index].requires_grad_(False)
+            if quantize is not None:
+                quantize(block)
+            if arrived is not None:
+                arrived(index, block)
 
-    return arrived
+    return placed
 
 
 def _connector_original_name(name: str) -> str:

@@ -119,8 +119,8 @@ class Block(LTX2VideoTransformerBlock):
         return video, audio + (a_table[4] + a.cross_gate) * to_audio
 
 
-def run_block(block: Block, *arguments: Any) -> Pair:
-    """How a block is called by default; `memory` replaces it to recompute or stream."""
+def run_block(_index: int, block: Block, *arguments: Any) -> Pair:
+    """How a block is called by default; `memory` replaces it to recompute, compile or stream."""
     return block(*arguments)
 
 
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.transformer_blocks):
             skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(
-                block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
+                index, block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
             )
         return self._head(v_hidden, v_stream, ""), self._head(a_hidden, a_stream, "audio_")
 
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
             return None
         kind = "audio" if name else "video"
         scale, gate_scale = self.config["timestep_scale_multiplier"], self.config["av_ca_timestep_scale_multiplier"]
-        levels, level = torch.unique(own.timesteps.float(), return_inverse=True)
+        levels, level = _distinct(own.timesteps, own.latent.device)
         modulation, embedded = self._embed(f"{name}adaln_single", levels * scale)
         prompt = f"{name}prompt_adaln_single"
         cross = gate = None
@@ -244,6 +244,18 @@ def _block_arguments(config: Section) -> dict[str, Any]:
         "ff_bias": config.get("ff_bias", True),
         "audio_ff_bias": config.get("audio_ff_bias", True),
     }
+
+
+def _distinct(timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The distinct timesteps of a batch (U,) and each token's index (B, T), on `device`.
+
+    Timesteps may stay on the CPU, where finding the distinct ones stalls no GPU. U is padded to one
+    level per sample and the clean one, so that compiled graphs see one shape.
+    """
+    levels, index = torch.unique(timesteps.float(), return_inverse=True)
+    missing = timesteps.shape[0] + 1 - levels.numel()
+    levels = torch.cat([levels, levels[-1:].expand(max(0, missing))])
+    return levels.to(device, non_blocking=True), index.to(device, non_blocking=True)
 
 
 def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:

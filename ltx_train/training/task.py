@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import Batch, DivergedError, Mode, StepResult
-from ltx_train.data.collate import to_device
 from ltx_train.diffusion import conditions, objective
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.model import adapter
@@ -62,7 +61,7 @@ class Task(LightningModule):
         # Dropout draws from torch's global stream; keying it by the draw makes a resumed step equal.
         torch.manual_seed(rng.key_seed(self.goal.seed, "dropout", batch.keys[0], batch.draws[0]))
         draws = conditions.draw(batch, self.goal.mode, self.goal.sigma, self.goal.seed)
-        inputs = conditions.assemble(batch, self.goal.mode, draws)
+        inputs = conditions.to_device(conditions.assemble(batch, self.goal.mode, draws), self.device)
         self.result = objective.losses(self.transformer, inputs, self.goal.video_weight, self.goal.audio_weight)
         return self.result.loss
 
@@ -77,7 +76,8 @@ class Task(LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters_in_training, limit)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return to_device(batch, device)
+        """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
+        return batch
 
     def _refuse_nonfinite(self) -> None:
         # One step late on purpose: the number is there by now, so asking for it stalls no GPU.

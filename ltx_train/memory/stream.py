@@ -1,0 +1,222 @@
+"""Weight streaming (block swap): frozen weights travel from pinned host memory into a ring of slots.
+
+Owns where a streamed block's weights are and when they may be overwritten. Weights travel one way
+only; adapters never travel. A block's order in backward is told by identity autograd functions
+around it, because module hooks do not fire in a checkpoint's recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ltx_train.model.linear import remember_norms
+
+_ALIGNMENT = 256
+
+
+class _Place(NamedTuple):
+    """One frozen tensor inside a block's flat buffer."""
+
+    owner: nn.Module
+    name: str
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+    size: int
+
+
+@dataclass
+class _Slot:
+    """Device memory for one block; a tensor of its own, so that autograd's version counters stay apart."""
+
+    memory: Tensor
+    owner: int | None
+    ready: Any
+    free: Any
+
+
+class WeightStream:
+    """Holds the weights of `indices` (ascending) of `count` blocks; `slots` of them are on the device at a time.
+
+    `stash` is called with each block while the model loads; afterwards `forward_begin`/`forward_end` and
+    the markers of `around` drive it.
+    """
+
+    def __init__(self, indices: Sequence[int], slots: int, device: torch.device) -> None:
+        self._order = sorted(indices)
+        self._rank = {index: rank for rank, index in enumerate(self._order)}
+        self._device, self._slot_count = device, min(slots, len(self._order))
+        self._cuda = device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._masters: dict[int, Tensor] = {}
+        self._places: dict[int, list[_Place]] = {}
+        self._slots: list[_Slot] = []
+        self._where: dict[int, int] = {}
+        self.stalls: list[tuple[Any, Any]] = []
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._rank
+
+    def stash(self, index: int, block: nn.Module) -> None:
+        """Moves a block's frozen tensors into one pinned buffer and leaves empty ones behind."""
+        remember_norms(block)
+        tensors = list(_frozen(block))
+        places: list[_Place] = []
+        offset = 0
+        for owner, name, tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            places.append(_Place(owner, name, offset, tensor.shape, tensor.dtype, size))
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        master = _pinned(offset) if self._cuda else torch.empty(offset, dtype=torch.uint8)
+        for place, (_, _, tensor) in zip(places, tensors, strict=True):
+            master[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
+            tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
+        self._masters[index], self._places[index] = master, places
+
+    def stash_if_streamed(self, index: int, block: nn.Module) -> None:
+        """For the loader, which reports every block."""
+        if index in self:
+            self.stash(index, block)
+
+    def ready(self) -> None:
+        """Allocates the ring and fetches the first blocks; every streamed block must have been stashed."""
+        missing = [i for i in self._order if i not in self._masters]
+        if missing:
+            raise ValueError(f"blocks {missing} were never stashed")
+        size = max((m.numel() for m in self._masters.values()), default=0)
+        for _ in range(self._slot_count):
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._slots.append(_Slot(memory, None, self._event(), self._event()))
+        self._fill(self._window(0, backward=False, training=False))
+
+    def begin(self, index: int, *, backward: bool, training: bool) -> None:
+        """Makes the block's weights current on the compute stream and fetches ahead."""
+        window = self._window(self._rank[index], backward=backward, training=training)
+        self._fill(window)
+        slot = self._slots[self._where[index]]
+        if self._cuda:
+            self._wait(slot.ready)
+        for place in self._places[index]:
+            view = slot.memory[place.offset : place.offset + place.size].view(place.dtype).view(place.shape)
+            getattr(place.owner, place.name).data = view
+
+    def end(self, index: int, *, backward: bool, training: bool) -> None:
+        """Marks the slot free behind the block's last kernel and fetches what comes next."""
+        if self._cuda:
+            self._slots[self._where[index]].free.record()
+        window = self._window(self._rank[index], backward=backward, training=training)
+        self._fill([*window[1:], *window[:1]])
+
+    def stall_seconds(self) -> float:
+        """How long compute waited for weights since the last call; synchronises, so for log intervals only."""
+        if not self._cuda:
+            return 0.0
+        torch.cuda.synchronize(self._device)
+        total = sum(before.elapsed_time(after) for before, after in self.stalls) / 1000
+        self.stalls.clear()
+        return total
+
+    def verify(self) -> None:
+        """Compares every slot with its master; RuntimeError when a copy is not what was sent."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        for slot in self._slots:
+            if slot.owner is not None:
+                master = self._masters[slot.owner]
+                if not torch.equal(slot.memory[: master.numel()].cpu(), master):
+                    raise RuntimeError(f"the streamed weights of block {slot.owner} differ from their master")
+
+    def _window(self, rank: int, *, backward: bool, training: bool) -> list[int]:
+        """The blocks of the next accesses from here on, the present one first."""
+        count = len(self._order)
+        ahead = range(rank, -1, -1) if backward else range(rank, count)
+        # Forward is followed by backward in training, by the next forward otherwise.
+        turn = range(count - 1, -1, -1) if training and not backward else range(count)
+        window: list[int] = []
+        for place in (*ahead, *turn):
+            if self._order[place] not in window:
+                window.append(self._order[place])
+            if len(window) == self._slot_count:
+                break
+        return window
+
+    def _fill(self, window: Sequence[int]) -> None:
+        for index in window[: self._slot_count]:
+            if index not in self._where:
+                victims = [s for s, slot in enumerate(self._slots) if slot.owner not in window]
+                if not victims:
+                    return
+                self._fetch(index, victims[0])
+
+    def _fetch(self, index: int, number: int) -> None:
+        slot, master = self._slots[number], self._masters[index]
+        if slot.owner is not None:
+            del self._where[slot.owner]
+        with torch.cuda.stream(self._copies) if self._cuda else nullcontext():
+            if self._cuda:
+                self._copies.wait_event(slot.free)
+            slot.memory[: master.numel()].copy_(master, non_blocking=True)
+            if self._cuda:
+                slot.ready.record(self._copies)
+        slot.owner = index
+        self._where[index] = number
+
+    def _wait(self, event: Any) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        torch.cuda.current_stream(self._device).wait_event(event)
+        after.record()
+        self.stalls.append((before, after))
+
+    def _event(self) -> Any:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+
+class Marker(torch.autograd.Function):
+    """Identity over all streams jointly; its backward tells the stream that a block begins or ends."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: WeightStream, index: int, begins: bool, *hidden: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = (stream, index, begins)
+        return tuple(h.view_as(h) for h in hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        stream, index, begins = ctx.call
+        (stream.begin if begins else stream.end)(index, backward=True, training=True)
+        return None, None, None, *gradients
+
+
+def mark(stream: WeightStream, index: int, begins: bool, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Puts the marker on whichever of (video, audio) is there."""
+    present = [h for h in pair if h is not None]
+    marked: Iterator[Any] = iter(Marker.apply(stream, index, begins, *present))  # pyright: ignore[reportArgumentType]
+    first, second = (None if h is None else next(marked) for h in pair)
+    return first, second
+
+
+def _pinned(size: int) -> Tensor:
+    """Page-locked memory of exactly this size: torch's own pinned allocator rounds up to a power of two."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    runtime: Any = torch.cuda.cudart()
+    code = runtime.cudaHostRegister(memory.data_ptr(), size, 0)
+    if int(code) != 0:
+        raise MemoryError(f"{size / 2**30:.1f} GiB of host memory could not be page-locked: raise `ulimit -l`")
+    return memory
+
+
+def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for owner in block.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and not tensor.requires_grad:
+                yield owner, name, tensor
