@@ -33,7 +33,7 @@ def device(config: Config) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("strategy.device=cuda, but no GPU is visible: set strategy.device=cpu or check the driver")
-    return torch.device(wanted)
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
 def weights(config: Config) -> TensorSource:
