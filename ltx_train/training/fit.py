@@ -106,6 +106,7 @@ class Edge(Callback):
     def _save(self, task: Task) -> None:
         if task.step == self._saved:
             return
+        task.refuse_nonfinite()
         optimizer: Any = task.optimizers(use_pl_optimizer=False)
         notes = {**self._plan.notes, "monitor": self._monitor.state()}
         weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}

@@ -48,7 +48,8 @@ class Task(LightningModule):
         self.parameters_in_training = list(adapter.trainable_parameters(transformer).values())
         self.result: StepResult | None = None
         self.grad_norm: Tensor | None = None
-        self.keys: tuple[str, ...] = ()
+        self._keys: tuple[str, ...] = ()
+        self._unchecked: list[tuple[int, tuple[str, ...], Tensor]] = []
 
     @property
     def step(self) -> int:
@@ -56,8 +57,8 @@ class Task(LightningModule):
         return self.first_step + self.trainer.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self._refuse_nonfinite()
-        self.keys = batch.keys
+        self.refuse_nonfinite(pending=1)
+        self._keys = batch.keys
         # Dropout draws from torch's global stream; keying it by the draw makes a resumed step equal.
         torch.manual_seed(rng.key_seed(self.goal.seed, "dropout", batch.keys[0], batch.draws[0]))
         draws = conditions.draw(batch, self.goal.mode, self.goal.sigma, self.goal.seed)
@@ -74,15 +75,22 @@ class Task(LightningModule):
             group["lr"] = self.schedule.at(self.step)
         limit = self.clip if self.clip > 0 else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters_in_training, limit)
+        self._unchecked.append((self.step + 1, self._keys, self.grad_norm))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
         return batch
 
-    def _refuse_nonfinite(self) -> None:
-        # One step late on purpose: the number is there by now, so asking for it stalls no GPU.
-        if self.grad_norm is not None and not bool(torch.isfinite(self.grad_norm)):
-            raise DivergedError(
-                f"the gradient of step {self.step} is not finite (samples {', '.join(self.keys)}): "
-                "lower optim.lr or check these clips; the last checkpoint is unharmed"
-            )
+    def refuse_nonfinite(self, pending: int = 0) -> None:
+        """DivergedError if a gradient norm was not finite; the newest `pending` norms are left for later.
+
+        Asking for the norm of the step that is still running would stall the GPU, so training looks one
+        step back; a save looks at all, so that no damaged weights are ever committed.
+        """
+        while len(self._unchecked) > pending:
+            step, keys, norm = self._unchecked.pop(0)
+            if not bool(torch.isfinite(norm)):
+                raise DivergedError(
+                    f"the gradient of step {step} is not finite (samples {', '.join(keys)}): "
+                    "lower optim.lr or check these clips; the last checkpoint is unharmed"
+                )

@@ -37,8 +37,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert len(checkpointing.committed(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(("interval", "last"), [(5, 5), (1, 6), (100, 0)])
 def test_numbers_that_are_not_finite_stop_the_run(
-    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    interval: int,
+    last: int,
+    prepared: Path,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from ltx_train.training.task import Task
 
@@ -49,10 +56,14 @@ def test_numbers_that_are_not_finite_stop_the_run(
         return loss * float("nan") if task.step == 6 else loss
 
     monkeypatch.setattr(Task, "training_step", poisoned)
-    assert command(*fit(prepared, clips, tmp_path, "checkpoint.interval=5", "eval.interval=0")) == 79
-    assert "is not finite (samples" in capsys.readouterr().err
-    kept = newest(tmp_path / "audio_reference" / "main")
-    assert kept.name == "step-000005"
+    assert command(*fit(prepared, clips, tmp_path, f"checkpoint.interval={interval}", "eval.interval=0")) == 79
+    assert "the gradient of step 7 is not finite (samples" in capsys.readouterr().err
+    run = tmp_path / "audio_reference" / "main"
+    if last == 0:
+        assert not (run / "checkpoints").exists()
+        return
+    kept = newest(run)
+    assert kept.name == f"step-{last:06d}"
     assert all(bool(torch.isfinite(w).all()) for w in checkpointing.load(kept).weights.values())
 
 
