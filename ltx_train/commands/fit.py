@@ -26,7 +26,7 @@ from ltx_train.model.transformer import Transformer
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.fit import Plan, fit
-from ltx_train.training.lock import RunLock
+from ltx_train.training.lock import FolderLock
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule, build_optimizer
 from ltx_train.training.task import Objective, Task
@@ -50,7 +50,7 @@ class Start:
 def run(config: Config) -> int:
     """DONE, or PREEMPTED after a signal and a save."""
     folder = session.run_dir(config)
-    with RunLock(folder):
+    with FolderLock(folder):
         start = _start(config, folder)
         if start.step >= config.optim.steps:
             print(f"{folder} is complete: {start.step} of {config.optim.steps} steps are done")

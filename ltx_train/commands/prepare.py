@@ -11,6 +11,7 @@ from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit
 from ltx_train.data.prepare import build
 from ltx_train.data.prepare.sources import read_source
+from ltx_train.training.lock import FolderLock
 
 
 def run(config: Config) -> int:
@@ -20,7 +21,8 @@ def run(config: Config) -> int:
     clips = read_source(config.data.source)
     recipe = session.recipe(config)
     root = Path(config.data.root)
-    outcome = build.prepare(clips, recipe, session.encoders(config), root, _progress)
+    with FolderLock(root):
+        outcome = build.prepare(clips, recipe, session.encoders(config), root, _progress)
     _print_summary(outcome, root)
     return Exit.DONE
 

@@ -63,7 +63,7 @@ class BlockRunner:
             return call(block, *arguments)
         stream.begin(index, backward=False, training=False)
         result = call(block, *arguments)
-        stream.end(index, backward=False, training=False)
+        stream.end(index)
         return result
 
     def _marked(self, index: int, call: Call, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
@@ -73,7 +73,7 @@ class BlockRunner:
         video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
         stream.begin(index, backward=False, training=True)
         pair = call(block, *mark(stream, index, False, (video, audio)), *rest)
-        stream.end(index, backward=False, training=True)
+        stream.end(index)
         return mark(stream, index, True, pair)
 
 

@@ -44,8 +44,8 @@ class _Slot:
 class WeightStream:
     """Holds the weights of `indices` (ascending) of `count` blocks; `slots` of them are on the device at a time.
 
-    `stash` is called with each block while the model loads; afterwards `forward_begin`/`forward_end` and
-    the markers of `around` drive it.
+    `stash` is called with each block while the model loads; afterwards `begin` and `end` around a block's
+    forward, and the markers around its backward, drive it.
     """
 
     def __init__(self, indices: Sequence[int], slots: int, device: torch.device) -> None:
@@ -106,12 +106,10 @@ class WeightStream:
             view = slot.memory[place.offset : place.offset + place.size].view(place.dtype).view(place.shape)
             getattr(place.owner, place.name).data = view
 
-    def end(self, index: int, *, backward: bool, training: bool) -> None:
-        """Marks the slot free behind the block's last kernel and fetches what comes next."""
+    def end(self, index: int) -> None:
+        """Marks the slot free behind the block's last kernel; the next block's `begin` fetches into it."""
         if self._cuda:
             self._slots[self._where[index]].free.record()
-        window = self._window(self._rank[index], backward=backward, training=training)
-        self._fill([*window[1:], *window[:1]])
 
     def stall_seconds(self) -> float:
         """How long compute waited for weights since the last call; synchronises, so for log intervals only."""
@@ -193,7 +191,10 @@ class Marker(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         stream, index, begins = ctx.call
-        (stream.begin if begins else stream.end)(index, backward=True, training=True)
+        if begins:
+            stream.begin(index, backward=True, training=True)
+        else:
+            stream.end(index)
         return None, None, None, *gradients
 
 

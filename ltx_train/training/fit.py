@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ltx_train.contracts import Exit
 from ltx_train.data.module import ShardData
+from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.training import checkpointing
 from ltx_train.training.monitor import Monitor
@@ -53,11 +54,11 @@ class Edge(Callback):
         self._plan, self._monitor, self._metrics = plan, monitor, metrics
         self._evaluate, self._publish, self._preemption = evaluate, publish, preemption
         self._progress: ConsoleProgress | None = None
-        self._seen = self._saved = -1
+        self._seen = self._saved = self._rowed = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = _task(pl_module)
-        self._seen = self._saved = task.first_step
+        self._seen = self._saved = self._rowed = task.first_step
         self._progress = ConsoleProgress(self._plan.steps, task.first_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -101,6 +102,10 @@ class Edge(Callback):
         row |= {"train/grad_norm": float(task.grad_norm), "optim/lr": task.schedule.at(task.step - 1)}
         if adapter.lora_parameters(task.transformer):
             row["train/adapter_norm_ratio"] = adapter.norm_ratio(task.transformer)
+        runner = task.transformer.run_block
+        if isinstance(runner, BlockRunner) and runner.stream is not None:
+            row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, task.step - self._rowed)
+        self._rowed = task.step
         return row
 
     def _save(self, task: Task) -> None:

@@ -1,4 +1,4 @@
-"""One process per run folder: an advisory lock that the kernel releases however the holder ends."""
+"""One process per folder that is written to: an advisory lock that the kernel releases however the holder ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from types import TracebackType
 from ltx_train.contracts import UserError
 
 
-class RunLock:
-    """`with RunLock(folder):` refuses with the holder's host and process when the folder is in use."""
+class FolderLock:
+    """`with FolderLock(folder):` refuses with the holder's host and process when the folder is in use."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
         self._handle = -1
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> FolderLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -26,7 +26,8 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.read(self._handle, 200).decode(errors="replace").strip() or "another process"
             os.close(self._handle)
-            raise RunInUseError(f"{self._path.parent} is in use by {holder}: wait for it, or set run.id=...") from error
+            mend = "wait for it, or choose another folder (run.id=..., data.root=...)"
+            raise FolderInUseError(f"{self._path.parent} is in use by {holder}: {mend}") from error
         os.ftruncate(self._handle, 0)
         os.write(self._handle, f"{socket.gethostname()} pid {os.getpid()}".encode())
         return self
@@ -37,5 +38,5 @@ class RunLock:
         os.close(self._handle)
 
 
-class RunInUseError(UserError):
-    """Two jobs, one run folder."""
+class FolderInUseError(UserError):
+    """Two jobs, one folder."""

@@ -97,6 +97,28 @@ def test_every_flipped_bit_in_a_sample_is_found(share: float, prepared: Path, tm
         Reader(tmp_path / "data", found, seed=0, references=False).tensors(record)
 
 
+def test_a_full_disk_while_preparing_loses_nothing(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.conftest import settings
+
+    where = settings(tmp_path / "data", clips)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # Items of a clip are about 10 kB, the shard is larger than the limit.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        assert command("prepare", *where) == 78
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert "the same command continues" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "index.json").exists()
+    assert command("prepare", *where) == 0
+    assert "0 clips encoded, 16 unchanged" in capsys.readouterr().out
+    assert not list((tmp_path / "data").rglob("*.tmp-*"))
+
+
 def test_nothing_prepared_and_nothing_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = (f"data.root={tmp_path / 'none'}", f"run.root={tmp_path}")
     assert command("fit", *here) == 78

@@ -150,6 +150,24 @@ def test_a_full_checkpoint_is_the_original_layout(prepared: Path, clips: Path, t
     assert made.fingerprint("model.diffusion_model.") != original.fingerprint("model.diffusion_model.")
 
 
+def test_streamed_training_is_resident_training(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """`fit` with every block streamed: the same curve and the same adapter, bit for bit, validation included."""
+    rows, weights = [], []
+    for name in ("int8", "int8_stream"):
+        where = settings(
+            prepared, clips, f"run.root={tmp_path / name}", "optim.steps=6", "eval.interval=3", "logger.every=1"
+        )
+        assert command("fit", *where, f"memory={name}", "memory.stream_slots=2") == 0
+        run = tmp_path / name / "audio_reference" / "main"
+        rows.append(
+            [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_rows(run / "metrics.jsonl")]
+        )
+        weights.append(load_file(run / "checkpoints" / "step-000006" / "weights.safetensors"))
+    assert rows[0] == rows[1]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert "perf/stream_stall_s" in read_rows(tmp_path / "int8_stream/audio_reference/main/metrics.jsonl")[-1]
+
+
 def test_wandb_offline_is_the_default(prepared: Path, clips: Path, tmp_path: Path) -> None:
     where = [w for w in settings(prepared, clips, f"run.root={tmp_path}", "optim.steps=2") if w != "logger=local"]
     assert command("fit", *where, "eval.interval=0", "logger.every=1") == 0

@@ -9,7 +9,7 @@ import torch
 from ltx_train.contracts import DataError, StepResult, UserError
 from ltx_train.training import checkpointing, tracking
 from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.lock import RunLock
+from ltx_train.training.lock import FolderLock
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule, build_optimizer
 
@@ -128,7 +128,7 @@ def test_an_interrupted_interval_continues_exactly() -> None:
 
 
 def test_two_jobs_cannot_share_a_run(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(UserError, match=r"in use by .* pid \d+"), RunLock(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(UserError, match=r"in use by .* pid \d+"), FolderLock(tmp_path):
         pass
-    with RunLock(tmp_path):
+    with FolderLock(tmp_path):
         pass

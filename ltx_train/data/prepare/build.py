@@ -79,6 +79,8 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
     items, contexts = root / "items", root / "contexts"
     for folder in (items, contexts):
         folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.glob("*.tmp-*"):
+            half.unlink()
     splits = split_by_identity(clips, recipe.heldout_speakers, recipe.seed)
     records: list[Record] = []
     bad: dict[str, str] = {}
