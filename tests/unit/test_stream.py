@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -121,6 +123,7 @@ def test_keeping_everything_needs_the_weights_to_stay() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_blocks_give_the_same_gradients() -> None:
     """One graph serves all blocks: compiled once on the CPU, no recompilation for the second and third block."""
