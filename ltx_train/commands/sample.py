@@ -62,6 +62,8 @@ def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps
     channels = session.weights(config).config["transformer"]
     latents = positions.audio_latents(frames / fps)
     audio_shape = (1, channels["audio_in_channels"] // codecs.LATENT_MEL_BINS, latents, codecs.LATENT_MEL_BINS)
+    positive, negative = encoders.caption(s.prompt), encoders.caption(s.negative_prompt)
+    encoders.release_text()
     video = torch.zeros(1, channels["in_channels"], positions.latent_frames(frames), height // 32, width // 32)
     audio: Tensor | None = torch.zeros(audio_shape)
     mode = _mode(config)
@@ -74,7 +76,6 @@ def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps
         audio = encoders.sound(sound.waveform, sound.rate)[None, :, :latents]
     if s.reference_audio is not None:
         reference = encoders.reference(Path(s.reference_audio), config.data.reference_s)[None]
-    positive, negative = encoders.caption(s.prompt), encoders.caption(s.negative_prompt)
     batch = Batch(
         keys=("sample",), speakers=("",), draws=(0,), fps=torch.tensor([fps]),
         video_latent=None if mode.video is Role.absent else video.to(device),

@@ -15,7 +15,7 @@ from ltx_train.contracts import ConfigError, Role
 from ltx_train.data import index
 from ltx_train.data.index import Index
 from ltx_train.data.prepare.build import Recipe
-from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints, open_encoders
+from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.evaluation import heldout
 from ltx_train.memory.recompute import Keep, spread
@@ -74,7 +74,7 @@ def recipe(config: Config) -> Recipe:
 
 
 def encoders(config: Config) -> Encoders:
-    return open_encoders(
+    return Encoders(
         weights(config),
         text_encoder=config.model.text_encoder,
         text_tokens=config.model.text_tokens,

@@ -18,6 +18,7 @@ from ltx_train.data.order import Address
 from ltx_train.data.prepare import media, sources
 from ltx_train.data.prepare.encode import loudest_window, rms_db
 from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader
+from ltx_train.model import loaders
 from tests.conftest import REPOSITORY, command, settings
 
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
@@ -201,14 +202,20 @@ def test_references_come_from_other_clips_of_the_speaker(prepared: Path) -> None
 
 
 def test_unchanged_clips_are_not_encoded_again(
-    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And no encoder is even loaded."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
     before = index.load(root)
+    loaded: list[str] = []
+    for name in ("load_video_vae", "load_audio_vae", "load_text_connectors"):
+        original = getattr(loaders, name)
+        monkeypatch.setattr(loaders, name, lambda *a, n=name, o=original, **k: (loaded.append(n), o(*a, **k))[1])
     assert command("prepare", *settings(root, clips)) == 0
     assert "0 clips encoded, 16 unchanged" in capsys.readouterr().out
     assert index.load(root) == before
+    assert not loaded
     extended = tmp_path / "clips"
     shutil.copytree(clips, extended)
     rows = json.loads((extended / "CAPTIONS.json").read_text())

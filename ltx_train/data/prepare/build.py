@@ -82,6 +82,8 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
         for half in folder.glob("*.tmp-*"):
             half.unlink()
     splits = split_by_identity(clips, recipe.heldout_speakers, recipe.seed)
+    digests = {clip.key: _context(recipe.final_caption(clip.caption), recipe, encoders, contexts) for clip in clips}
+    encoders.release_text()
     records: list[Record] = []
     bad: dict[str, str] = {}
     encoded = 0
@@ -89,7 +91,7 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
         report(number, len(clips), clip.key)
         try:
             record, new = _item(clip, splits[clip.key], recipe, encoders, items)
-            records.append(_with_context(record, recipe, encoders, contexts))
+            records.append(replace(record, context=digests[clip.key]))
             encoded += new
         except DataError as error:
             if not recipe.skip_bad:
@@ -143,13 +145,14 @@ def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note:
     _write(note, json.dumps(facts, sort_keys=True).encode())
 
 
-def _with_context(record: Record, recipe: Recipe, encoders: Encoders, contexts: Path) -> Record:
+def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -> str:
+    """The digest of a caption's context, which is made if it is not there yet."""
     prints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
-    digest = _digest(record.caption, prints, recipe.latent_dtype)
+    digest = _digest(caption, prints, recipe.latent_dtype)
     path = contexts / f"{digest}.safetensors"
     if not path.is_file():
-        _write(path, save(encoders.caption(record.caption)))
-    return replace(record, context=digest)
+        _write(path, save(encoders.caption(caption)))
+    return digest
 
 
 def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -> str:

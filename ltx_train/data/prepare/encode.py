@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ltx_train.model.checkpoint import TensorSource
 
 _SILENT_DB = -120.0
 _WINDOW_STEP_S = 0.1
+_WIDEST_STAND_IN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +34,51 @@ class EncodedClip:
     rms_db: float
 
 
-@dataclass(frozen=True)
 class Encoders:
-    """The checkpoint's encoders on one device."""
+    """The checkpoint's encoders on one device, each loaded when it is first needed.
 
-    video_vae: Any
-    audio_vae: Any
-    connectors: Any
-    text_encoder: text.TextEncoder
-    fingerprints: dict[str, str]
-    latent_dtype: torch.dtype
+    A preparation that finds everything encoded loads none; text and media never need to share a card.
+    DataError at once when a real model is given no text encoder.
+    """
+
+    def __init__(
+        self, source: TensorSource, *, text_encoder: str | None, text_tokens: int, device: torch.device,
+        dtype: torch.dtype, latent_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._source, self._device, self._dtype = source, device, dtype
+        self._text = (text_encoder, text_tokens)
+        self._width: int = source.config["transformer"]["caption_channels"]
+        self.latent_dtype = latent_dtype
+        if text_encoder is None and self._width > _WIDEST_STAND_IN:
+            raise DataError("captions need a text encoder: set model.text_encoder to a local Gemma folder")
+        self.fingerprints = encoder_fingerprints(source, text_encoder, text_tokens)
+
+    @cached_property
+    def video_vae(self) -> Any:
+        return loaders.load_video_vae(self._source, device=self._device, dtype=self._dtype)
+
+    @cached_property
+    def audio_vae(self) -> Any:
+        return loaders.load_audio_vae(self._source, device=self._device)
+
+    @cached_property
+    def connectors(self) -> Any:
+        return loaders.load_text_connectors(self._source, device=self._device, dtype=self._dtype)
+
+    @cached_property
+    def text_encoder(self) -> text.TextEncoder:
+        """Gemma from its folder, or the stand-in for a model too small to have one."""
+        path, tokens = self._text
+        if path is not None:
+            return text.GemmaEncoder(path, device=str(self._device), dtype=self._dtype, tokens=tokens)
+        return text.StandInEncoder(self._width, loaders.text_hidden_states(self._source), tokens)
+
+    def release_text(self) -> None:
+        """Frees the text half, which on the real model is the larger one."""
+        for name in ("text_encoder", "connectors"):
+            self.__dict__.pop(name, None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def clip(self, media: Media, reference: Path | None, reference_s: float, fps: float) -> EncodedClip:
@@ -86,39 +123,6 @@ class Encoders:
                 f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s"
             )
         return self.sound(window, rate)
-
-
-def open_encoders(
-    source: TensorSource,
-    *,
-    text_encoder: str | None,
-    text_tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    latent_dtype: torch.dtype,
-) -> Encoders:
-    """Loads video VAE, audio VAE (float32), connectors and text encoder. text_encoder None takes the stand-in."""
-    encoder = open_text_encoder(source, text_encoder, text_tokens, device, dtype)
-    return Encoders(
-        video_vae=loaders.load_video_vae(source, device=device, dtype=dtype),
-        audio_vae=loaders.load_audio_vae(source, device=device),
-        connectors=loaders.load_text_connectors(source, device=device, dtype=dtype),
-        text_encoder=encoder,
-        fingerprints=encoder_fingerprints(source, text_encoder, text_tokens),
-        latent_dtype=latent_dtype,
-    )
-
-
-def open_text_encoder(
-    source: TensorSource, path: str | None, tokens: int, device: torch.device, dtype: torch.dtype
-) -> text.TextEncoder:
-    """Gemma from `path`, or the stand-in for a model too small to have one."""
-    if path is not None:
-        return text.GemmaEncoder(path, device=str(device), dtype=dtype, tokens=tokens)
-    states, width = loaders.text_hidden_states(source), source.config["transformer"]["caption_channels"]
-    if width > 1024:
-        raise DataError("captions need a text encoder: set model.text_encoder to a local Gemma folder")
-    return text.StandInEncoder(width, states, tokens)
 
 
 def encoder_fingerprints(source: TensorSource, text_encoder: str | None, tokens: int) -> dict[str, str]:
