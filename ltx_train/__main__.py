@@ -75,6 +75,7 @@ def _run(command: str, rest: list[str]) -> int:
         print(config.to_yaml(overrides, extra_dir), end="")
         return Exit.DONE
     settings = config.compose_config(overrides, extra_dir)
+    config.require(settings, command)
     # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     entry: Callable[[config.Config], int] = importlib.import_module(f"ltx_train.commands.{command}").run

@@ -143,6 +143,23 @@ def validate(config: Config) -> None:
     _validate_training(config)
 
 
+def require(config: Config, command: str) -> None:
+    """What one command needs beyond a valid configuration."""
+    buckets = bool(config.data.buckets) or (command == "sample" and config.sample.bucket is not None)
+    needs = {
+        "model.path": (command != "export", config.model.path is not None or config.model.weights == "random",
+                       "give the single-file checkpoint, or model.weights=random for a trial"),
+        "data.source": (command == "prepare", config.data.source is not None, "give the folder or table of clips"),
+        "data.buckets": (command not in ("export", "inspect"), buckets, "give at least one WIDTHxHEIGHTxFRAMES"),
+        "inspect.file": (command == "inspect", config.inspect.file is not None, "give the LoRA file to inspect"),
+        "sample.audio": (command == "sample" and config.mode.audio is Role.freeze, config.sample.audio is not None,
+                         "mode.audio=freeze makes a video for a given sound: give it with sample.audio=FILE"),
+    }  # fmt: skip
+    for name, (needed, given, mend) in needs.items():
+        if needed and not given:
+            raise ConfigError(f"{name} is not set: {mend}")
+
+
 def _validate_mode(config: Config) -> None:
     mode = config.mode
     kinds = [condition.kind for condition in mode.conditions]

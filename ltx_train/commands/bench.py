@@ -18,7 +18,7 @@ from ltx_train import rng
 from ltx_train.commands import session
 from ltx_train.commands.fit import trainable_transformer
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, ConfigError, Exit, Role
+from ltx_train.contracts import Batch, Exit, Role
 from ltx_train.diffusion import conditions, objective, positions
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, codecs
@@ -66,8 +66,6 @@ def _step(config: Config, transformer: Transformer, device: torch.device) -> Cal
 
 def random_batch(config: Config, number: int) -> Batch:
     """A batch of the first bucket's shapes, on the CPU."""
-    if not config.data.buckets:
-        raise ConfigError("data.buckets is empty: bench measures the first one")
     width, height, frames = parse_bucket(config.data.buckets[0])
     sizes = session.weights(config).config["transformer"]
     count, mode = config.optim.batch_size, config.mode

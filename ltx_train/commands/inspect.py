@@ -11,7 +11,7 @@ from ltx_train import rng
 from ltx_train.commands import session
 from ltx_train.commands.export import open_run
 from ltx_train.config import Config
-from ltx_train.contracts import ConfigError, DataError, Exit, Modality
+from ltx_train.contracts import DataError, Exit, Modality
 from ltx_train.diffusion import positions
 from ltx_train.model import adapter, export
 from ltx_train.model.checkpoint import TensorSource
@@ -23,8 +23,7 @@ _TOLERANCE = 1e-5
 
 def run(config: Config) -> int:
     """Exit code 78 with the list when a key does not bind, the base is another, or the outputs differ."""
-    if config.inspect.file is None:
-        raise ConfigError("inspect.file is not set: give the LoRA file to inspect")
+    assert config.inspect.file is not None  # config.require has asked for it
     tensors, metadata = export.read_lora(config.inspect.file)
     source = session.weights(config)
     problems = export.unbound_keys(tensors, build_transformer(source))

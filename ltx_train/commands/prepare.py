@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ltx_train.commands import session
 from ltx_train.config import Config
-from ltx_train.contracts import ConfigError, Exit
+from ltx_train.contracts import Exit
 from ltx_train.data.prepare import build
 from ltx_train.data.prepare.sources import read_source
 from ltx_train.training.lock import FolderLock
@@ -16,8 +16,7 @@ from ltx_train.training.lock import FolderLock
 
 def run(config: Config) -> int:
     """Encodes what is new; unchanged clips are taken from earlier work."""
-    if config.data.source is None:
-        raise ConfigError("data.source is not set: give the folder or table of clips to prepare")
+    assert config.data.source is not None  # config.require has asked for it
     clips = read_source(config.data.source)
     recipe = session.recipe(config)
     root = Path(config.data.root)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltx_train.commands import session
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, Condition, ConditionKind, ConfigError, DataError, Exit, Mode, Role
+from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.media import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
@@ -36,7 +36,7 @@ class Given:
 
 def run(config: Config) -> int:
     """Writes sample.out; the encoders are gone before the transformer is loaded."""
-    width, height, frames = parse_bucket(config.sample.bucket or _first_bucket(config))
+    width, height, frames = parse_bucket(config.sample.bucket or config.data.buckets[0])
     fps = config.sample.fps or config.data.fps
     given = _given(config, session.encoders(config), (width, height, frames), fps)
     transformer = _transformer(config)
@@ -48,17 +48,9 @@ def run(config: Config) -> int:
     return Exit.DONE
 
 
-def _first_bucket(config: Config) -> str:
-    if not config.data.buckets:
-        raise ConfigError("sample.bucket is not set: give WIDTHxHEIGHTxFRAMES")
-    return config.data.buckets[0]
-
-
 def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps: float) -> Given:
     width, height, frames = bucket
     s, device = config.sample, session.device(config)
-    if config.mode.audio is Role.freeze and s.audio is None:
-        raise ConfigError("mode.audio=freeze: give the sound to make a video for with sample.audio=FILE")
     channels = session.weights(config).config["transformer"]
     latents = positions.audio_latents(frames / fps)
     audio_shape = (1, channels["audio_in_channels"] // codecs.LATENT_MEL_BINS, latents, codecs.LATENT_MEL_BINS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import ConfigError, Role
+from ltx_train.contracts import Role, UserError
 from ltx_train.data import index
 from ltx_train.data.index import Index
 from ltx_train.data.prepare.build import Recipe
@@ -27,12 +27,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device(config: Config) -> torch.device:
-    """The device to compute on; ConfigError when a GPU is asked for and there is none."""
+    """The device to compute on; UserError when a GPU is asked for and there is none."""
     wanted = config.strategy.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("strategy.device=cuda, but no GPU is visible: set strategy.device=cpu or check the driver")
+        raise UserError("strategy.device=cuda, but no GPU is visible: set strategy.device=cpu or check the driver")
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
@@ -40,8 +40,7 @@ def weights(config: Config) -> TensorSource:
     """Where the model's tensors come from: the checkpoint file, or seeded random numbers."""
     if config.model.weights == "random":
         return RandomWeights(config.model.preset, config.model.seed)
-    if config.model.path is None:
-        raise ConfigError("model.path is not set: give the single-file checkpoint, or model.weights=random for a trial")
+    assert config.model.path is not None  # config.require has asked for it
     return CheckpointFile.open(config.model.path)
 
 
@@ -55,8 +54,6 @@ def sigma_distribution(config: Config) -> SigmaDistribution:
 
 def recipe(config: Config) -> Recipe:
     """What `prepare` does with the clips."""
-    if not config.data.buckets:
-        raise ConfigError("data.buckets is empty: give at least one WIDTHxHEIGHTxFRAMES")
     return Recipe(
         buckets=tuple(parse_bucket(b) for b in config.data.buckets),
         fps=config.data.fps,

@@ -53,6 +53,23 @@ def test_rules_between_fields(overrides: list[str], expected: str) -> None:
         config.compose_config(overrides)
 
 
+@pytest.mark.parametrize(
+    ("command", "overrides", "named"),
+    [
+        ("prepare", ["data.source=null"], "data.source"),
+        ("prepare", ["data.buckets=[]"], "data.buckets"),
+        ("fit", ["model.path=null"], "model.path"),
+        ("inspect", [], "inspect.file"),
+        ("sample", ["mode=a2v"], "sample.audio"),
+    ],
+)
+def test_what_a_command_needs_is_asked_for_before_it_starts(command: str, overrides: list[str], named: str) -> None:
+    made = config.compose_config(overrides)
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        config.require(made, command)
+    config.require(config.compose_config(["model.weights=random", "model.path=null"]), "fit")
+
+
 def test_an_unset_field_is_named() -> None:
     with pytest.raises(ConfigError, match=r"data\.root"):
         config.compose_config(["experiment=talking_head_22b"])
