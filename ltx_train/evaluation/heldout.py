@@ -64,7 +64,7 @@ def measure(
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """DESIGN's metric names for metrics.jsonl and W&B."""
+    """The documented names (docs/architecture.md) for metrics.jsonl and W&B."""
     values = {"val/loss": _mean(rows, CORRECT, "loss")}
     values |= {f"val/loss_{m}": _mean(rows, CORRECT, m) for m in ("video", "audio")}
     for sigma in sorted({row.sigma for row in rows}):

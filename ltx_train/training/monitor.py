@@ -49,7 +49,7 @@ class Monitor:
         self._edge = time.perf_counter()
 
     def row(self) -> dict[str, float]:
-        """Averages since the last row, by DESIGN's names."""
+        """Averages since the last row, by their documented names (docs/architecture.md)."""
         values = {name: torch.cat([p.cpu() for p in parts]).double() for name, parts in self._parts.items()}
         row = {"train/loss": float(values["total"].mean())}
         row |= {f"train/loss_{name}": float(values[name].mean()) for name in ("video", "audio") if name in values}

@@ -91,6 +91,15 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
     assert page.count("data:image/png") == 3
 
 
+def test_every_metric_is_documented(trained: tuple[Path, list[str]]) -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    names = {name for row in read_rows(trained[0] / "metrics.jsonl") for name in row} - {"step"}
+    assert len(names) > 20
+    for name in names:
+        stem = name.rpartition("/")[0] + "/<" if name.count("/") == 2 else name
+        assert f"`{stem}" in text, name
+
+
 def test_export_and_inspect(
     trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
