@@ -53,6 +53,7 @@ class CheckpointFile:
     path: Path
     config: Mapping[str, Any] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    dtypes: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> CheckpointFile:
@@ -63,14 +64,16 @@ class CheckpointFile:
         try:
             with safe_open(path, "pt") as handle:
                 metadata = handle.metadata() or {}
-                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
         if "config" not in metadata:
             raise DataError(
                 f"{path} has no `config` in its metadata: it is not an original LTX-2 single-file checkpoint"
             )
-        return cls(path, json.loads(metadata["config"]), shapes)
+        return cls(path, json.loads(metadata["config"]), shapes, dtypes)
 
     def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
         return self.shapes.get(name)

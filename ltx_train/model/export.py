@@ -7,9 +7,11 @@ runs or training.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,18 +121,69 @@ def merge(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
 
 
-def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """A single-file checkpoint in the original layout: the base's other components beside the trained transformer.
 
-    dtype: of the trained tensors; None keeps theirs. Host memory holds the whole file.
+    dtype: of the trained tensors; the others keep theirs. Written tensor by tensor: host memory holds one
+    beside `trained`.
     """
     shapes = base.shapes if isinstance(base, CheckpointFile) else expected_tensors(base)
     replaced = {transformer_original_name(name): tensor for name, tensor in trained.items()}
     unknown = sorted(replaced.keys() - shapes.keys())
     if unknown:
         raise DataError(f"{len(unknown)} trained tensors are not in the base checkpoint (first: {unknown[0]})")
-    tensors: dict[str, Tensor] = {}
+    kept = base.dtypes if isinstance(base, CheckpointFile) else {}
+    types = {name: _NAMES[dtype] if name in replaced else kept.get(name, "F32") for name in shapes}
+
+    def value(name: str) -> Tensor:
+        if name in replaced:
+            trained_tensor = replaced[name].detach().to("cpu", dtype)
+            if not bool(torch.isfinite(trained_tensor).all()):
+                raise DataError(f"{name} is not finite: nothing was written")
+            return trained_tensor
+        return base.read(name, shapes[name], torch.device("cpu"))
+
+    _write_streamed(path, shapes, types, value, {"config": json.dumps(base.config), "model_version": "2.3.0"})
+
+
+def _write_streamed(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], value: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:  # fmt: skip
+    """The safetensors format by hand, because the library wants every tensor in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
     for name, shape in shapes.items():
-        value = replaced[name].detach() if name in replaced else base.read(name, shape, torch.device("cpu"))
-        tensors[name] = (value.to(dtype) if dtype and name in replaced else value).cpu().contiguous()
-    write(path, tensors, {"config": json.dumps(base.config), "model_version": "2.3.0"})
+        size = math.prod(shape) * _SIZES[types[name]]
+        header[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name in shapes:
+                file.write(value(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "BOOL": 1,
+}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_train.model.checkpoint import CheckpointFile
+from ltx_train.model.loaders import transformer_original_name
 from ltx_train.training.tracking import read_rows
 from tests.conftest import REPOSITORY, TINY, command, settings
 
@@ -142,6 +143,10 @@ def test_export_of_a_given_step(trained: tuple[Path, list[str]], capsys: pytest.
     assert "there are: 3, 6" in capsys.readouterr().err
 
 
+def newest_weights(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*"))[-1] / "weights.safetensors"
+
+
 def test_a_full_checkpoint_is_the_original_layout(prepared: Path, clips: Path, tmp_path: Path) -> None:
     """Everything but the transformer is the base's, bit for bit, so that prepared data stay valid."""
     base = tmp_path / "full.safetensors"
@@ -154,6 +159,9 @@ def test_a_full_checkpoint_is_the_original_layout(prepared: Path, clips: Path, t
     made, original = CheckpointFile.open(base), CheckpointFile.open(TINY)
     assert made.shapes == original.shapes
     assert made.config == original.config
+    weights = load_file(newest_weights(tmp_path / "tiny_base" / "main"))
+    written = load_file(base)
+    assert all(torch.equal(written[transformer_original_name(k)], v) for k, v in weights.items())
     for prefix in ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection."):
         assert made.fingerprint(prefix) == original.fingerprint(prefix)
     assert made.fingerprint("model.diffusion_model.") != original.fingerprint("model.diffusion_model.")
