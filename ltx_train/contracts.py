@@ -152,7 +152,6 @@ class Sample:
     video_context: Tensor
     audio_context: Tensor
     reference_audio: Tensor | None = None
-    reference_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +167,6 @@ class Batch:
     video_context: Tensor
     audio_context: Tensor
     reference_audio: Tensor | None = None
-    reference_keys: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         video_context=torch.stack([s.video_context for s in samples]),
         audio_context=torch.stack([s.audio_context for s in samples]),
         reference_audio=_stack(samples, "reference_audio"),
-        reference_keys=tuple(s.reference_key for s in samples),
     )
 
 

@@ -40,9 +40,6 @@ class Order:
         keys = self._epoch[1][place]
         return [Address(key, step * self._batch + slot) for slot, key in enumerate(keys)]
 
-    def epoch(self, step: int) -> int:
-        return step // self.batches_per_epoch
-
     def _batches(self, epoch: int) -> list[list[str]]:
         batches: list[list[str]] = []
         for name, keys in self._buckets.items():

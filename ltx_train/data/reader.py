@@ -59,7 +59,6 @@ class Reader:
             video_context=contexts[VIDEO_CONTEXT],
             audio_context=contexts[AUDIO_CONTEXT],
             reference_audio=None if reference is None else self.voice(reference, own=reference == record.key),
-            reference_key=reference,
         )
 
     def reference_key(self, address: Address) -> str:

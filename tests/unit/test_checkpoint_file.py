@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_train.contracts import DataError
-from ltx_train.model import load_transformer, load_video_vae, loaders
+from ltx_train.model import (
+    load_audio_vae,
+    load_text_connectors,
+    load_transformer,
+    load_video_vae,
+    load_vocoder,
+    loaders,
+)
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights
 from tests.conftest import TINY
 
@@ -38,6 +45,25 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path: Path, tensors: dict[s
     assert "1 missing: model.diffusion_model.patchify_proj.bias" in text
     assert "1 left over: model.diffusion_model.surprise.weight" in text
     assert "model.diffusion_model.proj_out.bias is [3], the configuration says [16]" in text
+
+
+@pytest.mark.parametrize(
+    ("loader", "name"),
+    [
+        (load_video_vae, "vae.decoder.conv_in.conv.bias"),
+        (load_audio_vae, "audio_vae.per_channel_statistics.mean-of-means"),
+        (load_vocoder, "vocoder.mel_stft.mel_basis"),
+        (load_text_connectors, "model.diffusion_model.video_embeddings_connector.learnable_registers"),
+    ],
+)
+def test_every_component_names_what_is_missing_and_left_over(
+    loader: Any, name: str, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    tensors[f"{name}.surprise"] = tensors.pop(name)
+    with pytest.raises(DataError) as error:
+        loader(write(tmp_path / "x.safetensors", tensors))
+    assert f"1 missing: {name}" in str(error.value)
+    assert f"1 left over: {name}.surprise" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", TINY.read_bytes()[:5000]])

@@ -127,6 +127,23 @@ def test_an_interrupted_interval_continues_exactly() -> None:
     assert [expected[k] for k in keep] == [found[k] for k in keep]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    progress = tracking.ConsoleProgress(4, 0)
+    progress.advance(2)
+    progress.row(2, 4, {"train/loss": 1.25, "val/loss": 2.5, "perf/data_wait_s": 9.0})
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "step 2/4" in shown
+    assert "1.25" in shown
+    assert "val/loss 2.5" in shown
+    assert "data_wait" not in shown
+    assert ("fit" in shown) == terminal
+
+
 def test_two_jobs_cannot_share_a_run(tmp_path: Path) -> None:
     with FolderLock(tmp_path), pytest.raises(UserError, match=r"in use by .* pid \d+"), FolderLock(tmp_path):
         pass

@@ -33,8 +33,6 @@ class Media:
     waveform: Tensor | None
     rate: int
     bucket: Bucket
-    source_seconds: float
-    source_fps: float
 
 
 def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
@@ -50,8 +48,7 @@ def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
         waveform, rate = read_audio(path, start, bucket[2] / fps)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded ({error})") from error
-    source_fps = float(stream.average_rate or 0)
-    return Media(pixels, waveform, rate, bucket, seconds, source_fps)
+    return Media(pixels, waveform, rate, bucket)
 
 
 def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> tuple[Tensor | None, int]:
