@@ -105,6 +105,14 @@ class Mode:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """The timesteps of a batch as the distinct ones: values (U,) float32, and each token's index (B, T) int64."""
+
+    values: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Modality:
     """One stream of tokens as the transformer reads it.
 
@@ -115,6 +123,7 @@ class Modality:
     context: (B, S, D) text context after the connectors.
     context_mask: (B, S), 1 = attend, 0 = blocked; None = attend to all.
     attention_mask: (B, T, T) in [0, 1], rows are queries; its log is added to the logits; None = attend to all.
+    levels: `timesteps` once more, on the latent's device; None = the model looks for them, which may stall a GPU.
     """
 
     latent: Tensor
@@ -124,6 +133,7 @@ class Modality:
     context: Tensor
     context_mask: Tensor | None = None
     attention_mask: Tensor | None = None
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltx_train import rng
-from ltx_train.contracts import Batch, ConditionKind, Coupling, Modality, Mode, Placement, Role, Velocity
+from ltx_train.contracts import Batch, ConditionKind, Coupling, Levels, Modality, Mode, Placement, Role, Velocity
 from ltx_train.diffusion import positions
 from ltx_train.diffusion.sigma import SigmaDistribution, shifted_logit_normal
 
@@ -76,9 +76,16 @@ def assemble(batch: Batch, mode: Mode, draws: Draws) -> ModelInputs:
     )
 
 
+def distinct(timesteps: Tensor) -> Levels:
+    """The distinct timesteps of (B, T), padded to one level per sample and the clean one: compiled graphs
+    then see one shape. Looking for them costs a GPU a stall, so call it on the CPU."""
+    values, index = torch.unique(timesteps.float(), return_inverse=True)
+    missing = timesteps.shape[0] + 1 - values.numel()
+    return Levels(torch.cat([values, values[-1:].expand(max(0, missing))]), index)
+
+
 def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
-    """Everything on `device` except timesteps, which stay on the CPU: the model looks for the distinct
-    ones there without stalling the GPU."""
+    """Everything on `device` except timesteps, which go there as distinct levels."""
     return ModelInputs(
         video=_moved(inputs.video, device),
         audio=_moved(inputs.audio, device),
@@ -92,7 +99,9 @@ def _moved(modality: Modality | None, device: torch.device) -> Modality | None:
         return None
     names = ("latent", "sigma", "positions", "context", "context_mask", "attention_mask")
     tensors: dict[str, Tensor | None] = {name: getattr(modality, name) for name in names}
-    return replace(modality, **{k: _sent(t, device) for k, t in tensors.items() if t is not None})
+    levels = distinct(modality.timesteps)
+    sent = Levels(_sent(levels.values, device), _sent(levels.index, device))
+    return replace(modality, levels=sent, **{k: _sent(t, device) for k, t in tensors.items() if t is not None})
 
 
 def _moved_velocity(velocity: Velocity | None, device: torch.device) -> Velocity | None:

@@ -1,42 +1,99 @@
-"""int8 weights of the frozen blocks: optimum-quanto quantizes, our linear layer computes.
+"""Quantized weights of the frozen blocks: optimum-quanto makes the numbers, our linear layers compute.
 
-One scale per output channel. Embeddings, norms, gates and projections outside the blocks keep their
-precision. Blocks are quantized one by one while the checkpoint streams in.
+int8 and float8 have one scale per output channel, int4 groups of up to 128 inputs. Embeddings, norms,
+gates and projections outside the blocks keep their precision. Blocks are quantized one by one while
+the checkpoint streams in.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ltx_train.model.linear import Int8Linear
 from ltx_train.model.loaders import BlockQuantizer
+from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, QuantizedLinear, float8_rows
+
+Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
+
+# The layers that see every video or text token: the others have too few rows for quantizing them to pay.
+_MANY_ROWS = re.compile(r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)")
 
 
-def block_quantizer(name: str) -> BlockQuantizer | None:
-    """`none` or `int8`."""
-    return {"none": None, "int8": _int8}[name]
+def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | None:
+    """weights: none, int8, int4 or float8; compute: bf16, or fp8 for products in float8 where many rows are."""
+    quantizer = {"none": None, "int8": _int8, "int4": _int4, "float8": _float8}[weights]
+    if quantizer is None and compute == "bf16":
+        return None
+    return partial(_quantize, weights=quantizer, fp8=compute == "fp8")
 
 
-def _int8(block: nn.Module) -> None:
-    # quanto's import costs a second and warns; only quantized runs pay for it.
-    from optimum.quanto import QLinear, freeze, qint8, quantize
-
-    quantize(block, weights=qint8, exclude="*to_gate_logits*")
-    freeze(block)
-    for parent in list(block.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QLinear):
-                setattr(parent, name, _plain(child))
+def _quantize(block: nn.Module, *, weights: Quantizer | None, fp8: bool) -> None:
+    for parent_name, parent in list(block.named_modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, nn.Linear) or name == "to_gate_logits":
+                continue
+            many_rows = _MANY_ROWS.fullmatch(f"{parent_name}.{name}") is not None
+            made = _fp8(layer) if fp8 and many_rows else weights(layer) if weights else None
+            if made is not None:
+                setattr(parent, name, made)
     block.requires_grad_(False)
     _return_freed_pages()
 
 
-def _plain(layer: Any) -> Int8Linear:
-    """The same numbers without quanto's tensor subclass, which the compiler cannot see through."""
-    return Int8Linear(layer.weight._data, layer.weight._scale, layer.bias)
+def _int8(layer: nn.Linear) -> ByteLinear:
+    quanto = _quanto()
+    weight = layer.weight.detach()
+    scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, 0)
+    made = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)
+    return ByteLinear(made._data, made._scale, layer.bias)
+
+
+def _float8(layer: nn.Linear) -> ByteLinear:
+    quanto = _quanto()
+    weight = layer.weight.detach()
+    scale = quanto.AbsmaxOptimizer()(weight, quanto.qfloat8, 0)
+    made = quanto.quantize_weight(weight, quanto.qfloat8, 0, scale, optimized=False)
+    return ByteLinear(made._data, made._scale, layer.bias)
+
+
+def _int4(layer: nn.Linear) -> NibbleLinear | None:
+    """None when the output channels do not pair up."""
+    quanto = _quanto()
+    weight = layer.weight.detach()
+    outputs, inputs = weight.shape
+    if outputs % 2:
+        return None
+    size = _group_size(inputs)
+    scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, 0, size)
+    made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, size, optimized=False)
+    groups = inputs // size
+    packed = made._data._data.view(outputs // 2, groups, size)
+    return NibbleLinear(packed, scale.view(outputs, groups, 1), shift.view(outputs, groups, 1), layer.bias)
+
+
+def _fp8(layer: nn.Linear) -> Fp8Linear | None:
+    """None where the hardware's tiles of 16 do not fit."""
+    if layer.in_features % 16 or layer.out_features % 16:
+        return None
+    codes, scale = float8_rows(layer.weight.detach())
+    return Fp8Linear(codes, scale, layer.bias)
+
+
+def _group_size(inputs: int) -> int:
+    """128, or the largest multiple of 32 below that divides the inputs, or all of them."""
+    return next((size for size in (128, 96, 64, 32) if inputs % size == 0), inputs)
+
+
+def _quanto() -> Any:
+    # Its import costs a second and warns; only quantized runs pay for it.
+    import optimum.quanto
+
+    return optimum.quanto
 
 
 def _return_freed_pages() -> None:

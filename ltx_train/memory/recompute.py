@@ -1,7 +1,8 @@
-"""How each block is run: what of it is kept for backward, whether it is compiled, whether it is streamed.
+"""How each block is run: what of it is kept for backward, whether it is compiled, streamed, offloaded.
 
-Owns the choice per block and the order of the wrappers: markers of the weight stream outside, the
-checkpoint inside them, the compiled block innermost.
+Owns the choice per block and the order of the wrappers: markers of the weight stream and of the
+offload outside, the compiled call inside them, the checkpoint innermost. With the checkpoint inside,
+the compiler sees recomputation and backward as one graph and drops what backward does not read.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from ltx_train.memory.stream import WeightStream, mark
+from ltx_train.memory.compile import compiled_call
+from ltx_train.memory.offload import InputOffload
+from ltx_train.memory.stream import WeightStream
 from ltx_train.model.transformer import Block, Pair
 
 Call = Callable[..., Pair]
@@ -39,42 +43,77 @@ class Keep(StrEnum):
 class BlockRunner:
     """`transformer.run_block`: calls block `index` the way it was planned."""
 
-    def __init__(self, keep: Sequence[Keep], *, compiled: bool, stream: WeightStream | None = None) -> None:
-        self._keep, self.stream = list(keep), stream
-        call = torch.compile(_call, fullgraph=True) if compiled else _call
-        self._calls: dict[Keep, Call] = {
-            Keep.everything: call,
-            Keep.inputs: partial(_recomputed, call),
-            Keep.attention: torch.compile(_keeping_attention, fullgraph=True) if compiled else _keeping_attention,
-        }
+    def __init__(
+        self, keep: Sequence[Keep], *, compiled: bool, stream: WeightStream | None = None,
+        offload: InputOffload | None = None,
+    ) -> None:  # fmt: skip
+        self._keep, self.stream, self._offload = list(keep), stream, offload
+        calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
+        self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
 
-    def __call__(self, index: int, block: Block, *arguments: Any) -> Pair:
+    def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+        streamed = self.stream is not None and index in self.stream
         if not torch.is_grad_enabled():
-            return self._unmarked(index, self._calls[Keep.everything], block, *arguments)
+            return self._without_gradient(index, streamed, block, video, audio, *rest)
+        # All blocks alike: the first one's input wants no gradient by itself, which would be another graph
+        # to compile, and its marker would not fire.
+        video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
         call = self._calls[self._keep[index]]
-        if self.stream is None or index not in self.stream:
-            return call(block, *arguments)
-        return self._marked(index, call, block, *arguments)
+        if streamed or (self._offload is not None and index in self._offload):
+            return self._marked(index, streamed, call, block, video, audio, *rest)
+        return call(block, video, audio, *rest)
 
-    def _unmarked(self, index: int, call: Call, block: Block, *arguments: Any) -> Pair:
-        """Without gradients: validation and sampling."""
-        stream = self.stream
-        if stream is None or index not in stream:
-            return call(block, *arguments)
-        stream.begin(index, backward=False, training=False)
-        result = call(block, *arguments)
-        stream.end(index)
+    def _without_gradient(self, index: int, streamed: bool, block: Block, *arguments: Any) -> Pair:
+        """Validation and sampling."""
+        if streamed and self.stream is not None:
+            self.stream.begin(index, backward=False, training=False)
+        result = self._calls[Keep.everything](block, *arguments)
+        if streamed and self.stream is not None:
+            self.stream.end(index)
         return result
 
-    def _marked(self, index: int, call: Call, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
-        stream = self.stream
-        assert stream is not None
-        # The marker behind the first block's gradient fires only if its input wants one.
-        video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
-        stream.begin(index, backward=False, training=True)
-        pair = call(block, *mark(stream, index, False, (video, audio)), *rest)
-        stream.end(index)
-        return mark(stream, index, True, pair)
+    def _marked(self, index: int, streamed: bool, call: Call, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+        if streamed and self.stream is not None:
+            self.stream.begin(index, backward=False, training=True)
+        given = mark(partial(self._backward_ends, index, streamed), (video, audio))
+        pair = call(block, *given, *rest)
+        if streamed and self.stream is not None:
+            self.stream.end(index)
+        if self._offload is not None and index in self._offload:
+            self._offload.send(index, [h for h in given if h is not None])
+        return mark(partial(self._backward_begins, index, streamed), pair)
+
+    def _backward_begins(self, index: int, streamed: bool) -> None:
+        if self._offload is not None and index in self._offload:
+            self._offload.fetch(index)
+        if streamed and self.stream is not None:
+            self.stream.begin(index, backward=True, training=True)
+
+    def _backward_ends(self, index: int, streamed: bool) -> None:
+        if streamed and self.stream is not None:
+            self.stream.end(index)
+
+
+class Marker(torch.autograd.Function):
+    """Identity over all streams of tokens jointly; calls back when backward comes through."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], *hidden: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(h.view_as(h) for h in hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.call()
+        return None, *gradients
+
+
+def mark(call: Callable[[], None], pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Puts the marker on whichever of (video, audio) is there."""
+    present = [h for h in pair if h is not None]
+    marked: Any = iter(Marker.apply(call, *present))  # pyright: ignore[reportArgumentType]
+    first, second = (None if h is None else next(marked) for h in pair)
+    return first, second
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -86,14 +125,20 @@ def _call(block: Block, *arguments: Any) -> Pair:
     return block(*arguments)
 
 
-def _recomputed(call: Call, block: Block, *arguments: Any) -> Pair:
-    result: Any = checkpoint(call, block, *arguments, use_reentrant=False)
+def _recomputed(block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+    """Masks of dropout are keyed, so no random state has to be kept for the second computation."""
+    result: Any = checkpoint(
+        lambda v, a: block(v, a, *rest), video, audio, use_reentrant=False, preserve_rng_state=False
+    )
     return result
 
 
 def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
     contexts = partial(create_selective_checkpoint_contexts, _attention_policy)
-    result: Any = checkpoint(lambda v, a: block(v, a, *rest), video, audio, use_reentrant=False, context_fn=contexts)
+    result: Any = checkpoint(
+        lambda v, a: block(v, a, *rest), video, audio, use_reentrant=False, preserve_rng_state=False,
+        context_fn=contexts,
+    )  # fmt: skip
     return result
 
 

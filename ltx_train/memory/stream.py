@@ -1,8 +1,8 @@
 """Weight streaming (block swap): frozen weights travel from pinned host memory into a ring of slots.
 
 Owns where a streamed block's weights are and when they may be overwritten. Weights travel one way
-only; adapters never travel. A block's order in backward is told by identity autograd functions
-around it, because module hooks do not fire in a checkpoint's recomputation.
+only; adapters never travel. Who runs the blocks tells it where forward and backward are: module
+hooks do not fire in a checkpoint's recomputation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ltx_train.memory.pinned import pinned
 from ltx_train.model.linear import remember_norms
 
 _ALIGNMENT = 256
@@ -45,7 +46,7 @@ class WeightStream:
     """Holds the weights of `indices` (ascending) of `count` blocks; `slots` of them are on the device at a time.
 
     `stash` is called with each block while the model loads; afterwards `begin` and `end` around a block's
-    forward, and the markers around its backward, drive it.
+    forward and around its backward drive it.
     """
 
     def __init__(self, indices: Sequence[int], slots: int, device: torch.device) -> None:
@@ -73,7 +74,7 @@ class WeightStream:
             size = tensor.numel() * tensor.element_size()
             places.append(_Place(owner, name, offset, tensor.shape, tensor.dtype, size))
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        master = _pinned(offset) if self._cuda else torch.empty(offset, dtype=torch.uint8)
+        master = pinned(offset, self._device)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
             master[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
@@ -178,42 +179,6 @@ class WeightStream:
         event = torch.cuda.Event()
         event.record()
         return event
-
-
-class Marker(torch.autograd.Function):
-    """Identity over all streams jointly; its backward tells the stream that a block begins or ends."""
-
-    @staticmethod
-    def forward(ctx: Any, stream: WeightStream, index: int, begins: bool, *hidden: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = (stream, index, begins)
-        return tuple(h.view_as(h) for h in hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        stream, index, begins = ctx.call
-        if begins:
-            stream.begin(index, backward=True, training=True)
-        else:
-            stream.end(index)
-        return None, None, None, *gradients
-
-
-def mark(stream: WeightStream, index: int, begins: bool, pair: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Puts the marker on whichever of (video, audio) is there."""
-    present = [h for h in pair if h is not None]
-    marked: Iterator[Any] = iter(Marker.apply(stream, index, begins, *present))  # pyright: ignore[reportArgumentType]
-    first, second = (None if h is None else next(marked) for h in pair)
-    return first, second
-
-
-def _pinned(size: int) -> Tensor:
-    """Page-locked memory of exactly this size: torch's own pinned allocator rounds up to a power of two."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    runtime: Any = torch.cuda.cudart()
-    code = runtime.cudaHostRegister(memory.data_ptr(), size, 0)
-    if int(code) != 0:
-        raise MemoryError(f"{size / 2**30:.1f} GiB of host memory could not be page-locked: raise `ulimit -l`")
-    return memory
 
 
 def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -7,7 +7,7 @@ must not know files or optimizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ltx_train import rng
 from ltx_train.contracts import UserError
-from ltx_train.model.linear import LowRankLinear, frobenius
+from ltx_train.model.linear import LowRankLinear, frobenius, mix
 
 _NAME = "default"
 
@@ -100,6 +100,39 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+class DropoutKeys:
+    """The keys of every adapter layer's dropout masks, set once a step from one seed per sample.
+
+    The masks of a sample depend on its seed and the layer alone, not on its batch, and need no random state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+        self._layers = [m for m in layers if any(m.dropout_rate(name) > 0 for name in m.active_adapters)]
+        self._tables: dict[int, Tensor] = {}
+        self._samples = 0
+
+    def set(self, seeds: Sequence[int]) -> None:
+        if not self._layers:
+            return
+        samples = torch.tensor([seed & 0x7FFFFFFF for seed in seeds], dtype=torch.int32)
+        numbers = torch.arange(len(self._layers), dtype=torch.int32)
+        keys = mix(samples[None] ^ mix(numbers)[:, None])
+        table = self._bound(len(seeds))
+        table.copy_(keys.pin_memory() if table.is_cuda else keys, non_blocking=True)
+
+    def _bound(self, samples: int) -> Tensor:
+        """(layers, samples) int32 whose rows the layers read: one address for every step of a batch size."""
+        if samples not in self._tables:
+            device = next(self._layers[0].parameters()).device
+            self._tables[samples] = torch.zeros(len(self._layers), samples, dtype=torch.int32, device=device)
+        if samples != self._samples:
+            self._samples = samples
+            for layer, row in zip(self._layers, self._tables[samples], strict=True):
+                layer.mask_keys = row
+        return self._tables[samples]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
@@ -62,13 +61,25 @@ def _weighted(
     rotary: Rotary | None,
     key_rotary: Rotary | None,
 ) -> Tensor:
-    query = module.norm_q(module.to_q(hidden))
-    key = module.norm_k(module.to_k(keys_from))
+    query = _heads(module, module.norm_q(module.to_q(hidden)))
+    key = _heads(module, module.norm_k(module.to_k(keys_from)))
     if rotary is not None:
-        query = apply_split_rotary_emb(query, rotary)
-        key = apply_split_rotary_emb(key, rotary if key_rotary is None else key_rotary)
-    query, key, value = (_heads(module, x).transpose(1, 2) for x in (query, key, value))
+        query = rotated(query, rotary)
+        key = rotated(key, rotary if key_rotary is None else key_rotary)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, _heads(module, value)))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """x (B, T, H, D) turned by the angles whose (cos, sin) are (B, H, T, D / 2), in float32; pairs are (i, i + D / 2).
+
+    The halves are swapped by a flip: one elementwise kernel each way, where writing them one after the
+    other takes four.
+    """
+    cos, sin = (table.transpose(1, 2).unsqueeze(-2) for table in rotary)
+    halves = x.float().unflatten(-1, (2, -1))
+    sign = 2 * torch.arange(2, device=x.device)[:, None] - 1
+    return (halves * cos + halves.flip(-2) * (sin * sign)).flatten(-2).to(x.dtype)
 
 
 def _heads(module: Any, x: Tensor) -> Tensor:

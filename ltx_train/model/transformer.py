@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor, nn
 
 from ltx_train.contracts import Modality
+from ltx_train.diffusion import conditions
 from ltx_train.model.attention import Rotary, attend, bias_from_strength
 from ltx_train.model.spec import Section
 
@@ -178,7 +179,8 @@ class Transformer(nn.Module):
             return None
         kind = "audio" if name else "video"
         scale, gate_scale = self.config["timestep_scale_multiplier"], self.config["av_ca_timestep_scale_multiplier"]
-        levels, level = _distinct(own.timesteps, own.latent.device)
+        distinct = own.levels or conditions.distinct(own.timesteps)
+        levels = distinct.values.to(own.latent.device)
         modulation, embedded = self._embed(f"{name}adaln_single", levels * scale)
         prompt = f"{name}prompt_adaln_single"
         cross = gate = None
@@ -188,7 +190,7 @@ class Transformer(nn.Module):
             gate = self._embed(f"av_ca_{direction}_gate_adaln_single", other.sigma.float() * gate_scale)[0][:, None]
         positions = own.positions.float()
         return Stream(
-            level=level,
+            level=distinct.index.to(own.latent.device),
             modulation=modulation,
             cross_modulation=cross,
             cross_gate=gate,
@@ -244,18 +246,6 @@ def _block_arguments(config: Section) -> dict[str, Any]:
         "ff_bias": config.get("ff_bias", True),
         "audio_ff_bias": config.get("audio_ff_bias", True),
     }
-
-
-def _distinct(timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The distinct timesteps of a batch (U,) and each token's index (B, T), on `device`.
-
-    Timesteps may stay on the CPU, where finding the distinct ones stalls no GPU. U is padded to one
-    level per sample and the clean one, so that compiled graphs see one shape.
-    """
-    levels, index = torch.unique(timesteps.float(), return_inverse=True)
-    missing = timesteps.shape[0] + 1 - levels.numel()
-    levels = torch.cat([levels, levels[-1:].expand(max(0, missing))])
-    return levels.to(device, non_blocking=True), index.to(device, non_blocking=True)
 
 
 def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:

@@ -45,6 +45,7 @@ class Task(LightningModule):
         self.transformer = transformer
         self.goal, self.schedule, self.clip, self.first_step = goal, schedule, clip, first_step
         self._optimizer = optimizer
+        self._dropout = adapter.DropoutKeys(transformer)
         self.parameters_in_training = list(adapter.trainable_parameters(transformer).values())
         self.result: StepResult | None = None
         self.grad_norm: Tensor | None = None
@@ -59,8 +60,8 @@ class Task(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.refuse_nonfinite(pending=1)
         self._keys = batch.keys
-        # Dropout draws from torch's global stream; keying it by the draw makes a resumed step equal.
-        torch.manual_seed(rng.key_seed(self.goal.seed, "dropout", batch.keys[0], batch.draws[0]))
+        pairs = zip(batch.keys, batch.draws, strict=True)
+        self._dropout.set([rng.key_seed(self.goal.seed, "dropout", key, draw) for key, draw in pairs])
         draws = conditions.draw(batch, self.goal.mode, self.goal.sigma, self.goal.seed)
         inputs = conditions.to_device(conditions.assemble(batch, self.goal.mode, draws), self.device)
         self.result = objective.losses(self.transformer, inputs, self.goal.video_weight, self.goal.audio_weight)

@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 
 from ltx_train import config
 from ltx_train.contracts import DataError
+from ltx_train.memory.recompute import BlockRunner, Keep
 from ltx_train.model import adapter, export, load_transformer, loaders
 from ltx_train.model.checkpoint import RandomWeights
+from ltx_train.model.linear import keyed_mask
 from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
 from tests.golden.support import modality, read
@@ -156,3 +158,41 @@ def test_files_that_are_no_whole_lora(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not finite"):
         export.write(tmp_path / "y.safetensors", good, {})
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_dropout_masks_are_keyed_by_sample_and_layer() -> None:
+    keys = torch.tensor([17, -5], dtype=torch.int32)
+    both = keyed_mask(keys, torch.Size((64, 128)), 0.25)
+    assert torch.equal(both[1], keyed_mask(keys[1:], torch.Size((64, 128)), 0.25)[0])
+    assert not torch.equal(both[0], both[1])
+    assert both.float().mean() == pytest.approx(0.75, abs=0.01)
+    # Neighbours in place and in key are as unrelated as any: agreement of two coins that show heads 3 times in 4.
+    other = keyed_mask(keys + 1, torch.Size((64, 128)), 0.25)
+    for first, second in ((both, other), (both[:, :, 1:], both[:, :, :-1]), (both[0], both[1])):
+        assert (first == second).float().mean() == pytest.approx(0.625, abs=0.02)
+
+
+def test_dropout_is_recomputed_as_it_was(model: Transformer) -> None:
+    """With and without recomputation, whatever torch's own random state does in between."""
+    case = read("transformer_c_audio_ref_negative")
+    adapter.attach(model, adapter.Lora(4, 8.0, 0.5, ("attn1.to_q", "audio_ff.net.2")), 0)
+    model.train()
+    with pytest.raises(RuntimeError, match="dropout without keys"):
+        model(modality(case, "video"), modality(case, "audio"))
+    with torch.no_grad():
+        for parameter in adapter.lora_parameters(model).values():
+            parameter.add_(0.05)
+    keys = adapter.DropoutKeys(model)
+    found: list[list[torch.Tensor]] = []
+    for keep, seed in ((Keep.everything, 1), (Keep.inputs, 1), (Keep.inputs, 2)):
+        model.run_block = BlockRunner([keep] * 3, compiled=False)
+        keys.set([seed])
+        model.zero_grad()
+        video, audio = model(modality(case, "video"), modality(case, "audio"))
+        assert video is not None
+        assert audio is not None
+        torch.rand(3)
+        (video.square().mean() + audio.square().mean()).backward()
+        found.append([p.grad.clone() for p in adapter.lora_parameters(model).values() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))

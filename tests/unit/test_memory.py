@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_int8_blocks_alone_are_quantized_and_close() -> None:
     case = read("transformer_c_audio_ref_negative")
     model = load_transformer(TINY, quantize=block_quantizer("int8"))
-    quantized = {n for n, m in model.named_modules() if type(m).__name__ == "Int8Linear"}
+    quantized = {n for n, m in model.named_modules() if type(m).__name__ == "ByteLinear"}
     assert len(quantized) == 3 * 28
     assert all(n.startswith("transformer_blocks.") and "gate" not in n for n in quantized)
     assert not any(p.requires_grad for p in model.parameters())

@@ -1,0 +1,36 @@
+"""Compilation of blocks: one static graph per bucket and way of keeping, cached across restarts.
+
+Owns the compiler's settings. All blocks share a graph, because their weights are its inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+# Graphs per function: buckets x batch sizes x (training, validation, each modality absent).
+_MOST_GRAPHS = 64
+
+
+def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call(block, ...)` compiled for each shape it meets; a graph break is an error, not a slow run."""
+    keep_cache()
+    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    return torch.compile(call, fullgraph=True, dynamic=False)
+
+
+def keep_cache() -> None:
+    """Compiled kernels go to the user's cache folder: the default is /tmp, which a restarted machine has lost."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "ltx-train" / "compiled"))
+
+
+def graphs() -> int:
+    """Graphs compiled so far in this process; constant after each bucket has been seen once."""
+    return int(counters["stats"]["unique_graphs"])

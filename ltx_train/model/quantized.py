@@ -1,0 +1,132 @@
+"""Linear layers over quantized frozen weights: one byte, half a byte, and products in float8.
+
+Owns how they compute, in plain tensors that a compiler sees through. Making the numbers is
+`memory.quantize`'s; inside a compiled block a dequantized weight is never kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FLOAT8 = torch.float8_e4m3fn
+_FLOAT8_MAX = 448.0
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer (out, in) whose `dense` gives back its weight."""
+
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None, **frozen: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        for name, tensor in frozen.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in `dtype`."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.linear(input, self.dense(input.dtype), self.bias)
+
+
+class ByteLinear(QuantizedLinear):
+    """weight (out, in) int8 or float8, scale (out, 1): y = x (weight * scale)^T + bias, in the dtype of x."""
+
+    scale: nn.Parameter
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]), bias, weight=weight, scale=scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) * self.scale.to(dtype)
+
+
+class NibbleLinear(QuantizedLinear):
+    """Four-bit weights in groups along the inputs: weight = codes * scale - shift.
+
+    weight (out / 2, groups, in / groups) uint8: output channel i in the low halves, i + out / 2 in the high ones.
+    scale and shift: (out, groups, 1).
+    """
+
+    scale: nn.Parameter
+    shift: nn.Parameter
+
+    def __init__(self, weight: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None) -> None:
+        half, groups, size = weight.shape
+        super().__init__((2 * half, groups * size), bias, weight=weight, scale=scale, shift=shift)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        # A shift per half instead of a concatenation: the compiler makes one elementwise kernel of it.
+        places = 4 * torch.arange(2, dtype=torch.uint8, device=self.weight.device)[:, None, None, None]
+        codes = ((self.weight[None] >> places) & 15).flatten(0, 1)
+        return (codes.to(dtype) * self.scale.to(dtype) - self.shift.to(dtype)).flatten(1)
+
+
+class Fp8Linear(QuantizedLinear):
+    """Products in float8 with one scale per row (token) and per output channel, forward and input gradient.
+
+    weight (out, in) float8, scale (out, 1) float32, transposed: the same codes as (in, out), because the
+    hardware multiplies float8 only along contiguous rows: held twice, never copied in backward.
+    """
+
+    scale: nn.Parameter
+    transposed: nn.Parameter
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        codes, transposed = weight.contiguous(), weight.t().contiguous()
+        shape = (weight.shape[0], weight.shape[1])
+        super().__init__(shape, bias, weight=codes, scale=scale.float(), transposed=transposed)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) * self.scale.to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        output: Any = _Float8Product.apply(input, self.weight, self.scale, self.transposed)  # pyright: ignore[reportArgumentType]
+        bias = self._parameters["bias"]
+        return output if bias is None else output + bias
+
+
+class _Float8Product(torch.autograd.Function):
+    """x (..., in) -> x W^T; the gradient of the frozen weight is not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, transposed)
+        codes, rows = _quantized_rows(x.flatten(0, -2))
+        product = _scaled_product(codes, weight.t(), rows, scale.t().contiguous(), x.dtype)
+        return product.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        scale, transposed = ctx.saved_tensors
+        gradient = gradients[0]
+        # The weight's scales stand on the summed axis here, so they go into the gradient before it is quantized.
+        codes, rows = _quantized_rows(gradient.flatten(0, -2).float() * scale.t())
+        ones = torch.ones(1, transposed.shape[0], device=scale.device)
+        product = _scaled_product(codes, transposed.t(), rows, ones, gradient.dtype)
+        return product.view(*gradient.shape[:-1], -1), None, None, None
+
+
+def float8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 codes and float32 scales (rows, 1) of a matrix: the largest magnitude of a row becomes 448."""
+    return _quantized_rows(weight)
+
+
+def _quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    values = x.float()
+    scale = (values.abs().amax(dim=1, keepdim=True) / _FLOAT8_MAX).clamp_min(1e-12)
+    return (values / scale).to(FLOAT8), scale
+
+
+def _scaled_product(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) and b (K, N) column-major, both float8 -> (M, N): (a @ b) * rows (M, 1) * columns (1, N).
+
+    The rowwise kernel writes bfloat16 alone.
+    """
+    product = torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda)
+    return product.to(dtype)
