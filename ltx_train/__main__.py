@@ -21,6 +21,7 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 COMMANDS = {
     "prepare": "clips and captions to latents, text contexts and shards",
     "check": "audit prepared data; decoded previews to look at and listen to",
+    "plan": "what will fit: peak memory, step time, chosen settings, before anything is loaded",
     "fit": "train; the same command continues an interrupted run",
     "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
     "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
@@ -74,7 +75,7 @@ def _run(command: str, rest: list[str]) -> int:
             raise config.ConfigError(f"--cfg {shown}: only `--cfg job` is known")
         print(config.to_yaml(overrides, extra_dir), end="")
         return Exit.DONE
-    settings = config.compose_config(overrides, extra_dir)
+    settings = config.compose_config(overrides, extra_dir, command)
     config.require(settings, command)
     # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -26,7 +26,7 @@ __all__ = ["Config", "ConfigError", "compose_config", "config_dir", "to_yaml", "
 
 ConfigStore.instance().store(name="schema", node=Config)
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.preset": ("tiny", "ltx2_3_22b"),
     "model.weights": ("file", "random"),
     "model.dtype": ("bfloat16", "float32"),
@@ -35,8 +35,9 @@ _CHOICES = {
     "data.on_bad_clip": ("error", "skip"),
     "optim.name": ("adamw", "adamw8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
-    "memory.quantize": ("none", "int8"),
-    "memory.keep": ("everything", "attention", "inputs"),
+    "memory.quantize": ("none", "int8", "int4", "float8", "auto"),
+    "memory.compute": ("bf16", "fp8"),
+    "memory.keep": (None, "everything", "attention", "inputs"),
     "memory.compile": ("auto", "on", "off"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "logger.wandb": ("offline", "online", "disabled"),
@@ -47,11 +48,23 @@ _AT_LEAST = {
     "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.accumulate": 1, "optim.warmup": 0, "optim.clip": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
-    "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "bench.steps": 1,
-    "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
+    "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
+    "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
-_FIXED_IN_A_RUN = ("model.", "mode.", "adapter.", "data.", "sigma.", "loss.", "optim.", "run.seed", "memory.quantize")
+_FIXED_IN_A_RUN = (
+    "model.",
+    "mode.",
+    "adapter.",
+    "data.",
+    "sigma.",
+    "loss.",
+    "optim.",
+    "run.seed",
+    "memory.quantize",
+    "memory.compute",
+)
 _FREE_IN_A_RUN = ("data.workers", "data.source", "data.root", "model.path", "optim.steps", "model.text_encoder")
+_NOT_READ = {"plan": ("data.root", "data.source"), "bench": ("data.root", "data.source")}
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
@@ -62,10 +75,17 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def compose_config(overrides: list[str], extra_dir: str | None = None) -> Config:
-    """The validated configuration of a list of Hydra overrides; `extra_dir` adds a user's own tree."""
+def compose_config(overrides: list[str], extra_dir: str | None = None, command: str = "") -> Config:
+    """The validated configuration of a list of Hydra overrides; `extra_dir` adds a user's own tree.
+
+    Settings without a default that `command` does not read may stay unset.
+    """
     composed = _composed(overrides, extra_dir)
     unset = sorted(OmegaConf.missing_keys(composed))
+    for name in _NOT_READ.get(command, ()):
+        if name in unset:
+            OmegaConf.update(composed, name, "")
+            unset.remove(name)
     if unset:
         raise ConfigError(f"{' and '.join(unset)} must be set: add {unset[0]}=... to the command")
     config = OmegaConf.to_object(composed)
@@ -133,10 +153,13 @@ def validate(config: Config) -> None:
     for name, allowed in _CHOICES.items():
         value = _value(config, name)
         if value not in allowed:
-            raise ConfigError(f"{name}={value!r}: choose one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+            raise ConfigError(
+                f"{name}={value!r}: choose one of {_listed(allowed)}{nearest(str(value), _named(allowed))}"
+            )
     for name, least in _AT_LEAST.items():
-        if _value(config, name) < least:
-            raise ConfigError(f"{name}={_value(config, name)}: must be at least {least}")
+        value = _value(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
     for bucket in config.data.buckets + ([config.sample.bucket] if config.sample.bucket else []):
         parse_bucket(bucket)
     _validate_mode(config)
@@ -146,8 +169,9 @@ def validate(config: Config) -> None:
 def require(config: Config, command: str) -> None:
     """What one command needs beyond a valid configuration."""
     buckets = bool(config.data.buckets) or (command == "sample" and config.sample.bucket is not None)
+    weights = config.model.path is not None or config.model.weights == "random"
     needs = {
-        "model.path": (command != "export", config.model.path is not None or config.model.weights == "random",
+        "model.path": (command not in ("export", "plan"), weights,
                        "give the single-file checkpoint, or model.weights=random for a trial"),
         "data.source": (command == "prepare", config.data.source is not None, "give the folder or table of clips"),
         "data.buckets": (command not in ("export", "inspect"), buckets, "give at least one WIDTHxHEIGHTxFRAMES"),
@@ -190,24 +214,44 @@ def _validate_training(config: Config) -> None:
     adapter = config.adapter
     if adapter.kind == "lora" and not adapter.targets:
         raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
-    if config.memory.stream_blocks and (config.memory.keep != "inputs" or config.memory.keep_everything):
-        raise ConfigError(
-            "memory: a streamed block keeps its inputs alone, its weights have moved on: set memory.keep=inputs"
-        )
-    if adapter.kind == "full" and config.memory.stream_blocks:
-        raise ConfigError(
-            "adapter.kind=full trains every weight, and only frozen ones are streamed: set memory=recompute"
-        )
-    if adapter.kind == "full" and config.memory.quantize != "none":
-        raise ConfigError(
-            "adapter.kind=full trains every weight, which int8 weights cannot be: set memory.quantize=none"
-        )
+    _validate_memory(config)
     if config.mode.audio is Role.absent and any("audio" in t for t in adapter.targets):
         raise ConfigError("adapter.targets name audio modules, but mode.audio=absent gives them no loss")
     if not 0 <= config.data.heldout_speakers < 1:
         raise ConfigError("data.heldout_speakers must lie in [0, 1): a share of the identities")
     if not config.eval.sigmas or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]")
+
+
+def _validate_memory(config: Config) -> None:
+    memory = config.memory
+    if memory.stream_blocks and memory.keep == "everything":
+        raise ConfigError(
+            "memory: a streamed block cannot keep everything, its weights have moved on: set memory.keep=inputs"
+        )
+    if memory.compute == "fp8" and memory.quantize not in ("none", "float8"):
+        raise ConfigError(
+            f"memory.compute=fp8 holds its weights in float8, not {memory.quantize}: set memory.quantize=none or float8"
+        )
+    if config.adapter.kind != "full":
+        return
+    if memory.stream_blocks:
+        raise ConfigError(
+            "adapter.kind=full trains every weight, and only frozen ones are streamed: set memory=recompute"
+        )
+    if memory.quantize != "none" or memory.compute != "bf16":
+        raise ConfigError(
+            "adapter.kind=full trains every weight, which quantized weights cannot be: "
+            "set memory.quantize=none and memory.compute=bf16"
+        )
+
+
+def _named(choices: tuple[str | None, ...]) -> list[str]:
+    return [choice for choice in choices if choice is not None]
+
+
+def _listed(choices: tuple[str | None, ...]) -> str:
+    return ", ".join("null" if choice is None else choice for choice in choices)
 
 
 def _flat(config: Config) -> dict[str, str]:

@@ -92,19 +92,24 @@ class OptimConfig:
 
 @dataclass
 class MemoryConfig:
-    """What is traded for memory.
+    """What is traded for memory; null is left to the plan, which takes the fastest that fits into the budget.
 
-    quantize: none or int8 (frozen block weights). keep: what a block keeps for backward: everything,
-    attention or inputs. keep_everything: so many blocks, evenly spaced, keep everything nevertheless.
-    stream_blocks: so many blocks live in host memory and pass through stream_slots slots on the device.
-    compile: auto (on a GPU), on or off.
+    budget_gib: what the process may reserve on the GPU (null: what is free there).
+    quantize: frozen block weights as none, int8, int4 or float8; auto: none, or int8 where that is faster.
+    compute: bf16, or fp8 for the large products. keep: what a block keeps for backward: everything,
+    attention or inputs. keep_everything: so many blocks keep everything nevertheless. stream_blocks: so many
+    blocks live in host memory and pass through stream_slots slots on the device. offload_inputs: what blocks
+    keep of their inputs waits in host memory. compile: auto (on a GPU), on or off.
     """
 
+    budget_gib: float | None = None
     quantize: str = "none"
-    keep: str = "inputs"
-    keep_everything: int = 0
-    stream_blocks: int = 0
+    compute: str = "bf16"
+    keep: str | None = None
+    keep_everything: int | None = None
+    stream_blocks: int | None = None
     stream_slots: int = 3
+    offload_inputs: bool | None = None
     compile: str = "auto"
 
 
@@ -201,13 +206,20 @@ class InspectConfig:
 
 @dataclass
 class BenchConfig:
-    """out: a JSON file that the record is added to; case names the record."""
+    """out: a JSON file that the record is added to; case names the record. baseline: time the plain path instead."""
 
     steps: int = 5
     warmup: int = 3
     case: str = ""
     out: str | None = None
-    budget_gib: float = 0.0
+    baseline: bool = False
+
+
+@dataclass
+class PlanConfig:
+    """card: a GPU by name, for planning on a machine without it."""
+
+    card: str | None = None
 
 
 @dataclass
@@ -230,3 +242,4 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ltx_train import rng
-from ltx_train.commands import session
-from ltx_train.commands.fit import trainable_transformer
+from ltx_train.commands import planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, Exit, Role
+from ltx_train.contracts import Batch, Exit, Role, UserError
 from ltx_train.diffusion import conditions, objective, positions
+from ltx_train.memory.cards import GIB, card_of_device
+from ltx_train.memory.compile import graphs
+from ltx_train.memory.footprint import model_flops
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, codecs
 from ltx_train.model.transformer import Transformer
@@ -28,19 +32,36 @@ from ltx_train.training.optim import build_optimizer
 
 def run(config: Config) -> int:
     """Prints one record; bench.out collects records of several calls in one list."""
+    peer = _peer(config) if config.bench.baseline else {}
+    config, planned = planning.settle(config)
     device = session.device(config)
-    if config.bench.budget_gib and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.bench.budget_gib * 2**30 / total), device)
     started = time.perf_counter()
-    transformer = trainable_transformer(config)
+    transformer = transformers.trainable(config)
     loaded = time.perf_counter() - started
-    step = _step(config, transformer, device)
-    record = {**_about(config), "load_s": round(loaded, 1), **_measure(config, step, transformer, device)}
+    try:
+        measured = timed(config, _step(config, transformer, device), device, transformer)
+    except torch.OutOfMemoryError as error:
+        raise UserError(planning.out_of_memory(config, planned)) from error
+    record = {**_about(config), "load_s": round(loaded, 1), **measured, **_rates(config, measured, device), **peer}
+    if planned is not None:
+        record["memory"] = summary.describe(planned)
+        record["planned_gib"] = round(planned.footprint.gib, 2)
+        record["planned_step_s"] = round(planned.footprint.step_s, 3)
     print(json.dumps(record))
     if config.bench.out:
         _collect(Path(config.bench.out), record)
     return Exit.DONE
+
+
+def _peer(config: Config) -> dict[str, Any]:
+    """The plain path in a process of its own, which gives its memory back before ours is measured."""
+    from ltx_train.commands import baseline  # imports peft and diffusers a second time, for those who compare
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        measured = pool.submit(baseline.measure, config).result()
+    found = {f"peer_{name}": measured[name] for name in ("step_s_median", "peak_reserved_gib") if name in measured}
+    quantized = "" if config.memory.quantize == "none" else f", optimum-quanto {config.memory.quantize}"
+    return {"peer": f"diffusers model, eager, every block checkpointed{quantized}; same call", **found}
 
 
 def _step(config: Config, transformer: Transformer, device: torch.device) -> Callable[[int], torch.Tensor]:
@@ -67,7 +88,7 @@ def _step(config: Config, transformer: Transformer, device: torch.device) -> Cal
 def random_batch(config: Config, number: int) -> Batch:
     """A batch of the first bucket's shapes, on the CPU."""
     width, height, frames = parse_bucket(config.data.buckets[0])
-    sizes = session.weights(config).config["transformer"]
+    sizes = session.layout(config).config["transformer"]
     count, mode = config.optim.batch_size, config.mode
     video = (count, sizes["in_channels"], positions.latent_frames(frames), height // 32, width // 32)
     audio_channels = sizes["audio_in_channels"] // codecs.LATENT_MEL_BINS
@@ -91,20 +112,22 @@ def random_batch(config: Config, number: int) -> Batch:
     )
 
 
-def _measure(
-    config: Config, step: Callable[[int], torch.Tensor], transformer: Transformer, device: torch.device
+def timed(
+    config: Config, step: Callable[[int], torch.Tensor], device: torch.device, transformer: Transformer | None = None
 ) -> dict[str, Any]:
+    """Warm-up, then steps that each wait for the device; times in seconds, memory in GiB."""
     started = time.perf_counter()
     losses = [float(step(0))]
     first = time.perf_counter() - started
     losses += [float(step(number)) for number in range(1, config.bench.warmup)]
-    runner = transformer.run_block
+    runner = transformer.run_block if transformer is not None else None
     stream = runner.stream if isinstance(runner, BlockRunner) else None
     if stream is not None:
         stream.verify()
         stream.stall_seconds()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    compiled = graphs()
     times: list[float] = []
     for number in range(config.bench.steps):
         started = time.perf_counter()
@@ -116,15 +139,29 @@ def _measure(
         "step_s_median": round(statistics.median(times), 4),
         "step_s_min": round(min(times), 4),
         "first_step_s": round(first, 1),
+        "graphs": compiled,
+        "recompiled": graphs() - compiled,
         "host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "losses": [round(value, 6) for value in losses],
     }
     if stream is not None:
         record["stall_s"] = round(stream.stall_seconds() / config.bench.steps, 4)
     if device.type == "cuda":
-        record["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-        record["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
+        record["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
+        record["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 2)
     return record
+
+
+def _rates(config: Config, measured: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tokens per second, and the share of the card's dense bf16 rate that the model's own arithmetic takes."""
+    needed, seconds = planning.need(config), measured["step_s_median"]
+    work = needed.work
+    rates = {"tokens_per_s": round(work.batch * (work.video + work.audio) / seconds, 1)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card = card_of_device(properties.name, properties.total_memory / GIB)
+        rates["mfu"] = round(model_flops(needed.size, work) / seconds / (card.bf16_tflops * 1e12), 4)
+    return rates
 
 
 def _about(config: Config) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ltx_train import config as configuration
-from ltx_train.commands import session
+from ltx_train.commands import planning, session, transformers
 from ltx_train.commands.check import refuse_bad
 from ltx_train.commands.export import open_run
-from ltx_train.commands.fit import trainable_transformer
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit
 from ltx_train.data.audit import audit
@@ -23,12 +23,15 @@ def run(config: Config) -> int:
     """The same numbers go to the page, to metrics.jsonl and to W&B."""
     folder = session.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
+    if config.memory.quantize == "auto":
+        config = replace(config, memory=replace(config.memory, quantize=trained_with.memory.quantize))
+    config, _ = planning.settle(config, training=False)
     configuration.refuse_drift(trained_with, config, folder)
     root, index, stale = session.prepared(config)
     refuse_bad(audit(root, index, config.mode, stale, config.data.silence_db), root)
     if not index.split(HELDOUT):
         raise DataError(f"nothing is held out in {root}: set data.heldout_speakers and prepare again")
-    transformer = trainable_transformer(config)
+    transformer = transformers.trainable(config)
     adapter.load_state(transformer, checkpoint.weights)
     rows = heldout.measure(
         transformer, str(root), index, session.evaluation(config), session.device(config),

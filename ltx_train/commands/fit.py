@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ltx_train import config as configuration
-from ltx_train.commands import session, summary
+from ltx_train.commands import planning, session, summary, transformers
 from ltx_train.commands.check import refuse_bad
 from ltx_train.config import Config
-from ltx_train.contracts import Exit
+from ltx_train.contracts import Exit, UserError
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.module import ShardData, training_order
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import heldout
-from ltx_train.memory.quantize import block_quantizer
-from ltx_train.memory.recompute import BlockRunner
+from ltx_train.memory.plan import Planned
 from ltx_train.model import adapter, export
-from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer
+from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
@@ -50,15 +51,27 @@ class Start:
 def run(config: Config) -> int:
     """DONE, or PREEMPTED after a signal and a save."""
     folder = session.run_dir(config)
+    config, planned = planning.settle(_with_saved_precision(config, folder))
     with FolderLock(folder):
         start = _start(config, folder)
         if start.step >= config.optim.steps:
             print(f"{folder} is complete: {start.step} of {config.optim.steps} steps are done")
             return Exit.DONE
-        code = _train(config, start)
+        try:
+            code = _train(config, start, planned)
+        except torch.OutOfMemoryError as error:
+            raise UserError(planning.out_of_memory(config, planned)) from error
     if code is Exit.PREEMPTED:
         print("stopped after a save; the same command continues", file=sys.stderr)
     return code
+
+
+def _with_saved_precision(config: Config, folder: Path) -> Config:
+    """A run that was started with `quantize: auto` goes on with the precision that was chosen then."""
+    saved = folder / "config.yaml"
+    if config.memory.quantize != "auto" or not saved.is_file():
+        return config
+    return replace(config, memory=replace(config.memory, quantize=configuration.load(saved).memory.quantize))
 
 
 def _start(config: Config, folder: Path) -> Start:
@@ -75,15 +88,16 @@ def _start(config: Config, folder: Path) -> Start:
     return Start(folder, root, index, checkpointing.load(found[-1]) if found else None)
 
 
-def _train(config: Config, start: Start) -> Exit:
+def _train(config: Config, start: Start, planned: Planned | None) -> Exit:
     device = session.device(config)
-    transformer = trainable_transformer(config)
+    transformer = transformers.trainable(config)
     parameters = adapter.trainable_parameters(transformer)
     optim = config.optim
     optimizer = build_optimizer(
         optim.name, parameters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
     )
-    monitor = Monitor(config.loss.video_weight, config.loss.audio_weight)
+    predicted = planned.footprint.gib if planned else None
+    monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, predicted)
     if start.checkpoint is not None:
         adapter.load_state(transformer, start.checkpoint.weights)
         optimizer.load_state_dict(dict(start.checkpoint.optimizer))
@@ -94,7 +108,7 @@ def _train(config: Config, start: Start) -> Exit:
     )  # fmt: skip
     schedule = Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps)
     task = Task(transformer, goal, schedule, optimizer, optim.clip, start.step)
-    summary.show(config, transformer, start.index, start.folder, start.step)
+    summary.show(config, transformer, start.index, start.folder, start.step, planned)
     metrics = Metrics(start.folder, start.step, config.logger.wandb, config.logger.project, _plain(config))
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
     plan = Plan(
@@ -105,26 +119,6 @@ def _train(config: Config, start: Start) -> Exit:
         plan, task, _data(config, start), monitor, metrics, device,
         _evaluator(config, start, transformer), lambda step: publish(config, transformer, start.folder, step, base),
     )  # fmt: skip
-
-
-def trainable_transformer(config: Config) -> Transformer:
-    """The configured transformer on its device, with an adapter or all weights trainable (float32)."""
-    device = session.device(config)
-    layout = session.weights(config)
-    count = layout.config["transformer"]["num_layers"]
-    stream = session.weight_stream(config, count)
-    transformer = load_transformer(
-        layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(config.memory.quantize),
-        arrived=stream.stash_if_streamed if stream else None,
-    )  # fmt: skip
-    if stream is not None:
-        stream.ready()
-    if config.adapter.kind == "lora":
-        adapter.attach(transformer, session.lora(config), config.run.seed)
-    else:
-        transformer.float().requires_grad_(True)
-    transformer.run_block = BlockRunner(session.kept(config, count), compiled=session.compiles(config), stream=stream)
-    return transformer.train()
 
 
 def publish(config: Config, transformer: Transformer, folder: Path, step: int, base: str) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ltx_train.commands import session
+from ltx_train.commands import planning, session, transformers
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.media import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
 from ltx_train.diffusion import conditions, positions, sigma
-from ltx_train.memory.quantize import block_quantizer
 from ltx_train.model import codecs, export
-from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Transformer
 from ltx_train.sampling import media, sampler
 from ltx_train.sampling.guidance import Guidance
@@ -101,10 +99,9 @@ def _guidance(config: Config) -> Guidance:
 
 
 def _transformer(config: Config) -> Transformer:
-    transformer = load_transformer(
-        session.weights(config), device=session.device(config), dtype=session.dtype(config),
-        quantize=block_quantizer(config.memory.quantize),
-    )  # fmt: skip
+    asked = [config.sample.bucket] if config.sample.bucket else config.data.buckets[:1]
+    settled, _ = planning.settle(replace(config, data=replace(config.data, buckets=asked)), training=False)
+    transformer = transformers.opened(settled)
     if config.sample.adapter is not None:
         tensors, _ = export.read_lora(config.sample.adapter)
         export.bind(transformer, tensors, config.sample.strength)

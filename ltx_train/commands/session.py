@@ -18,8 +18,6 @@ from ltx_train.data.prepare.build import Recipe
 from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.evaluation import heldout
-from ltx_train.memory.recompute import Keep, spread
-from ltx_train.memory.stream import WeightStream
 from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSource
 
@@ -42,6 +40,11 @@ def weights(config: Config) -> TensorSource:
         return RandomWeights(config.model.preset, config.model.seed)
     assert config.model.path is not None  # config.require has asked for it
     return CheckpointFile.open(config.model.path)
+
+
+def layout(config: Config) -> TensorSource:
+    """Where the model's sizes come from: the checkpoint if there is one, else the preset; for planning."""
+    return weights(config) if config.model.path else RandomWeights(config.model.preset, config.model.seed)
 
 
 def dtype(config: Config) -> torch.dtype:
@@ -121,20 +124,6 @@ def evaluation(config: Config) -> heldout.Settings:
         video_weight=config.loss.video_weight,
         audio_weight=config.loss.audio_weight,
     )
-
-
-def weight_stream(config: Config, count: int) -> WeightStream | None:
-    """The stream of the configured share of `count` blocks, or None."""
-    streamed = min(config.memory.stream_blocks, count)
-    if streamed == 0:
-        return None
-    return WeightStream(spread(streamed, count), config.memory.stream_slots, device(config))
-
-
-def kept(config: Config, count: int) -> list[Keep]:
-    """What each of `count` blocks keeps for backward."""
-    more = set(spread(min(config.memory.keep_everything, count), count))
-    return [Keep.everything if i in more else Keep(config.memory.keep) for i in range(count)]
 
 
 def compiles(config: Config) -> bool:

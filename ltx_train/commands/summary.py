@@ -14,19 +14,25 @@ from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.diffusion import positions
+from ltx_train.memory.footprint import Choice
+from ltx_train.memory.plan import Planned
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
 
-def show(config: Config, transformer: Transformer, index: Index, folder: Path, step: int) -> None:
+def show(
+    config: Config, transformer: Transformer, index: Index, folder: Path, step: int, planned: Planned | None
+) -> None:
     """Prints the panel to the terminal."""
     table = Table.grid(padding=(0, 2))
-    for name, text in _lines(config, transformer, index, folder, step):
+    for name, text in _lines(config, transformer, index, folder, step, planned):
         table.add_row(f"[bold]{name}", text)
     Console().print(Panel(table, title=f"ltx-train fit: {config.run.experiment}/{config.run.id}", expand=False))
 
 
-def _lines(config: Config, transformer: Transformer, index: Index, folder: Path, step: int) -> list[tuple[str, str]]:
+def _lines(
+    config: Config, transformer: Transformer, index: Index, folder: Path, step: int, planned: Planned | None
+) -> list[tuple[str, str]]:
     trained = adapter.trainable_parameters(transformer)
     total = sum(p.numel() for p in transformer.parameters())
     count = sum(p.numel() for p in trained.values())
@@ -44,9 +50,32 @@ def _lines(config: Config, transformer: Transformer, index: Index, folder: Path,
         ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {config.data.root}"),
         ("batch", f"{optim.batch_size} x {optim.accumulate} samples, {_tokens(config)}"),
         ("memory", _memory(transformer, count, config)),
+        ("planned", "nothing: no GPU and no budget" if planned is None else describe(planned)),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
     ]  # fmt: skip
+
+
+def describe(planned: Planned) -> str:
+    """A plan in one line."""
+    foot = planned.footprint
+    return f"{foot.gib:.1f} GiB, about {foot.step_s:.2f} s a step: {how(planned.choice)}"
+
+
+def how(choice: Choice) -> str:
+    """A choice in words."""
+    parts = [] if choice.quantize == "none" else [f"{choice.quantize} weights"]
+    if choice.compute != "bf16":
+        parts.append(f"{choice.compute} products")
+    kept = {"inputs": "recompute", "attention": "recompute but for attention", "everything": "keep everything"}
+    parts.append(kept[choice.keep.value])
+    if choice.keep_everything:
+        parts.append(f"{choice.keep_everything} blocks keep everything")
+    if choice.stream_blocks:
+        parts.append(f"{choice.stream_blocks} blocks streamed")
+    if choice.offload_inputs:
+        parts.append("inputs on the host")
+    return ", ".join(parts)
 
 
 def _tokens(config: Config) -> str:

@@ -21,7 +21,7 @@ from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, Quant
 Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
 
 # The layers that see every video or text token: the others have too few rows for quantizing them to pay.
-_MANY_ROWS = re.compile(r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)")
+MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
 
 
 def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | None:
@@ -37,7 +37,7 @@ def _quantize(block: nn.Module, *, weights: Quantizer | None, fp8: bool) -> None
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear) or name == "to_gate_logits":
                 continue
-            many_rows = _MANY_ROWS.fullmatch(f"{parent_name}.{name}") is not None
+            many_rows = re.fullmatch(MANY_ROWS, f"{parent_name}.{name}") is not None
             made = _fp8(layer) if fp8 and many_rows else weights(layer) if weights else None
             if made is not None:
                 setattr(parent, name, made)

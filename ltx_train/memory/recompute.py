@@ -8,6 +8,7 @@ the compiler sees recomputation and backward as one graph and drops what backwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -114,6 +115,25 @@ def mark(call: Callable[[], None], pair: tuple[Any, Any]) -> tuple[Any, Any]:
     marked: Any = iter(Marker.apply(call, *present))  # pyright: ignore[reportArgumentType]
     first, second = (None if h is None else next(marked) for h in pair)
     return first, second
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Which blocks are streamed, what each keeps, and whose inputs wait on the host."""
+
+    streamed: list[int]
+    keep: list[Keep]
+    offloaded: list[int]
+
+
+def arrange(layers: int, keep: Keep, keep_everything: int, stream_blocks: int, offload_inputs: bool) -> Arrangement:
+    """Counts to indices: all evenly spaced; resident blocks are the first to keep everything."""
+    streamed = spread(min(stream_blocks, layers), layers)
+    resident = [i for i in range(layers) if i not in set(streamed)]
+    more = {resident[i] for i in spread(min(keep_everything, len(resident)), len(resident))}
+    kept = [Keep.everything if i in more else keep for i in range(layers)]
+    waiting = [i for i in range(layers) if offload_inputs and kept[i] is not Keep.everything]
+    return Arrangement(streamed, kept, waiting)
 
 
 def spread(count: int, total: int) -> list[int]:

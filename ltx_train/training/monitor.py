@@ -21,8 +21,9 @@ _BUCKETS = 4
 class Monitor:
     """Collects step results; `row` averages and clears them. Tensors stay on their device until then."""
 
-    def __init__(self, video_weight: float, audio_weight: float) -> None:
+    def __init__(self, video_weight: float, audio_weight: float, planned_gib: float | None = None) -> None:
         self._weights = (video_weight, audio_weight)
+        self._planned_gib = planned_gib
         self._parts: dict[str, list[Tensor]] = {}
         self._steps = 0
         self._started = self._edge = time.perf_counter()
@@ -62,7 +63,9 @@ class Monitor:
         row["perf/step_s"] = (now - self._started) / max(1, self._steps)
         row["perf/data_wait_s"] = self._waited / max(1, self._steps)
         if torch.cuda.is_available():
-            row["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row["mem/peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            if self._planned_gib:
+                row["mem/plan_error"] = row["mem/peak_gib"] / self._planned_gib - 1
         self._parts, self._steps, self._waited, self._started = {}, 0, 0.0, now
         return row
 

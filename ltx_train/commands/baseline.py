@@ -1,0 +1,111 @@
+"""The plain path that `bench.baseline=true` measures beside ours: diffusers' model, eager, every block checkpointed.
+
+Per-token timesteps, peft's own LoRA layers, optimum-quanto's own int8 layers; random weights of the configured
+sizes. It is a yardstick, not a trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from ltx_train.commands import bench, session
+from ltx_train.config import Config
+from ltx_train.contracts import Modality, UserError
+from ltx_train.diffusion import conditions, objective
+from ltx_train.model.transformer import Section
+from ltx_train.training.optim import build_optimizer
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Step time and memory, under the names of a bench record."""
+    device = session.device(config)
+    model = _model(config, device)
+    return bench.timed(config, _step(config, model, device), device)
+
+
+def _model(config: Config, device: torch.device) -> Any:
+    with torch.device("meta"):
+        model: Any = LTX2VideoTransformer3DModel(**_arguments(session.layout(config).config["transformer"]))
+    model = model.to(session.dtype(config)).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(config.model.seed)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02, generator=generator)
+    model.requires_grad_(False)
+    _quantized(model, config.memory.quantize)
+    targets = "|".join(t.replace(".", r"\.") for t in config.adapter.targets)
+    lora = LoraConfig(
+        r=config.adapter.rank, lora_alpha=int(config.adapter.alpha), lora_dropout=config.adapter.dropout,
+        target_modules=rf"transformer_blocks\..*\.({targets})",
+    )  # fmt: skip
+    inject_adapter_in_model(lora, model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def _quantized(model: Any, kind: str) -> None:
+    if kind == "none":
+        return
+    from optimum import quanto
+
+    quanto.quantize(model.transformer_blocks, weights=getattr(quanto, f"q{kind}"), exclude="*to_gate_logits*")
+    quanto.freeze(model.transformer_blocks)
+
+
+def _arguments(config: Section) -> dict[str, Any]:
+    return {
+        "in_channels": config["in_channels"], "out_channels": config["out_channels"],
+        "num_attention_heads": config["num_attention_heads"], "attention_head_dim": config["attention_head_dim"],
+        "cross_attention_dim": config["cross_attention_dim"], "gated_attn": True, "cross_attn_mod": True,
+        "audio_in_channels": config["audio_in_channels"], "audio_out_channels": config["audio_out_channels"],
+        "audio_num_attention_heads": config["audio_num_attention_heads"],
+        "audio_attention_head_dim": config["audio_attention_head_dim"],
+        "audio_cross_attention_dim": config["audio_cross_attention_dim"], "audio_gated_attn": True,
+        "audio_cross_attn_mod": True, "num_layers": config["num_layers"], "rope_type": "split",
+        "use_prompt_embeddings": False,
+    }  # fmt: skip
+
+
+def _step(config: Config, model: Any, device: torch.device) -> Callable[[int], Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    o = config.optim
+    optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
+
+    def predict(video: Modality | None, audio: Modality | None) -> tuple[Tensor | None, Tensor | None]:
+        if video is None or audio is None:
+            raise UserError("bench.baseline=true compares with diffusers, which always runs both modalities")
+        return _forward(model, video, audio, device)
+
+    def step(number: int) -> Tensor:
+        batch = bench.random_batch(config, number)
+        draws = conditions.draw(batch, config.mode, session.sigma_distribution(config), config.run.seed)
+        inputs = conditions.to_device(conditions.assemble(batch, config.mode, draws), device)
+        loss = objective.losses(predict, inputs, config.loss.video_weight, config.loss.audio_weight).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _forward(model: Any, video: Modality, audio: Modality, device: torch.device) -> tuple[Tensor, Tensor]:
+    dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
+    return model(
+        hidden_states=video.latent.to(dtype), audio_hidden_states=audio.latent.to(dtype),
+        encoder_hidden_states=video.context.to(dtype), audio_encoder_hidden_states=audio.context.to(dtype),
+        timestep=1000 * video.timesteps.to(device), audio_timestep=1000 * audio.timesteps.to(device),
+        sigma=1000 * video.sigma, audio_sigma=1000 * audio.sigma,
+        video_coords=video.positions, audio_coords=audio.positions, return_dict=False,
+    )  # fmt: skip

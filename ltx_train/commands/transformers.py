@@ -1,0 +1,67 @@
+"""Opens the transformer the way a settled configuration says: quantized, streamed, kept, compiled."""
+
+from __future__ import annotations
+
+import torch
+
+from ltx_train.commands import session
+from ltx_train.config import Config
+from ltx_train.contracts import UserError
+from ltx_train.memory.cards import GIB
+from ltx_train.memory.offload import InputOffload
+from ltx_train.memory.quantize import block_quantizer
+from ltx_train.memory.recompute import BlockRunner, Keep, arrange
+from ltx_train.memory.stream import WeightStream
+from ltx_train.model import adapter
+from ltx_train.model.loaders import load_transformer
+from ltx_train.model.transformer import Transformer
+
+_FLOAT8_CAPABILITY = (8, 9)
+
+
+def trainable(config: Config) -> Transformer:
+    """The configured transformer on its device, with an adapter or all weights trainable (float32)."""
+    transformer = opened(config)
+    if config.adapter.kind == "lora":
+        adapter.attach(transformer, session.lora(config), config.run.seed)
+    else:
+        transformer.float().requires_grad_(True)
+    return transformer.train()
+
+
+def opened(config: Config) -> Transformer:
+    """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used."""
+    device = session.device(config)
+    _limit(config, device)
+    layout, memory = session.weights(config), config.memory
+    layers = layout.config["transformer"]["num_layers"]
+    arranged = arrange(
+        layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0, memory.stream_blocks or 0,
+        memory.offload_inputs or False,
+    )  # fmt: skip
+    stream = WeightStream(arranged.streamed, memory.stream_slots, device) if arranged.streamed else None
+    transformer = load_transformer(
+        layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(memory.quantize, memory.compute),
+        arrived=stream.stash_if_streamed if stream else None,
+    )  # fmt: skip
+    if stream is not None:
+        stream.ready()
+        stream.verify()
+    offload = InputOffload(arranged.offloaded, device) if arranged.offloaded else None
+    transformer.run_block = BlockRunner(
+        arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
+    )
+    return transformer
+
+
+def _limit(config: Config, device: torch.device) -> None:
+    """Holds the process to its budget, so that a plan that was wrong fails here and not on a smaller card."""
+    if device.type != "cuda":
+        return
+    float8 = "float8" if config.memory.quantize == "float8" else "fp8" if config.memory.compute == "fp8" else None
+    if float8 and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{name} has no float8 arithmetic, which memory asks for ({float8}): set memory=int8")
+    if config.memory.budget_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory.budget_gib * GIB / total), device)

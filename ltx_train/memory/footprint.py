@@ -1,0 +1,259 @@
+"""What a training step needs: bytes by part and seconds by part, from sizes alone.
+
+Owns the arithmetic and its few measured constants (docs/performance.md). Nothing is loaded: the
+sizes come from a transformer on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ltx_train.memory.cards import GIB, Card
+from ltx_train.memory.quantize import MANY_ROWS
+from ltx_train.memory.recompute import Keep
+from ltx_train.model.transformer import Transformer, transformer_widths
+
+# In units of one block's input (tokens x width, both modalities): fitted to runs on an H200.
+_KEPT_EVERYTHING = 25.3
+_WORKING = 35.0
+# A block's dequantized weights alive at once in backward, as a share of the block in bfloat16.
+_DEQUANTIZED = 0.75
+# What the allocator reserves beyond what is allocated.
+_RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
+# Shares of a card's datasheet rates that the kernels reach, and passes over a block's input that they make.
+_LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
+_BLOCK_OVERHEAD_S = 1.6e-3
+_STREAM_OVERHEAD = 0.05
+_BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
+_MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer of a block; rows: whose tokens it sees (video, audio or text)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rows: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A transformer in numbers: its blocks are alike. Elements of a block outside `linears`, and outside blocks."""
+
+    layers: int
+    linears: tuple[Linear, ...]
+    block_rest: int
+    outside: int
+    width: int
+    audio_width: int
+    heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of one sample, 0 for an absent modality; audio counts its reference. dtype_bytes: of activations."""
+
+    batch: int
+    video: int
+    audio: int
+    text: int
+    dtype_bytes: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What is optimized: how many parameters (float32), by what, and over how many micro-batches."""
+
+    parameters: int
+    optimizer: str
+    accumulate: int = 1
+    full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Everything that trades memory for time; the fields are those of `memory` in the configuration."""
+
+    quantize: str = "none"
+    compute: str = "bf16"
+    keep: Keep = Keep.inputs
+    keep_everything: int = 0
+    stream_blocks: int = 0
+    stream_slots: int = 3
+    offload_inputs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes by part at the peak, and the seconds a step is expected to take on a card."""
+
+    parts: dict[str, float] = field(default_factory=dict[str, float])
+    step_s: float = 0.0
+    host: float = 0.0
+
+    @property
+    def gib(self) -> float:
+        return sum(self.parts.values()) / GIB
+
+    @property
+    def host_gib(self) -> float:
+        return self.host / GIB
+
+
+def sizes(transformer: Transformer) -> Sizes:
+    """Reads a transformer's sizes; the meta device will do."""
+    width, audio_width = transformer_widths(transformer.config)
+    block = transformer.transformer_blocks[0]
+    linears = tuple(
+        Linear(name, layer.in_features, layer.out_features, _rows(name))
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear) and not name.endswith("to_gate_logits")
+    )
+    in_linears = sum(layer.inputs * layer.outputs for layer in linears)
+    in_block = sum(p.numel() for p in block.parameters())
+    layers = len(transformer.transformer_blocks)
+    everything = sum(p.numel() for p in transformer.parameters())
+    return Sizes(
+        layers, linears, in_block - in_linears, everything - layers * in_block, width, audio_width,
+        transformer.config["num_attention_heads"],
+    )  # fmt: skip
+
+
+def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Card) -> Footprint:
+    """The peak of a training step and its duration."""
+    streamed = min(choice.stream_blocks, size.layers)
+    block = _block_bytes(size, choice, 4 if trained.full else work.dtype_bytes)
+    frozen = 0.0 if trained.full else (size.layers - streamed) * block + size.outside * work.dtype_bytes
+    states = trained.parameters * (4 + _MOMENT_BYTES[trained.optimizer])
+    gradients = 4.0 * trained.parameters
+    unit = _unit(size, work)
+    here = 2 + choice.keep_everything if choice.offload_inputs else size.layers
+    waiting = min(here, size.layers) * unit
+    kept = choice.keep_everything * _KEPT_EVERYTHING * unit
+    kept += (size.layers - choice.keep_everything) * _kept_attention(size, work, choice)
+    working = _WORKING * unit + _dequantized(size, choice)
+    early = waiting + kept + (gradients if trained.accumulate > 1 else 0)
+    parts = {
+        "frozen weights": frozen,
+        "ring of streamed weights": min(choice.stream_slots, streamed) * block,
+        "trained weights and moments": states,
+        "inputs, positions, contexts": _fixed(size, work),
+        "one block at work": working,
+        "kept for backward": waiting + kept if early >= gradients else 0.0,
+        "gradients": gradients if early < gradients or trained.accumulate > 1 else 0.0,
+        "allocator's reserve": _RESERVE_GIB * GIB + _RESERVE_SHARE * working,
+    }
+    away = size.layers - choice.keep_everything if choice.offload_inputs else 0
+    host = streamed * block + away * unit
+    return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
+
+
+def model_flops(size: Sizes, work: Work) -> float:
+    """Floating-point operations of one step without recomputation: forward, and gradients of activations."""
+    rows = {"video": work.video, "audio": work.audio, "text": work.text}
+    linear = 0.0
+    for layer in size.linears:
+        times = 1 if layer.rows == "text" else 2
+        linear += times * 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
+    return size.layers * (linear + 3.5 * _attention_flops(size, work))
+
+
+def _rows(name: str) -> str:
+    part, _, layer = name.partition(".")
+    if part in ("attn2", "audio_attn2") and layer in ("to_k", "to_v"):
+        return "text"
+    from_other = layer in ("to_k", "to_v")
+    if part == "audio_to_video_attn":
+        return "audio" if from_other else "video"
+    if part == "video_to_audio_attn":
+        return "video" if from_other else "audio"
+    return "audio" if part.startswith("audio_") else "video"
+
+
+def _block_bytes(size: Sizes, choice: Choice, dtype_bytes: int) -> float:
+    total = float(size.block_rest * dtype_bytes)
+    for layer in size.linears:
+        elements = layer.inputs * layer.outputs
+        if choice.compute == "fp8" and re.fullmatch(MANY_ROWS, layer.name):
+            total += 2 * elements + 4 * layer.outputs
+        elif choice.quantize == "none":
+            total += dtype_bytes * elements
+        else:
+            total += _BYTES_PER_WEIGHT[choice.quantize] * elements + dtype_bytes * layer.outputs
+    return total
+
+
+def _unit(size: Sizes, work: Work) -> float:
+    """Bytes of one block's input."""
+    return work.batch * (work.video * size.width + work.audio * size.audio_width) * float(work.dtype_bytes)
+
+
+def _kept_attention(size: Sizes, work: Work, choice: Choice) -> float:
+    """Outputs and log-sum-exps of the six attentions of a block."""
+    if choice.keep is not Keep.attention:
+        return 0.0
+    both = work.video > 0 and work.audio > 0
+    per_video = 2 * size.width + (size.audio_width if both else 0)
+    per_audio = (3 if both else 2) * size.audio_width
+    outputs = (work.video * per_video + work.audio * per_audio) * work.dtype_bytes
+    sums = 3 * (work.video + work.audio) * size.heads * 4
+    return float(work.batch * (outputs + sums))
+
+
+def _dequantized(size: Sizes, choice: Choice) -> float:
+    if choice.quantize == "none":
+        return 0.0
+    kept = [c for c in size.linears if choice.compute != "fp8" or not re.fullmatch(MANY_ROWS, c.name)]
+    return _DEQUANTIZED * 2 * sum(layer.inputs * layer.outputs for layer in kept)
+
+
+def _fixed(size: Sizes, work: Work) -> float:
+    """Rotary tables (float32 cos and sin, own width and the bridges'), text contexts, latents and targets."""
+    tables = work.video * (size.width + size.audio_width) * 4 + work.audio * 2 * size.audio_width * 4
+    contexts = work.text * (size.width + size.audio_width) * work.dtype_bytes
+    latents = (work.video + work.audio) * 128 * 4 * 4
+    return float(work.batch * (tables + contexts + latents))
+
+
+def _seconds(size: Sizes, work: Work, choice: Choice, card: Card, streamed_bytes: float) -> float:
+    """Products and attention at the rates kernels reach, passes over activations at bandwidth, copies beside them."""
+    everything = choice.keep_everything / size.layers
+    linear = size.layers * _linear_seconds(size, work, choice, card, everything)
+    forward = size.layers * _attention_flops(size, work)
+    again = 0.0 if choice.keep is not Keep.inputs else 1 - everything
+    attention = forward * (3.5 + again) / (card.bf16_tflops * 1e12 * _ATTENTION)
+    bandwidth = card.memory_gbs * 1e9 * _BANDWIDTH
+    passes = size.layers * _unit(size, work) * _PASSES / bandwidth
+    overhead = size.layers * _BLOCK_OVERHEAD_S
+    compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
+    compute += size.layers * 2 * 1.5 * _dequantized(size, choice) / _DEQUANTIZED / bandwidth
+    if choice.offload_inputs:
+        compute *= 1.01
+    compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
+    return max(compute, 2 * streamed_bytes / (card.host_gbs * 1e9 * _HOST))
+
+
+def _linear_seconds(size: Sizes, work: Work, choice: Choice, card: Card, everything: float) -> float:
+    """One block's products: forward, again without the last one, and the gradients of inputs that want them."""
+    rows = {"video": work.video, "audio": work.audio, "text": work.text}
+    total = 0.0
+    for layer in size.linears:
+        flops = 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
+        again = 0.0 if layer.name.endswith("ff.net.2") else 1 - everything
+        times = 1 + again + (0 if layer.rows == "text" else 1)
+        fp8 = choice.compute == "fp8" and card.fp8_tflops > 0 and re.fullmatch(MANY_ROWS, layer.name)
+        rate = card.fp8_tflops if fp8 else card.bf16_tflops
+        total += times * flops / (rate * 1e12 * _LINEAR)
+    return total
+
+
+def _attention_flops(size: Sizes, work: Work) -> float:
+    """Forward, one block: two products of queries with keys, for the self, text and bridge attentions."""
+    v, a, t = work.video, work.audio, work.text
+    pairs = size.width * (v * v + v * t) + size.audio_width * (a * a + a * t + 2 * v * a)
+    return 4.0 * work.batch * pairs

@@ -1,0 +1,97 @@
+"""Fits a run into a budget: the fastest choice whose predicted peak stays within it.
+
+Owns the search. It knows neither the configuration nor the machine: sizes, work, card and what may be
+chosen are given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ltx_train.memory.cards import Card
+from ltx_train.memory.footprint import Choice, Footprint, Sizes, Trained, Work, predict
+from ltx_train.memory.recompute import Keep
+
+# A run that is so little slower keeps the weights as they are.
+_WORTH_PRECISION = 1.05
+_STEPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One run: its model, its largest batch, what it trains."""
+
+    size: Sizes
+    work: Work
+    trained: Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What may be chosen; None leaves it to the plan. host_gib: of the machine, None when unknown."""
+
+    quantize: tuple[str, ...] = ("none",)
+    compute: str = "bf16"
+    keep: Keep | None = None
+    keep_everything: int | None = None
+    stream_blocks: int | None = None
+    stream_slots: int = 3
+    offload_inputs: bool | None = None
+    host_gib: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A choice and what it is expected to need."""
+
+    choice: Choice
+    footprint: Footprint
+
+
+def choose(need: Need, allowed: Allowed, card: Card, budget_gib: float) -> Planned | None:
+    """The fastest choice within the budget, or None. Weights keep their precision where that costs next to nothing."""
+    best: Planned | None = None
+    for quantize in allowed.quantize:
+        found = _fastest(need, replace(allowed, quantize=(quantize,)), card, budget_gib)
+        if found is not None and (best is None or found.footprint.step_s * _WORTH_PRECISION < best.footprint.step_s):
+            best = found
+    return best
+
+
+def smallest(need: Need, allowed: Allowed, card: Card) -> Planned:
+    """The choice that needs the least memory, whatever it costs."""
+    return min(_planned(need, allowed, card), key=lambda p: p.footprint.gib)
+
+
+def _fastest(need: Need, allowed: Allowed, card: Card, budget_gib: float) -> Planned | None:
+    fitting = [
+        planned
+        for planned in _planned(need, allowed, card)
+        if planned.footprint.gib <= budget_gib
+        and (allowed.host_gib is None or planned.footprint.host_gib <= allowed.host_gib)
+    ]
+    # Of equally fast ones the one that needs less.
+    return min(fitting, key=lambda p: (round(p.footprint.step_s, 3), p.footprint.gib), default=None)
+
+
+def _planned(need: Need, allowed: Allowed, card: Card) -> Iterator[Planned]:
+    for choice in _choices(need, allowed):
+        yield Planned(choice, predict(need.size, need.work, need.trained, choice, card))
+
+
+def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
+    layers = need.size.layers
+    counts = sorted({round(layers * step / _STEPS) for step in range(_STEPS + 1)})
+    streams = [0] if need.trained.full else counts
+    streams = streams if allowed.stream_blocks is None else [min(allowed.stream_blocks, layers)]
+    keeps = [Keep.inputs, Keep.attention] if allowed.keep is None else [allowed.keep]
+    offloads = [False, True] if allowed.offload_inputs is None else [allowed.offload_inputs]
+    for quantize in allowed.quantize:
+        for streamed in streams:
+            everything = [n for n in counts if n + streamed <= layers or n == 0]
+            everything = everything if allowed.keep_everything is None else [min(allowed.keep_everything, layers)]
+            for keep in keeps:
+                for kept in [layers] if keep is Keep.everything else everything:
+                    for offload in offloads:
+                        yield Choice(quantize, allowed.compute, keep, kept, streamed, allowed.stream_slots, offload)

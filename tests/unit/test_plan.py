@@ -1,0 +1,167 @@
+"""The planner: its arithmetic against measured peaks, its choices, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ltx_train import config
+from ltx_train.commands import planning
+from ltx_train.commands.planning import Place
+from ltx_train.contracts import UserError
+from ltx_train.memory import plan
+from ltx_train.memory.cards import CARDS, card_by_name, card_of_device
+from ltx_train.memory.footprint import Choice, Sizes, Trained, Work, model_flops, predict, sizes
+from ltx_train.memory.plan import Allowed, Need
+from ltx_train.memory.recompute import Keep, arrange
+from ltx_train.model.checkpoint import RandomWeights
+from ltx_train.model.loaders import build_transformer
+from tests.conftest import REPOSITORY, command
+
+PEAKS: list[dict[str, Any]] = json.loads((REPOSITORY / "docs/performance/peaks.json").read_text())
+WORK_A, TRAINED_A = Work(1, 4096, 209, 1024), Trained(144_703_488, "adamw")
+H200 = card_by_name("H200")
+REAL = ("experiment=voice_reference_22b", "data.source=x", "data.root=y")
+
+
+@pytest.fixture(scope="module")
+def size() -> Sizes:
+    return sizes(build_transformer(RandomWeights("ltx2_3_22b")))
+
+
+@pytest.mark.parametrize("peak", PEAKS, ids=lambda p: f"{p['work']}-{p['reserved_gib']}")
+def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str, Any], size: Sizes) -> None:
+    chosen = {**peak["choice"], "keep": Keep(peak["choice"].get("keep", "inputs"))}
+    work = Work(1, peak["video"], peak["audio"], peak["text"])
+    found = predict(size, work, Trained(peak["trained"], "adamw"), Choice(**chosen), H200)
+    assert found.gib == pytest.approx(peak["reserved_gib"], rel=0.05)
+
+
+def test_sizes_of_the_real_model(size: Sizes) -> None:
+    elements = sum(layer.inputs * layer.outputs for layer in size.linears)
+    assert size.layers * (elements + size.block_rest) + size.outside == 18_988_838_144
+    assert len(size.linears) == 28
+    assert {layer.name for layer in size.linears if layer.rows == "text"} == {
+        "attn2.to_k", "attn2.to_v", "audio_attn2.to_k", "audio_attn2.to_v",
+    }  # fmt: skip
+    # By hand, TFLOP a block: 2.23 of products forward and again for gradients, 0.07 for text, 0.35 of attention.
+    assert model_flops(size, WORK_A) / 1e12 == pytest.approx(48 * (2 * 2.23 + 0.07 + 3.5 * 0.35), rel=0.02)
+
+
+def test_tokens_and_trained_weights_come_from_the_configuration() -> None:
+    needed = planning.need(config.compose_config(list(REAL)))
+    assert (needed.work, needed.trained) == (WORK_A, Trained(144_703_488, "adamw8bit"))
+    larger = config.compose_config([*REAL, "data.buckets=[512x512x25,768x512x121]", "optim.batch_size=2"])
+    assert planning.largest_work(larger) == Work(2, 6144, 209, 1024)
+    silent = config.compose_config([*REAL, "experiment=talking_head_22b", "mode.audio=absent", "adapter=attention"])
+    assert planning.largest_work(silent).audio == 0
+    full = planning.need(config.compose_config([*REAL, "experiment=talking_head_22b", "adapter=full"]))
+    assert full.trained == Trained(18_988_838_144, "adamw", full=True)
+
+
+@pytest.mark.parametrize("budget", [6, 8, 12, 22, 40, 80, 139])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "none", "auto"])
+def test_a_plan_stays_within_its_budget_and_more_memory_is_never_slower(
+    budget: float, quantize: str, size: Sizes
+) -> None:
+    options = ("none", "int8") if quantize == "auto" else (quantize,)
+    need = Need(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
+    found = plan.choose(need, Allowed(options), H200, budget)
+    wider = plan.choose(need, Allowed(options), H200, budget + 4)
+    assert found is not None or budget < 10
+    assert wider is not None
+    if found is not None:
+        assert found.footprint.gib <= budget
+        assert wider.footprint.step_s <= found.footprint.step_s * 1.06
+        assert found.choice.keep_everything + found.choice.stream_blocks <= size.layers
+
+
+def test_what_is_set_is_not_planned(size: Sizes) -> None:
+    fixed = Allowed(("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False)
+    found = plan.choose(Need(size, WORK_A, TRAINED_A), fixed, H200, 140)
+    assert found is not None
+    assert found.choice == Choice("int8", stream_blocks=48)
+    assert found.footprint.host_gib == pytest.approx(17.3, abs=0.1)
+    assert plan.choose(Need(size, WORK_A, TRAINED_A), replace(fixed, host_gib=16), H200, 140) is None
+
+
+def test_precision_is_given_up_only_for_speed(size: Sizes) -> None:
+    need = Need(size, WORK_A, TRAINED_A)
+    roomy, tight = (plan.choose(need, Allowed(("none", "int8")), H200, budget) for budget in (139, 12))
+    assert roomy is not None
+    assert tight is not None
+    assert (roomy.choice.quantize, tight.choice.quantize) == ("none", "int8")
+
+
+def test_blocks_that_keep_everything_are_resident() -> None:
+    made = arrange(48, Keep.attention, 12, 36, offload_inputs=True)
+    assert len(made.streamed) == 36
+    kept = {i for i, keep in enumerate(made.keep) if keep is Keep.everything}
+    assert kept == set(range(48)) - set(made.streamed)
+    assert set(made.offloaded) == set(made.streamed)
+    assert arrange(3, Keep.inputs, 9, 9, offload_inputs=False).streamed == [0, 1, 2]
+
+
+def test_cards_by_name() -> None:
+    assert card_by_name("rtx 4090").memory_gib == 24
+    assert card_by_name("NVIDIA A100").memory_gib == 80
+    assert {card_by_name(card.name) for card in CARDS} == set(CARDS)
+    with pytest.raises(UserError, match="RTX 5090"):
+        card_by_name("Voodoo 2")
+    assert card_of_device("NVIDIA H200", 139.8).bf16_tflops == 989
+    assert card_of_device("NVIDIA GeForce RTX 4090", 23.6).memory_gib == 23.6
+    assert card_of_device("Tesla T4", 15).memory_gib == 15
+
+
+def test_a_refusal_names_ways_that_do_fit() -> None:
+    made = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute"])
+    place = Place(card_by_name("RTX 4090"), 23.0, None)
+    text = planning.refusal(made, place)
+    assert "needs at least 50" in text
+    mends = [line.split("   ")[0].split() for line in text.splitlines()[2:]]
+    assert len(mends) == 3
+    for mend in mends:
+        mended = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute", *mend])
+        assert planning.planned(mended, place) is not None
+    costs = [float(s) for s in re.findall(r"about ([\d.]+) s", text)]
+    assert costs == sorted(costs)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("experiment=talking_head_22b", "model.weights=random", "memory.budget_gib=3", "data.source=x")
+    assert command("bench", *arguments) == 77
+    assert "does not fit into 3.0 GiB" in capsys.readouterr().err
+
+
+def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090") == 0
+    shown = capsys.readouterr().out
+    assert "predicted peak" in shown
+    fixed = next(line for line in shown.splitlines() if line.startswith("memory.quantize"))
+    made = config.compose_config([*REAL, *fixed.split()])
+    assert planning.allowed(made, None).stream_blocks is not None
+    assert command("plan", "experiment=voice_reference_22b") == 0
+    shown = capsys.readouterr().out
+    assert all(card.name in shown for card in CARDS)
+    assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090", "memory.budget_gib=2") == 77
+
+
+def test_settled_settings_are_plain_without_a_gpu() -> None:
+    made, planned = planning.settle(config.compose_config(["memory.quantize=auto"]))
+    assert planned is None
+    assert (made.memory.quantize, made.memory.keep, made.memory.stream_blocks) == ("none", "inputs", 0)
+    made, planned = planning.settle(config.compose_config(["memory.budget_gib=20"]))
+    assert planned is not None
+    assert made.memory.keep is not None
+
+
+def test_running_out_of_memory_says_what_the_refusal_says() -> None:
+    made = config.compose_config([*REAL, "memory.budget_gib=22"])
+    text = planning.out_of_memory(made, planning.settle(made)[1])
+    assert "ran out of memory" in text
+    assert "planned: " in text
+    assert "memory.budget_gib=" in text
