@@ -6,11 +6,13 @@ sizes. It is a yardstick, not a trainer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from ltx_train.training.optim import build_optimizer
 
 def measure(config: Config) -> dict[str, Any]:
     """Step time and memory, under the names of a bench record."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity_error()
     device = session.device(config)
     model = _model(config, device)
     return bench.timed(config, _step(config, model, device), device)

@@ -70,9 +70,11 @@ def _step(config: Config, transformer: Transformer, device: torch.device) -> Cal
     o = config.optim
     optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
     distribution = session.sigma_distribution(config)
+    dropout = adapter.DropoutKeys(transformer)
 
     def step(number: int) -> torch.Tensor:
         batch = random_batch(config, number)
+        dropout.set([rng.key_seed(config.run.seed, "dropout", key, number) for key in batch.keys])
         draws = conditions.draw(batch, config.mode, distribution, config.run.seed)
         inputs = conditions.to_device(conditions.assemble(batch, config.mode, draws), device)
         loss = objective.losses(transformer, inputs, config.loss.video_weight, config.loss.audio_weight).loss

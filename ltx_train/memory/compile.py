@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 # Graphs per function: buckets x batch sizes x (training, validation, each modality absent).
 _MOST_GRAPHS = 64
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,9 +28,13 @@ def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_cache() -> None:
-    """Compiled kernels go to the user's cache folder: the default is /tmp, which a restarted machine has lost."""
+    """Compiled kernels go to the user's cache folder: torch's default is /tmp, which a restarted machine has lost.
+
+    torch writes its default into the environment as soon as it looks for it, so that counts as unset.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "ltx-train" / "compiled"))
+    if os.environ.get(_VARIABLE) in (None, default_cache_dir()):
+        os.environ[_VARIABLE] = str(root / "ltx-train" / "compiled")
 
 
 def graphs() -> int:

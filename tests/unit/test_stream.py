@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,8 +48,8 @@ def model(
     return made, stream
 
 
-def gradients(made: Transformer) -> list[torch.Tensor]:
-    case = read(CASE)
+def gradients(made: Transformer, name: str = CASE) -> list[torch.Tensor]:
+    case = read(name)
     for parameter in adapter.lora_parameters(made).values():
         parameter.grad = None
     video, audio = made(modality(case, "video"), modality(case, "audio"))
@@ -152,18 +154,18 @@ def test_storage_is_empty_while_its_content_is_away() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_compiled_blocks_give_the_same_gradients() -> None:
+@pytest.mark.parametrize(("keep", "quantize"), [(Keep.inputs, "none"), (Keep.attention, "int8")])
+def test_compiled_blocks_give_the_same_gradients(keep: Keep, quantize: str) -> None:
     """One graph serves all blocks, streamed or offloaded: nothing is compiled for the second and third block."""
     torch._dynamo.reset()
-    expected = gradients(model([], 0, Keep.inputs)[0])
-    resident, _ = model([], 0, Keep.inputs, compiled=True)
+    before = graphs()
+    expected = gradients(model([], 0, keep, quantize)[0])
+    resident, _ = model([], 0, keep, quantize, compiled=True)
     alone = gradients(resident)
     for found, wanted in zip(alone, expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
-    before = graphs()
-    assert before <= 1
-    assert all(torch.equal(a, b) for a, b in zip(gradients(resident), alone, strict=True))
-    made, stream = model([0, 1, 2], 2, Keep.inputs, offloaded=(0, 1, 2), compiled=True)
+    assert graphs() == before + 1
+    made, stream = model([0, 1, 2], 2, keep, quantize, offloaded=(0, 1, 2), compiled=True)
     # The same compiled function: a second wrapper of it would compile again.
     runner, other = resident.run_block, made.run_block
     assert isinstance(runner, BlockRunner)
@@ -171,6 +173,27 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     other._calls = runner._calls
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(gradients(made), alone, strict=True))
-    assert graphs() == before
+    assert graphs() == before + 1
     assert stream is not None
     stream.verify()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nothing_is_compiled_once_every_bucket_has_been_seen() -> None:
+    torch._dynamo.reset()
+    made, _ = model([], 0, Keep.inputs, compiled=True)
+    adapter.DropoutKeys(made).set([1])
+    before = graphs()
+    for name in (CASE, "transformer_d_video_ref"):
+        gradients(made, name)
+    seen = graphs()
+    assert seen == before + 2
+    # Where a restarted process finds them again.
+    cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert cache.parts[-2:] == ("ltx-train", "compiled")
+    assert any(cache.rglob("*.so"))
+    for name in (CASE, "transformer_d_video_ref", CASE):
+        gradients(made, name)
+    assert graphs() == seen

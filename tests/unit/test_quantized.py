@@ -1,0 +1,99 @@
+"""Quantized layers: quanto's numbers, and products in float8 against exact ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ltx_train.memory import quantize
+from ltx_train.memory.quantize import block_quantizer
+from ltx_train.model import load_transformer
+from ltx_train.model.linear import dense_weight
+from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, QuantizedLinear
+from tests.conftest import TINY
+from tests.golden.support import modality, read, relative_rms
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 64), (64, 256), (96, 64)])
+@pytest.mark.parametrize(("name", "kind"), [("int8", "qint8"), ("float8", "qfloat8"), ("int4", "qint4")])
+def test_weights_are_those_that_quanto_makes(
+    name: str, kind: str, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    from optimum import quanto
+
+    layer = nn.Linear(inputs, outputs).to(dtype)
+    theirs: Any = nn.Sequential(nn.Linear(inputs, outputs).to(dtype))
+    theirs[0].load_state_dict(layer.state_dict())
+    quanto.quantize(theirs, weights=getattr(quanto, kind))
+    quanto.freeze(theirs)
+    weight = theirs[0].weight
+    weight = weight.weight_qbits_tensor() if type(weight).__name__.startswith("Tiny") else weight
+    ours = getattr(quantize, f"_{name}")(layer)
+    assert torch.equal(ours.dense(dtype), weight.dequantize())
+    x = torch.randn(2, 3, inputs, dtype=dtype)
+    assert torch.equal(ours(x), nn.functional.linear(x, weight.dequantize(), layer.bias))
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weights", "compute", "kinds", "error"),
+    [
+        ("int8", "bf16", {ByteLinear: 84}, 5e-2),
+        ("float8", "bf16", {ByteLinear: 84}, 1e-1),
+        ("int4", "bf16", {NibbleLinear: 84}, 5e-1),
+        ("none", "fp8", {Fp8Linear: 42}, 1e-1),
+        ("float8", "fp8", {Fp8Linear: 42, ByteLinear: 42}, 1e-1),
+    ],
+)
+def test_blocks_alone_are_quantized_and_close(
+    weights: str, compute: str, kinds: dict[type[nn.Module], int], error: float
+) -> None:
+    case = read("transformer_c_audio_ref_negative")
+    model = load_transformer(TINY, quantize=block_quantizer(weights, compute))
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert {kind: sum(type(m) is kind for m in found.values()) for kind in kinds} == kinds
+    assert len(found) == sum(kinds.values())
+    assert all(n.startswith("transformer_blocks.") and "gate" not in n for n in found)
+    with torch.no_grad():
+        pair = model(modality(case, "video"), modality(case, "audio"))
+    for velocity, name in zip(pair, ("video", "audio"), strict=True):
+        assert velocity is not None
+        assert 1e-6 < relative_rms(velocity, case[f"out.{name}_velocity"]) < error
+
+
+def test_float8_products_and_their_input_gradients() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 64)
+    layer = quantize._fp8(plain)
+    assert layer is not None
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    exact = x.detach().clone().requires_grad_()
+    upstream = torch.randn(2, 5, 64)
+    y, wanted = layer(x), plain(exact)
+    y.backward(upstream)
+    wanted.backward(upstream)
+    assert relative_rms(y.detach(), wanted.detach()) < 5e-2
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert relative_rms(x.grad, exact.grad) < 6e-2
+    # The rows of a token that is a thousand times smaller lose nothing: every row has its own scale.
+    scales = torch.logspace(-4, 2, 5)[None, :, None]
+    with torch.no_grad():
+        rows = (layer(x * scales) - plain.bias) / scales
+        assert relative_rms(rows, plain(x) - plain.bias) < 6e-2
+    assert torch.equal(layer.transposed.t().float(), layer.weight.float())
+    assert relative_rms(dense_weight(layer), plain.weight.detach()) < 4e-2
+
+
+def test_tiles_and_pairs_that_do_not_fit_stay_as_they_are() -> None:
+    assert quantize._fp8(nn.Linear(24, 64)) is None
+    assert quantize._int4(nn.Linear(64, 33)) is None
+    assert quantize._group_size(4096) == 128
+    assert quantize._group_size(96) == 96
+    assert quantize._group_size(50) == 50
