@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format unit golden faults docs wheel sample clean
+.PHONY: help setup demo test lint format unit golden faults docs gpu wheel sample clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ format: setup ## rewrite to the house style
 
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2
+
+gpu: setup ## the tests that need a CUDA device
+	$(BIN)/pytest tests/gpu
 
 wheel: setup ## dist/*.whl with the configuration inside
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,23 @@ class Objective:
     seed: int
 
 
+class OnHost:
+    """A scalar on its way to the host: reading it waits for its own step, not for what was queued since."""
+
+    def __init__(self, scalar: Tensor) -> None:
+        self._value, self._arrived = scalar.detach(), None
+        if scalar.is_cuda:
+            self._value = torch.empty((), dtype=scalar.dtype, pin_memory=True)
+            self._value.copy_(scalar.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
 class Task(LightningModule):
     """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on."""
 
@@ -50,7 +68,7 @@ class Task(LightningModule):
         self.result: StepResult | None = None
         self.grad_norm: Tensor | None = None
         self._keys: tuple[str, ...] = ()
-        self._unchecked: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self._unchecked: list[tuple[int, tuple[str, ...], OnHost]] = []
 
     @property
     def step(self) -> int:
@@ -76,7 +94,7 @@ class Task(LightningModule):
             group["lr"] = self.schedule.at(self.step)
         limit = self.clip if self.clip > 0 else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters_in_training, limit)
-        self._unchecked.append((self.step + 1, self._keys, self.grad_norm))
+        self._unchecked.append((self.step + 1, self._keys, OnHost(self.grad_norm)))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
@@ -85,12 +103,12 @@ class Task(LightningModule):
     def refuse_nonfinite(self, pending: int = 0) -> None:
         """DivergedError if a gradient norm was not finite; the newest `pending` norms are left for later.
 
-        Asking for the norm of the step that is still running would stall the GPU, so training looks one
-        step back; a save looks at all, so that no damaged weights are ever committed.
+        Training looks one step back, at norms that have long arrived; a save looks at all, so that no
+        damaged weights are ever committed.
         """
         while len(self._unchecked) > pending:
             step, keys, norm = self._unchecked.pop(0)
-            if not bool(torch.isfinite(norm)):
+            if not math.isfinite(norm.value()):
                 raise DivergedError(
                     f"the gradient of step {step} is not finite (samples {', '.join(keys)}): "
                     "lower optim.lr or check these clips; the last checkpoint is unharmed"

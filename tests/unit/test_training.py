@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ltx_train import config
+from ltx_train.commands import bench, planning, session, transformers
 from ltx_train.contracts import DataError, StepResult, UserError
+from ltx_train.diffusion import conditions, objective
+from ltx_train.model import adapter
 from ltx_train.training import checkpointing, tracking
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.lock import FolderLock
@@ -149,3 +155,45 @@ def test_two_jobs_cannot_share_a_run(tmp_path: Path) -> None:
         pass
     with FolderLock(tmp_path):
         pass
+
+
+# Operations whose result, or its size, the host has to wait for.
+WAITING = {
+    "aten::_local_scalar_dense", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::nonzero",
+    "aten::masked_select", "aten::equal", "aten::is_nonzero",
+}  # fmt: skip
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split(".")[0] in WAITING:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("mode", ["audio_reference", "av_i2v"])
+def test_nothing_in_a_step_waits_for_the_device(mode: str, dropout: float) -> None:
+    """From the inputs' arrival on the device to clipped gradients, recomputation included."""
+    made, _ = planning.settle(
+        config.compose_config(["experiment=audio_reference", f"mode={mode}", f"adapter.dropout={dropout}"])
+    )
+    transformer = transformers.trainable(made)
+    parameters = list(adapter.trainable_parameters(transformer).values())
+    batch = bench.random_batch(made, 0)
+    adapter.DropoutKeys(transformer).set([1])
+    draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+    inputs = conditions.to_device(conditions.assemble(batch, made.mode, draws), torch.device("cpu"))
+    with Waits() as waits:
+        objective.losses(transformer, inputs, 1.0, 1.0).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    assert waits.found == []
+    with Waits() as waits:
+        conditions.distinct(torch.zeros(1, 3))
+    assert waits.found == ["aten::_unique2"]

@@ -1,0 +1,124 @@
+"""A training step on a GPU: streamed equals resident, nothing waits, budgets hold. Run: make gpu"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ltx_train import config, rng
+from ltx_train.commands import bench, planning, session, transformers
+from ltx_train.config import Config
+from ltx_train.diffusion import conditions, objective
+from ltx_train.memory.recompute import BlockRunner
+from ltx_train.model import adapter
+from ltx_train.model.transformer import Transformer
+from ltx_train.training.optim import build_optimizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore"),
+]
+STEPS = 20
+
+
+def settled(*overrides: str) -> Config:
+    made = config.compose_config(
+        [
+            "experiment=audio_reference",
+            "model.weights=random",
+            "model.dtype=bfloat16",
+            "strategy.device=cuda",
+            *overrides,
+        ]
+    )
+    return planning.settle(made)[0]
+
+
+def step_of(made: Config, transformer: Transformer) -> Callable[[int], torch.Tensor]:
+    parameters = list(adapter.trainable_parameters(transformer).values())
+    optimizer = build_optimizer("adamw", parameters, 1e-3, (0.9, 0.999), 0.01)
+    keys = adapter.DropoutKeys(transformer)
+    device = session.device(made)
+
+    def step(number: int) -> torch.Tensor:
+        batch = bench.random_batch(made, number)
+        keys.set([rng.key_seed(0, "dropout", "", number)])
+        draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+        inputs = conditions.to_device(conditions.assemble(batch, made.mode, draws), device)
+        loss = objective.losses(transformer, inputs, 1.0, 1.0).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+@pytest.fixture
+def deterministic_attention():  # type: ignore[no-untyped-def]
+    """The default backward of attention varies between equal runs."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_20_streamed_and_offloaded_steps_are_bitwise_those_of_resident_weights(quantize: str, compiled: str) -> None:
+    found: list[tuple[list[float], list[torch.Tensor]]] = []
+    for streamed in ("memory.stream_blocks=0", "memory.stream_blocks=3"):
+        made = settled(
+            f"memory.quantize={quantize}", "memory.keep=inputs", "memory.keep_everything=0", streamed,
+            "memory.stream_slots=2", f"memory.offload_inputs={streamed.endswith('3')}", f"memory.compile={compiled}",
+            "adapter.dropout=0.05",
+        )  # fmt: skip
+        transformer = transformers.trainable(made)
+        step = step_of(made, transformer)
+        losses = [float(step(number)) for number in range(STEPS)]
+        found.append((losses, [p.detach().clone() for p in adapter.lora_parameters(transformer).values()]))
+        runner = transformer.run_block
+        assert isinstance(runner, BlockRunner)
+        if runner.stream is not None:
+            runner.stream.verify()
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("streamed", [0, 3])
+def test_a_step_synchronises_nothing(streamed: int) -> None:
+    made = settled(f"memory.stream_blocks={streamed}", "memory.keep=inputs", "memory.keep_everything=0")
+    transformer = transformers.trainable(made)
+    step = step_of(made, transformer)
+    for number in range(3):
+        step(number)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 6):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_is_held_to_its_budget() -> None:
+    made = settled("memory.budget_gib=2")
+    transformers.opened(made)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, session.device(made))
+
+
+def test_float8_products_stay_near_bfloat16() -> None:
+    curves: list[list[float]] = []
+    for compute in ("bf16", "fp8"):
+        made = settled("memory=auto", f"memory.compute={compute}")
+        step = step_of(made, transformers.trainable(made))
+        curves.append([float(step(number)) for number in range(STEPS)])
+    assert curves[0] != curves[1]
+    assert all(abs(a / b - 1) < 0.01 for a, b in zip(*curves, strict=True))
