@@ -6,17 +6,14 @@ Imports a command only when it runs, so that help and `--cfg job` need no torch.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import sys
 from collections.abc import Callable
 
 from ltx_train import __version__
-from ltx_train.contracts import Exit, UserError
-
-# A full or read-only disk is no fault of the program: one line, and what was committed stays.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+from ltx_train.commands.guarded import guarded
+from ltx_train.contracts import Exit
 
 COMMANDS = {
     "prepare": "clips and captions to latents, text contexts and shards",
@@ -44,19 +41,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"ltx-train {__version__}")
         return Exit.DONE
-    try:
-        return _run(arguments[0], arguments[1:])
-    except UserError as error:
-        print(f"ltx-train: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    except OSError as error:
-        if error.errno not in _STORAGE:
-            raise
-        print(f"ltx-train: {error}: mend that, then the same command continues", file=sys.stderr)
-        return Exit.DATA
-    except KeyboardInterrupt:
-        print("ltx-train: stopped", file=sys.stderr)
-        return Exit.PREEMPTED
+    return guarded(lambda: _run(arguments[0], arguments[1:]))
 
 
 def _run(command: str, rest: list[str]) -> int:

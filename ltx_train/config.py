@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,18 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "memory.compute": ("bf16", "fp8"),
     "memory.keep": (None, "everything", "attention", "inputs"),
     "memory.compile": ("auto", "on", "off"),
+    "strategy.name": ("single", "ddp"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "logger.wandb": ("offline", "online", "disabled"),
     "run.resume": ("auto", "never"),
 }
 _AT_LEAST = {
     "adapter.rank": 1, "adapter.dropout": 0, "data.reference_s": 0.2, "data.samples_per_shard": 1, "data.workers": 0,
-    "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.accumulate": 1, "optim.warmup": 0, "optim.clip": 0,
+    "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.global_batch": 1, "optim.warmup": 0, "optim.clip": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
+    "strategy.devices": 1, "strategy.step_timeout_s": 0, "strategy.start_timeout_s": 0, "checkpoint.failures": 1,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
 _FIXED_IN_A_RUN = (
@@ -63,7 +66,15 @@ _FIXED_IN_A_RUN = (
     "memory.quantize",
     "memory.compute",
 )
-_FREE_IN_A_RUN = ("data.workers", "data.source", "data.root", "model.path", "optim.steps", "model.text_encoder")
+_FREE_IN_A_RUN = (
+    "data.workers",
+    "data.source",
+    "data.root",
+    "model.path",
+    "optim.steps",
+    "model.text_encoder",
+    "optim.batch_size",
+)
 _NOT_READ = {"plan": ("data.root", "data.source"), "bench": ("data.root", "data.source")}
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
@@ -132,6 +143,36 @@ def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
             "start a new run (run.id=...), or undo the changes to continue this one"
         )
     return changed
+
+
+def continued(config: Config, before: Config | None, world: int) -> Config:
+    """What a run keeps where the configuration leaves it open: the precision that was chosen for it, and its global
+    batch on any number of devices. before: the run's own configuration, None for a new one."""
+    memory, optim = config.memory, config.optim
+    if before is not None and memory.quantize == "auto":
+        memory = replace(memory, quantize=before.memory.quantize)
+    if optim.global_batch is None:
+        kept = before.optim.global_batch if before is not None else None
+        optim = replace(optim, global_batch=kept or optim.batch_size * world)
+    return replace(config, memory=memory, optim=optim)
+
+
+def rounds(config: Config, world: int) -> int:
+    """Micro-batches of one device per optimizer step; ConfigError when the global batch cannot be divided so."""
+    batch, wanted = config.optim.batch_size, config.optim.global_batch
+    if wanted is None:
+        return 1
+    count, rest = divmod(wanted, batch * world)
+    if rest or not count:
+        share = wanted // world
+        fitting = [str(n) for n in range(1, share + 1) if wanted % world == 0 and share % n == 0]
+        mend = (
+            f"optim.batch_size one of {', '.join(fitting)}" if fitting else f"a number of devices that divides {wanted}"
+        )
+        raise ConfigError(
+            f"optim.global_batch={wanted} is no multiple of {world} devices x optim.batch_size={batch}: take {mend}"
+        )
+    return count
 
 
 def parse_bucket(text: str) -> tuple[int, int, int]:
@@ -215,12 +256,21 @@ def _validate_training(config: Config) -> None:
     if adapter.kind == "lora" and not adapter.targets:
         raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
     _validate_memory(config)
+    _validate_strategy(config)
     if config.mode.audio is Role.absent and any("audio" in t for t in adapter.targets):
         raise ConfigError("adapter.targets name audio modules, but mode.audio=absent gives them no loss")
     if not 0 <= config.data.heldout_speakers < 1:
         raise ConfigError("data.heldout_speakers must lie in [0, 1): a share of the identities")
     if not config.eval.sigmas or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]")
+
+
+def _validate_strategy(config: Config) -> None:
+    strategy = config.strategy
+    if strategy.name == "single" and strategy.devices > 1:
+        raise ConfigError(f"strategy.devices={strategy.devices} needs strategy=ddp")
+    if strategy.name == "ddp" and config.adapter.kind == "full":
+        raise ConfigError("strategy=ddp holds a whole copy per device, which adapter.kind=full has no room for")
 
 
 def _validate_memory(config: Config) -> None:

@@ -74,6 +74,9 @@ class LossConfig:
 class OptimConfig:
     """steps are optimizer steps; the learning rate is a function of the step alone.
 
+    batch_size: samples that one device takes at once. global_batch: samples of an optimizer step over all
+    devices, in as many rounds as that takes; null: one round. A run keeps its global batch on any number of devices.
+
     schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps.
     """
 
@@ -84,7 +87,7 @@ class OptimConfig:
     warmup: int = 0
     steps: int = 1000
     batch_size: int = 1
-    accumulate: int = 1
+    global_batch: int | None = None
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip: float = 1.0
@@ -115,9 +118,15 @@ class MemoryConfig:
 
 @dataclass
 class StrategyConfig:
-    """device: auto, cpu or cuda."""
+    """name: single, or ddp for several devices. device: auto, cpu or cuda. devices: processes on this machine; on
+    several machines srun or torchrun starts them. A process without progress for step_timeout_s (start_timeout_s
+    while it loads, validates or saves) ends with its stacks written down; 0 switches that off."""
 
+    name: str = "single"
     device: str = "auto"
+    devices: int = 1
+    step_timeout_s: float = 900.0
+    start_timeout_s: float = 3600.0
 
 
 @dataclass
@@ -143,8 +152,11 @@ class LoggerConfig:
 
 @dataclass
 class CheckpointConfig:
+    """failures: so many saves in a row may fail before the run ends."""
+
     interval: int = 250
     keep: int = 3
+    failures: int = 3
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,4 +60,11 @@ def command(*arguments: str) -> int:
     """One command line, in this process."""
     from ltx_train.__main__ import run
 
-    return run(list(arguments))
+    # A stopped run ignores further notices until its process ends, which this one does not.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        return run(list(arguments))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

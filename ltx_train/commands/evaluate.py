@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ltx_train import config as configuration
@@ -23,9 +22,7 @@ def run(config: Config) -> int:
     """The same numbers go to the page, to metrics.jsonl and to W&B."""
     folder = session.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
-    if config.memory.quantize == "auto":
-        config = replace(config, memory=replace(config.memory, quantize=trained_with.memory.quantize))
-    config, _ = planning.settle(config, training=False)
+    config, _ = planning.settle(configuration.continued(config, trained_with, 1), training=False)
     configuration.refuse_drift(trained_with, config, folder)
     root, index, stale = session.prepared(config)
     refuse_bad(audit(root, index, config.mode, stale, config.data.silence_db), root)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.commands import planning, session, summary, transformers
+from ltx_train.commands import launch, planning, session, summary, transformers
 from ltx_train.commands.check import refuse_bad
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
@@ -25,13 +27,14 @@ from ltx_train.model import adapter, export
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
 from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.fit import Plan, fit
+from ltx_train.training.fit import Outside, Plan, fit
 from ltx_train.training.lock import FolderLock
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule, build_optimizer
+from ltx_train.training.ranks import Ranks, found, joined
 from ltx_train.training.task import Objective, Task
 from ltx_train.training.tracking import Metrics
+from ltx_train.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -41,83 +44,111 @@ class Start:
     folder: Path
     root: Path
     index: Index
-    checkpoint: Checkpoint | None
+    checkpoint: Path | None
 
     @property
     def step(self) -> int:
-        return self.checkpoint.step if self.checkpoint else 0
+        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
 
 
 def run(config: Config) -> int:
-    """DONE, or PREEMPTED after a signal and a save."""
+    """DONE, or PREEMPTED after a signal and a save; starts the other processes of this machine if there are any."""
+    ranks = found(os.environ)
+    if ranks.world == 1 and config.strategy.devices > 1:
+        return launch.run(run, config, config.strategy.devices)
+    if ranks.world > 1 and config.strategy.name == "single":
+        raise UserError(f"{ranks.world} processes were started, but strategy=single: set strategy=ddp")
+    device = session.device(config, ranks.local)
+    with joined(ranks, device, config.strategy.start_timeout_s or 86400):
+        return _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> int:
     folder = session.run_dir(config)
-    config, planned = planning.settle(_with_saved_precision(config, folder))
-    with FolderLock(folder):
-        start = _start(config, folder)
+    with ExitStack() as stack:
+        ranks.lead(lambda: _entered(stack, FolderLock(folder)))
+        config, planned, start = ranks.lead(lambda: _start(config, folder, ranks.world))
         if start.step >= config.optim.steps:
-            print(f"{folder} is complete: {start.step} of {config.optim.steps} steps are done")
+            if ranks.leads:
+                print(f"{folder} is complete: {start.step} of {config.optim.steps} steps are done")
             return Exit.DONE
+        limits = (config.strategy.start_timeout_s, config.strategy.step_timeout_s)
+        watchdog = stack.enter_context(Watchdog(folder, ranks.rank, *limits))
         try:
-            code = _train(config, start, planned)
+            code = _train(config, start, planned, ranks, watchdog)
         except torch.OutOfMemoryError as error:
             raise UserError(planning.out_of_memory(config, planned)) from error
-    if code is Exit.PREEMPTED:
+    if code is Exit.PREEMPTED and ranks.leads:
         print("stopped after a save; the same command continues", file=sys.stderr)
     return code
 
 
-def _with_saved_precision(config: Config, folder: Path) -> Config:
-    """A run that was started with `quantize: auto` goes on with the precision that was chosen then."""
-    saved = folder / "config.yaml"
-    if config.memory.quantize != "auto" or not saved.is_file():
-        return config
-    return replace(config, memory=replace(config.memory, quantize=configuration.load(saved).memory.quantize))
+def _entered(stack: ExitStack, lock: FolderLock) -> None:
+    stack.enter_context(lock)
 
 
-def _start(config: Config, folder: Path) -> Start:
-    """Everything that can be refused is refused here, before weights are loaded."""
+def _start(config: Config, folder: Path, world: int) -> tuple[Config, Planned | None, Start]:
+    """Settles what the configuration leaves open; everything that can be refused is refused here, before
+    weights are loaded."""
     root, index, stale = session.prepared(config)
     refuse_bad(audit(root, index, config.mode, stale, config.data.silence_db), root)
     saved = folder / "config.yaml"
     found = checkpointing.committed(folder / "checkpoints") if config.run.resume == "auto" else []
-    if saved.is_file() and found:
-        for line in configuration.refuse_drift(configuration.load(saved), config, folder):
+    before = configuration.load(saved) if saved.is_file() and found else None
+    config, planned = planning.settle(configuration.continued(config, before, world))
+    configuration.rounds(config, world)
+    if before is not None:
+        for line in configuration.refuse_drift(before, config, folder):
             print(f"changed since the run was started: {line}")
+        print(f"resuming {folder} at step {found[-1].name.removeprefix('step-').lstrip('0')} from {found[-1]}")
     folder.mkdir(parents=True, exist_ok=True)
     saved.write_text(configuration.dump(config))
-    return Start(folder, root, index, checkpointing.load(found[-1]) if found else None)
+    return config, planned, Start(folder, root, index, found[-1] if found else None)
 
 
-def _train(config: Config, start: Start, planned: Planned | None) -> Exit:
-    device = session.device(config)
+def _train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, watchdog: Watchdog) -> Exit:
+    device = session.device(config, ranks.local)
     transformer = transformers.trainable(config)
     parameters = adapter.trainable_parameters(transformer)
     optim = config.optim
     optimizer = build_optimizer(
         optim.name, parameters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
     )
-    predicted = planned.footprint.gib if planned else None
-    monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, predicted)
+    monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
     if start.checkpoint is not None:
-        adapter.load_state(transformer, start.checkpoint.weights)
-        optimizer.load_state_dict(dict(start.checkpoint.optimizer))
-        monitor.restore(start.checkpoint.notes["monitor"])
+        checkpoint = checkpointing.load(start.checkpoint)
+        adapter.load_state(transformer, checkpoint.weights)
+        optimizer.load_state_dict(dict(checkpoint.optimizer))
+        monitor.restore(checkpoint.notes["monitor"], ranks)
     goal = Objective(
         config.mode, session.sigma_distribution(config), config.loss.video_weight, config.loss.audio_weight,
         config.run.seed,
     )  # fmt: skip
     schedule = Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps)
-    task = Task(transformer, goal, schedule, optimizer, optim.clip, start.step)
-    summary.show(config, transformer, start.index, start.folder, start.step, planned)
-    metrics = Metrics(start.folder, start.step, config.logger.wandb, config.logger.project, _plain(config))
+    rounds = configuration.rounds(config, ranks.world)
+    task = Task(transformer, goal, schedule, optimizer, optim.clip, start.step, rounds, ranks)
+    if ranks.leads:
+        summary.show(config, transformer, start.index, start.folder, start.step, planned)
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
     plan = Plan(
-        start.folder, optim.steps, optim.accumulate, config.logger.every, config.eval.interval,
-        config.checkpoint.interval, config.checkpoint.keep, {"base": base},
+        start.folder, optim.steps, config.logger.every, config.eval.interval, config.checkpoint.interval,
+        config.checkpoint.keep, config.checkpoint.failures, {"base": base},
     )  # fmt: skip
     return fit(
-        plan, task, _data(config, start), monitor, metrics, device,
-        _evaluator(config, start, transformer), lambda step: publish(config, transformer, start.folder, step, base),
+        plan, task, _data(config, start, ranks), monitor, device,
+        _outside(config, start, transformer, base, ranks, watchdog), ranks,
+    )  # fmt: skip
+
+
+def _outside(
+    config: Config, start: Start, transformer: Transformer, base: str, ranks: Ranks, watchdog: Watchdog
+) -> Outside:
+    metrics = None
+    if ranks.leads:
+        metrics = Metrics(start.folder, start.step, config.logger.wandb, config.logger.project, _plain(config))
+    return Outside(
+        metrics, _evaluator(config, start, transformer, ranks),
+        lambda step: publish(config, transformer, start.folder, step, base), watchdog,
     )  # fmt: skip
 
 
@@ -142,26 +173,27 @@ def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _data(config: Config, start: Start) -> ShardData:
+def _data(config: Config, start: Start, ranks: Ranks) -> ShardData:
     optim = config.optim
-    order = training_order(start.index, optim.batch_size * optim.accumulate, config.run.seed)
+    assert optim.global_batch is not None
+    order = training_order(start.index, optim.global_batch, config.run.seed)
     reader = Reader(start.root, start.index, seed=config.run.seed, references=config.mode.uses_reference)
     return ShardData(
         reader, order, micro_batch=optim.batch_size, first_step=start.step, last_step=optim.steps,
-        workers=config.data.workers,
+        workers=config.data.workers, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
 
-def _evaluator(config: Config, start: Start, transformer: Transformer) -> Any:
+def _evaluator(config: Config, start: Start, transformer: Transformer, ranks: Ranks) -> Any:
     if config.eval.interval == 0 or not start.index.split(HELDOUT):
         return None
 
     def evaluate(_step: int) -> Mapping[str, float]:
-        rows = heldout.measure(
-            transformer, str(start.root), start.index, session.evaluation(config), session.device(config),
-            with_base=config.adapter.kind == "lora",
+        own = heldout.measure(
+            transformer, str(start.root), start.index, session.evaluation(config), session.device(config, ranks.local),
+            with_base=config.adapter.kind == "lora", share=(ranks.rank, ranks.world),
         )  # fmt: skip
-        return heldout.summary(rows)
+        return heldout.summary([row for rows in ranks.gather(own) for row in rows])
 
     return evaluate
 

@@ -76,7 +76,7 @@ def planned(config: Config, place: Place, *, training: bool = True) -> Planned |
 def here(config: Config) -> Place | None:
     """This machine's GPU and the budget on it; on a CPU a given budget is planned for as if it were a GPU's."""
     device = session.device(config)
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB * _HOST_SHARE
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB * _HOST_SHARE / config.strategy.devices
     given = config.memory.budget_gib
     if device.type != "cuda":
         return None if given is None else Place(card_by_name(config.plan.card or "RTX 4090"), given, host)
@@ -213,11 +213,17 @@ def _work(config: Config, bucket: str) -> Work:
 def _trained(config: Config, transformer: Transformer) -> Trained:
     optim = config.optim
     if config.adapter.kind == "full":
-        return Trained(sum(p.numel() for p in transformer.parameters()), optim.name, optim.accumulate, full=True)
+        return Trained(sum(p.numel() for p in transformer.parameters()), optim.name, _rounds(config), full=True)
     names = set(adapter.matched_modules(transformer, config.adapter.targets))
     layers: list[Any] = [m for n, m in transformer.named_modules() if n in names]
     count = sum(config.adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
-    return Trained(count, optim.name, optim.accumulate)
+    return Trained(count, optim.name, _rounds(config))
+
+
+def _rounds(config: Config) -> int:
+    """More than one when gradients stay between micro-batches."""
+    optim = config.optim
+    return max(1, (optim.global_batch or 1) // (optim.batch_size * config.strategy.devices))
 
 
 def _plain(config: Config) -> Choice:

@@ -24,14 +24,23 @@ from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSour
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def device(config: Config) -> torch.device:
-    """The device to compute on; UserError when a GPU is asked for and there is none."""
+def device(config: Config, local: int | None = None) -> torch.device:
+    """The device to compute on; UserError when a GPU is asked for and there is none.
+
+    local: which of the machine's devices is this process's, made the current one.
+    """
     wanted = config.strategy.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("strategy.device=cuda, but no GPU is visible: set strategy.device=cpu or check the driver")
-    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if local is not None:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def weights(config: Config) -> TensorSource:

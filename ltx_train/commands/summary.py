@@ -48,7 +48,7 @@ def _lines(
         ("mode", ", ".join(f"{k} {v}" for k, v in facts.items())),
         ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
         ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {config.data.root}"),
-        ("batch", f"{optim.batch_size} x {optim.accumulate} samples, {_tokens(config)}"),
+        ("batch", f"{optim.global_batch} samples, {optim.batch_size} at a time, {_tokens(config)}"),
         ("memory", _memory(transformer, count, config)),
         ("planned", "nothing: no GPU and no budget" if planned is None else describe(planned)),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),

@@ -29,16 +29,19 @@ class ShardData(LightningDataModule):
     """Training batches from optimizer step `first_step` on; held-out data is read by `evaluation`."""
 
     def __init__(
-        self, reader: Reader, order: Order, *, micro_batch: int, first_step: int, last_step: int, workers: int
-    ) -> None:
+        self, reader: Reader, order: Order, *, micro_batch: int, first_step: int, last_step: int, workers: int,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._reader, self._order, self._micro = reader, order, micro_batch
         self._first, self._last, self._workers = first_step, last_step, workers
+        self._rank, self._world = rank, world
 
     def train_dataloader(self) -> DataLoader[Any]:
+        batches = MicroBatches(self._order, self._micro, self._first, self._last, self._rank, self._world)
         return DataLoader(
             AddressedDataset(self._reader),
-            batch_sampler=MicroBatches(self._order, self._micro, self._first, self._last),  # pyright: ignore[reportArgumentType]
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=self._workers,
             worker_init_fn=_ignore_signals,

@@ -55,16 +55,24 @@ class Row:
 
 
 def measure(
-    transformer: Transformer, root: str, index: Index, settings: Settings, device: torch.device, *, with_base: bool
-) -> list[Row]:
-    """All rows of the held-out split. Leaves training mode and torch's random state as they were."""
+    transformer: Transformer, root: str, index: Index, settings: Settings, device: torch.device, *, with_base: bool,
+    share: tuple[int, int] = (0, 1),
+) -> list[Row]:  # fmt: skip
+    """The rows of the held-out split; of every n-th batch from the k-th on where share is (k, n).
+
+    Leaves training mode and torch's random state as they were.
+    """
     with _evaluation_mode(transformer):
         return list(_rows(transformer, Reader(root, index, seed=settings.seed, references=settings.mode.uses_reference),
-                          index, settings, device, with_base))  # fmt: skip
+                          index, settings, device, with_base, share))  # fmt: skip
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The documented names (docs/architecture.md) for metrics.jsonl and W&B."""
+    """The documented names (docs/architecture.md) for metrics.jsonl and W&B.
+
+    Rows are put in one order first, so that several ranks' shares give the very numbers of one process.
+    """
+    rows = sorted(rows, key=lambda r: (r.key, r.sigma, r.arm, r.loss))
     values = {"val/loss": _mean(rows, CORRECT, "loss")}
     values |= {f"val/loss_{m}": _mean(rows, CORRECT, m) for m in ("video", "audio")}
     for sigma in sorted({row.sigma for row in rows}):
@@ -99,18 +107,20 @@ def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> I
 
 
 def _rows(
-    transformer: Transformer, reader: Reader, index: Index, settings: Settings, device: torch.device, with_base: bool
-) -> Iterator[Row]:
+    transformer: Transformer, reader: Reader, index: Index, settings: Settings, device: torch.device, with_base: bool,
+    share: tuple[int, int],
+) -> Iterator[Row]:  # fmt: skip
     records = sorted(index.split(HELDOUT), key=lambda r: (r.bucket, r.key))
     records = records[: settings.max_samples] if settings.max_samples else records
+    batches: list[list[Address]] = []
     for bucket in sorted({r.bucket for r in records}):
-        keys = [r.key for r in records if r.bucket == bucket]
-        for start in range(0, len(keys), settings.batch_size):
-            addresses = [Address(key, 0) for key in keys[start : start + settings.batch_size]]
-            for arm, batch in _arms(reader, addresses, settings, with_base):
-                off = adapter.disabled(transformer) if arm == BASE else nullcontext()
-                with off:
-                    yield from _losses(transformer, batch, arm, settings, device)
+        keys = [Address(r.key, 0) for r in records if r.bucket == bucket]
+        batches += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
+    for addresses in batches[share[0] :: share[1]]:
+        for arm, batch in _arms(reader, addresses, settings, with_base):
+            off = adapter.disabled(transformer) if arm == BASE else nullcontext()
+            with off:
+                yield from _losses(transformer, batch, arm, settings, device)
 
 
 def _arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[tuple[str, Batch]]:

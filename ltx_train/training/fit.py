@@ -7,6 +7,8 @@ given to it.
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,16 +17,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from ltx_train.contracts import Exit
+from ltx_train.contracts import DataError, Exit
 from ltx_train.data.module import ShardData
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.training import checkpointing
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.preemption import Preemption
+from ltx_train.training.ranks import AgreedError, Ranks
 from ltx_train.training.task import Task
 from ltx_train.training.tracking import ConsoleProgress, Metrics
+from ltx_train.training.watchdog import Watchdog
 
 Evaluate = Callable[[int], Mapping[str, float]]
 Publish = Callable[[int], None]
@@ -32,34 +37,46 @@ Publish = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps; an interval of 0 means only at the end."""
+    """When things happen, in optimizer steps; an interval of 0 means only at the end.
+
+    failures: so many saves in a row may fail before the run ends.
+    """
 
     folder: Path
     steps: int
-    accumulate: int
     log_every: int
     evaluate_every: int
     save_every: int
     keep: int
+    failures: int
     notes: Mapping[str, Any]
 
 
-class Edge(Callback):
-    """The work at the edge of a step."""
+@dataclass(frozen=True)
+class Outside:
+    """What the loop reports to: the tracker and the console (rank 0 alone), measuring and publishing."""
 
-    def __init__(
-        self, plan: Plan, monitor: Monitor, metrics: Metrics, evaluate: Evaluate | None, publish: Publish,
-        preemption: Preemption,
-    ) -> None:  # fmt: skip
-        self._plan, self._monitor, self._metrics = plan, monitor, metrics
-        self._evaluate, self._publish, self._preemption = evaluate, publish, preemption
+    metrics: Metrics | None
+    evaluate: Evaluate | None
+    publish: Publish
+    watchdog: Watchdog
+
+
+class Edge(Callback):
+    """The work at the edge of a step, the same on every rank; files are rank 0's."""
+
+    def __init__(self, plan: Plan, monitor: Monitor, outside: Outside, preemption: Preemption, ranks: Ranks) -> None:
+        self._plan, self._monitor, self._outside = plan, monitor, outside
+        self._preemption, self._ranks = preemption, ranks
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
+        self._failed = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = _task(pl_module)
         self._seen = self._saved = self._rowed = task.first_step
-        self._progress = ConsoleProgress(self._plan.steps, task.first_step)
+        if self._ranks.leads:
+            self._progress = ConsoleProgress(self._plan.steps, task.first_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._monitor.data_arrived()
@@ -74,73 +91,97 @@ class Edge(Callback):
         self._monitor.batch_done()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        self._close()
 
     def _at_edge(self, trainer: Trainer, task: Task) -> None:
         step, last = task.step, task.step >= self._plan.steps
-        assert self._progress is not None
+        self._outside.watchdog.beat(patient=True)
         self._monitor.step_done()
-        self._progress.advance(step)
+        # Signals reach ranks one by one: all stop at the same edge, or none does.
+        stop = self._ranks.any(self._preemption.requested)
+        if self._progress is not None:
+            self._progress.advance(step)
         row = self._training_row(task) if step % self._plan.log_every == 0 or last else {}
-        if self._evaluate is not None and (_due(step, self._plan.evaluate_every) or last):
-            row |= self._evaluate(step)
-        if row:
-            self._metrics.write(step, row)
+        if self._outside.evaluate is not None and (_due(step, self._plan.evaluate_every) or last):
+            row |= self._outside.evaluate(step)
+        if row and self._outside.metrics is not None and self._progress is not None:
+            self._outside.metrics.write(step, row)
             self._progress.row(step, self._plan.steps, row)
-        if _due(step, self._plan.save_every) or last or self._preemption.requested:
-            self._save(task)
-        trainer.should_stop = self._preemption.requested or last
+        if _due(step, self._plan.save_every) or last or stop:
+            self._save(task, must=last or stop)
+        if stop:
+            self._preemption.settled()
+        trainer.should_stop = stop or last
+        self._outside.watchdog.beat()
 
     def _training_row(self, task: Task) -> dict[str, float]:
         assert task.grad_norm is not None
-        row = self._monitor.row()
+        row = self._monitor.row(self._ranks)
         row |= {"train/grad_norm": float(task.grad_norm), "optim/lr": task.schedule.at(task.step - 1)}
         if adapter.lora_parameters(task.transformer):
             row["train/adapter_norm_ratio"] = adapter.norm_ratio(task.transformer)
         runner = task.transformer.run_block
         if isinstance(runner, BlockRunner) and runner.stream is not None:
             row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, task.step - self._rowed)
+        if task.guard.skipped:
+            row["run/skipped_steps"] = task.guard.skipped
+        if self._failed:
+            row["run/failed_saves"] = self._failed
         self._rowed = task.step
-        return row
+        return {name: value for name, value in row.items() if math.isfinite(value)}
 
-    def _save(self, task: Task) -> None:
+    def _save(self, task: Task, *, must: bool) -> None:
+        """Commits the step; a save that fails is reported and the run goes on, unless it `must` succeed."""
         if task.step == self._saved:
             return
-        task.refuse_nonfinite()
+        task.guard.check()
+        notes = {**self._plan.notes, "monitor": self._monitor.state(self._ranks)}
+        try:
+            self._ranks.lead(lambda: self._write(task, notes))
+        except (DataError, AgreedError) as error:
+            self._failed += 1
+            if must or self._failed >= self._plan.failures:
+                raise
+            if str(error):
+                print(f"ltx-train: {error}; training goes on ({self._failed} in a row)", file=sys.stderr)
+            return
+        self._saved, self._failed = task.step, 0
+
+    def _write(self, task: Task, notes: Mapping[str, Any]) -> None:
         optimizer: Any = task.optimizers(use_pl_optimizer=False)
-        notes = {**self._plan.notes, "monitor": self._monitor.state()}
         weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}
         saved = checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes)
         checkpointing.save(self._plan.folder / "checkpoints", saved, self._plan.keep)
-        self._publish(task.step)
-        self._saved = task.step
+        self._outside.publish(task.step)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
 
 def fit(
-    plan: Plan, task: Task, data: ShardData, monitor: Monitor, metrics: Metrics, device: torch.device,
-    evaluate: Evaluate | None, publish: Publish,
-) -> Exit:  # fmt: skip
+    plan: Plan, task: Task, data: ShardData, monitor: Monitor, device: torch.device, outside: Outside, ranks: Ranks
+) -> Exit:
     """Trains from the task's first step to the plan's last; DONE, or PREEMPTED after a signal and a save."""
     preemption = Preemption()
-    edge = Edge(plan, monitor, metrics, evaluate, publish, preemption)
+    edge = Edge(plan, monitor, outside, preemption, ranks)
     _quiet()
+    # One device per process and our own collectives: Lightning must not look for other processes by itself.
     trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1,
-        max_steps=plan.steps - task.first_step, accumulate_grad_batches=plan.accumulate,
-        callbacks=[preemption, edge], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, use_distributed_sampler=False,
-        default_root_dir=plan.folder,
+        accelerator="gpu" if device.type == "cuda" else "cpu", devices=[device.index] if device.type == "cuda" else 1,
+        strategy="auto", plugins=[LightningEnvironment()], max_epochs=1, callbacks=[preemption, edge], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, use_distributed_sampler=False, default_root_dir=plan.folder,
     )  # fmt: skip
     try:
         trainer.fit(task, datamodule=data)
     finally:
-        metrics.close()
-    return Exit.PREEMPTED if preemption.requested and task.step < plan.steps else Exit.DONE
+        if outside.metrics is not None:
+            outside.metrics.close()
+    return Exit.PREEMPTED if task.step < plan.steps else Exit.DONE
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import StepResult
+from ltx_train.training.ranks import ALONE, Ranks
 
 _BUCKETS = 4
 
@@ -49,9 +50,12 @@ class Monitor:
     def batch_done(self) -> None:
         self._edge = time.perf_counter()
 
-    def row(self) -> dict[str, float]:
-        """Averages since the last row, by their documented names (docs/architecture.md)."""
-        values = {name: torch.cat([p.cpu() for p in parts]).double() for name, parts in self._parts.items()}
+    def row(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Averages since the last row over all ranks, by their documented names (docs/architecture.md)."""
+        values = {name: torch.tensor(parts).double() for name, parts in self._gathered(ranks).items()}
+        # Skipped steps have no number to average; the guard counts them.
+        finite = torch.isfinite(values["total"])
+        values = {name: numbers[finite] for name, numbers in values.items()}
         row = {"train/loss": float(values["total"].mean())}
         row |= {f"train/loss_{name}": float(values[name].mean()) for name in ("video", "audio") if name in values}
         place = (values["sigma"] * _BUCKETS).long().clamp(0, _BUCKETS - 1)
@@ -69,14 +73,22 @@ class Monitor:
         self._parts, self._steps, self._waited, self._started = {}, 0, 0.0, now
         return row
 
-    def state(self) -> dict[str, Any]:
+    def state(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """The unfinished interval as JSON values; float32 numbers survive the round trip exactly."""
-        parts = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
-        return {"parts": parts, "steps": self._steps}
+        return {"parts": self._gathered(ranks), "steps": self._steps}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
+    def restore(self, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        """The leading rank goes on with what all had collected."""
         self._steps = state["steps"]
+        if not ranks.leads:
+            return
+        self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
+
+    def _gathered(self, ranks: Ranks) -> dict[str, list[float]]:
+        own = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
+        everyone = ranks.gather(own)
+        names = sorted({name for parts in everyone for name in parts})
+        return {name: [value for parts in everyone for value in parts.get(name, [])] for name in names}
 
     def _keep(self, name: str, values: Tensor) -> None:
         self._parts.setdefault(name, []).append(values.detach())

@@ -20,7 +20,8 @@ BRIDGES = [f"{a}.{t}" for a in ("audio_to_video_attn", "video_to_audio_attn") fo
 
 COMMON = {
     "model.preset": "ltx2_3_22b", "model.weights": "file", "model.dtype": "bfloat16", "model.text_tokens": 1024,
-    "adapter.kind": "lora", "adapter.rank": 32, "adapter.alpha": 32.0, "optim.batch_size": 1, "optim.accumulate": 1,
+    "adapter.kind": "lora", "adapter.rank": 32, "adapter.alpha": 32.0, "optim.batch_size": 1,
+    "optim.global_batch": None,
     "optim.betas": [0.9, 0.999], "optim.clip": 1.0, "mode.sigma": "shared",
     "sigma": {"std": 1.0, "eps": 1e-3, "uniform_prob": 0.1}, "loss": {"video_weight": 1.0, "audio_weight": 1.0},
     "sample.steps": 30, "data.fps": 25.0,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ltx_train.contracts import DataError
+from ltx_train.contracts import DataError, DivergedError, StepResult
 from ltx_train.data import index
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.guard import NonFiniteGuard, step_if_finite
+from ltx_train.training.tracking import read_rows
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
 
@@ -37,8 +42,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert len(checkpointing.committed(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(("interval", "last"), [(5, 5), (1, 6), (100, 0)])
-def test_numbers_that_are_not_finite_stop_the_run(
+def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    """Losses that are not finite in the given steps (from 0)."""
+    from ltx_train.training.task import Task
+
+    original = Task.losses
+
+    def poisoned(task: Task, inputs: Any) -> StepResult:
+        result = original(task, inputs)
+        return replace(result, loss=result.loss * float("nan")) if task.step in steps else result
+
+    monkeypatch.setattr(Task, "losses", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, range(6, 7))
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=8", "checkpoint.interval=1", "eval.interval=0")
+    assert command(*arguments, "checkpoint.keep=9") == 0
+    assert "the gradient of step 7 is not finite: skipped (rank 0 had samples" in capsys.readouterr().err
+    run = tmp_path / "audio_reference" / "main"
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        before, bad, after = (load_file(run / "checkpoints" / f"step-{step:06d}" / name) for step in (6, 7, 8))
+        assert all(torch.equal(before[k], bad[k]) for k in before)
+        assert not all(torch.equal(bad[k], after[k]) for k in bad)
+    assert read_rows(run / "metrics.jsonl")[-1]["run/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(("interval", "last"), [(5, 10), (1, 10), (100, 0)])
+def test_numbers_that_stay_not_finite_stop_the_run(
     interval: int,
     last: int,
     prepared: Path,
@@ -47,17 +80,10 @@ def test_numbers_that_are_not_finite_stop_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from ltx_train.training.task import Task
-
-    original = Task.training_step
-
-    def poisoned(task: Task, *arguments: object) -> torch.Tensor:
-        loss = original(task, *arguments)  # type: ignore[arg-type]
-        return loss * float("nan") if task.step == 6 else loss
-
-    monkeypatch.setattr(Task, "training_step", poisoned)
+    """After five in a row; what was saved on the way is what step 6 had left."""
+    poison(monkeypatch, range(6, 100))
     assert command(*fit(prepared, clips, tmp_path, f"checkpoint.interval={interval}", "eval.interval=0")) == 79
-    assert "the gradient of step 7 is not finite (samples" in capsys.readouterr().err
+    assert "the gradient of step 11 is not finite, 5 in a row" in capsys.readouterr().err
     run = tmp_path / "audio_reference" / "main"
     if last == 0:
         assert not (run / "checkpoints").exists()
@@ -65,6 +91,29 @@ def test_numbers_that_are_not_finite_stop_the_run(
     kept = newest(run)
     assert kept.name == f"step-{last:06d}"
     assert all(bool(torch.isfinite(w).all()) for w in checkpointing.load(kept).weights.values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_gradient_norm_skips_the_update(fused: bool) -> None:
+    """By torch's fused kernel on the device, or by the host."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    for bad in (False, True, False):
+        before, state = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state[weight].items()}
+        weight.grad = torch.full((4,), float("nan") if bad else 1.0)
+        step_if_finite(optimizer, torch.linalg.vector_norm(weight.grad))
+        assert torch.equal(weight.detach(), before) == bad
+        if bad:
+            assert all(torch.equal(optimizer.state[weight][k], state[k]) for k in state)
+
+
+def test_one_in_a_hundred_bad_steps_stops_the_run() -> None:
+    guard = NonFiniteGuard()
+    for step in range(1000):
+        guard.saw(step, ("clip",), torch.tensor(float("inf") if step % 20 == 19 else 1.0))
+    with pytest.raises(DivergedError, match="11 of the last"):
+        guard.check()
+    assert guard.skipped == 11
 
 
 def test_fit_refuses_data_that_fail_the_check(

@@ -1,0 +1,115 @@
+"""One process per device of this machine: started, signalled and ended together.
+
+Owns exit codes of the whole: the first failure's, or the one that all share. On several machines
+srun or torchrun starts the processes instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+from ltx_train.commands.guarded import guarded
+from ltx_train.config import Config
+
+Entry = Callable[[Config], int]
+
+# How long the others may take to end by themselves, and then after SIGTERM, once one has failed.
+_GRACE_S, _KILL_S = 10.0, 5.0
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_DEATH_SIGNAL = 1
+
+
+def run(entry: Entry, config: Config, count: int) -> int:
+    """Runs `entry` in `count` processes; the exit code of the first that failed, else the common one."""
+    context = get_context("spawn")
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if config.strategy.device == "cpu":
+        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    children: list[Any] = [context.Process(target=_child, args=(entry, config, os.getpid())) for _ in range(count)]
+    previous = {number: signal.signal(number, _forwarding(children)) for number in _FORWARDED}
+    try:
+        for rank, child in enumerate(children):
+            # Before it starts: libraries count threads and ranks as soon as they are imported.
+            with _environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
+                child.start()
+        return _together(children)
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _child(entry: Entry, config: Config, parent: int) -> None:
+    # Signals come through the parent: a terminal's Ctrl-C would otherwise reach every process twice.
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        return
+    sys.exit(guarded(lambda: entry(config)))
+
+
+def _forwarding(children: list[Any]) -> Any:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for child in children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, number)
+
+    return forward
+
+
+def _together(children: list[BaseProcess]) -> int:
+    """Waits for all; when one fails the others get some time to end by themselves."""
+    failed_at, code = 0.0, 0
+    while any(child.is_alive() for child in children):
+        for child in children:
+            if not failed_at and child.exitcode not in (None, 0):
+                failed_at, code = time.monotonic(), _shell_code(child.exitcode or 0)
+        waited = time.monotonic() - failed_at if failed_at else 0.0
+        if waited > _GRACE_S:
+            _end(children, signal.SIGKILL if waited > _GRACE_S + _KILL_S else signal.SIGTERM)
+        time.sleep(0.05)
+    return code or next((_shell_code(c.exitcode) for c in children if c.exitcode), 0)
+
+
+def _end(children: list[BaseProcess], number: signal.Signals) -> None:
+    for child in children:
+        if child.is_alive() and child.pid is not None:
+            os.kill(child.pid, number)
+
+
+def _shell_code(code: int) -> int:
+    """A process that a signal has ended gives 128 + its number, as a shell says it."""
+    return code if code >= 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,84 @@
+"""Gradients that are not finite: skipped one by one, and too many of them end the run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import DivergedError
+
+_STREAK, _WINDOW, _SHARE = 5, 1000, 0.01
+
+
+class OnHost:
+    """A scalar on its way to the host: reading it waits for its own step, not for what was queued since."""
+
+    def __init__(self, scalar: Tensor) -> None:
+        self._value, self._arrived = scalar.detach(), None
+        if scalar.is_cuda:
+            self._value = torch.empty((), dtype=scalar.dtype, pin_memory=True)
+            self._value.copy_(scalar.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
+class NonFiniteGuard:
+    """Watches gradient norms, which are equal on all ranks, one step behind the device."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
+        self._waiting: list[tuple[int, tuple[str, ...], OnHost]] = []
+        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._streak = 0
+        self.skipped = 0
+
+    def saw(self, step: int, keys: tuple[str, ...], norm: Tensor) -> None:
+        """The norm of an optimizer step (from 1), and this rank's samples in it."""
+        self._waiting.append((step, keys, OnHost(norm)))
+
+    def check(self, pending: int = 0) -> None:
+        """Counts norms that have arrived, the newest `pending` left for later; DivergedError when too many are bad.
+
+        Five in a row, or more than one in a hundred of the last thousand steps.
+        """
+        while len(self._waiting) > pending:
+            step, keys, norm = self._waiting.pop(0)
+            bad = not math.isfinite(norm.value())
+            self._recent.append(bad)
+            self._streak = self._streak + 1 if bad else 0
+            self.skipped += bad
+            if bad:
+                self._report(step, keys)
+
+    def _report(self, step: int, keys: tuple[str, ...]) -> None:
+        samples = f"rank {self._rank} had samples {', '.join(keys)}"
+        if self._streak >= _STREAK or sum(self._recent) > _SHARE * _WINDOW:
+            raise DivergedError(
+                f"the gradient of step {step} is not finite, {self._streak} in a row and {sum(self._recent)} of the "
+                f"last {len(self._recent)} ({samples}): lower optim.lr or check these clips; "
+                "no such step has changed the weights, the last checkpoint is unharmed"
+            )
+        print(f"ltx-train: the gradient of step {step} is not finite: skipped ({samples})", file=sys.stderr)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Updates the weights unless the gradient norm is not finite; neither weights nor moments change then.
+
+    torch's fused kernels decide that on the device; other optimizers cost the host a wait.
+    """
+    if all(group.get("fused") for group in optimizer.param_groups):
+        flagged: Any = optimizer
+        flagged.found_inf, flagged.grad_scale = (~torch.isfinite(norm)).float(), None
+        optimizer.step()
+    elif bool(torch.isfinite(norm)):
+        optimizer.step()

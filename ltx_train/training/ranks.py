@@ -1,0 +1,150 @@
+"""The processes of one run: which of them this one is, and what all of them agree on.
+
+Owns collectives. Control messages go through the CPU, so that agreeing on a flag at the edge of a step
+stalls no GPU; only the trained weights' gradients travel between devices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ltx_train.contracts import UserError
+
+T = TypeVar("T")
+_BUCKET_BYTES = 64 * 2**20
+
+
+class AgreedError(UserError):
+    """An error that another rank has raised and prints; this one ends with it, silently."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__("")
+        self.exit_code = error.exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """rank of world; local: which device of its machine. The default is a run of one process."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Files, the tracker and the console belong to rank 0."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.world == 1:
+            return flag
+        said = torch.tensor([int(flag)])
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Rank 0 works, every rank gets the result; its UserError ends every rank and is printed once."""
+        if self.world == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        error: UserError | None = None
+        if self.leads:
+            try:
+                outcome[0] = work()
+            except UserError as raised:
+                error = raised
+                outcome[1] = (str(raised), int(raised.exit_code), type(raised))
+        dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise AgreedError(outcome[1][2](outcome[1][0]))
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Replaces gradients by their mean over the ranks, in flat pieces of 64 MiB."""
+        if self.world == 1:
+            return
+        for piece in _pieces(gradients):
+            flat = torch.cat([g.reshape(-1) for g in piece])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for gradient, part in zip(piece, flat.split([g.numel() for g in piece]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+ALONE = Ranks()
+
+
+def found(environment: Mapping[str, str]) -> Ranks:
+    """Who this process is, from what torchrun, our launcher or srun has set."""
+    if "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Ranks()
+    return Ranks(*(int(environment.get(name, "0")) for name in names))
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device, timeout_s: float) -> Generator[Ranks]:
+    """The process group of a run, left again at the end however it ends."""
+    if ranks.world == 1:
+        yield ranks
+        return
+    for name, value in _meeting_place(os.environ).items():
+        os.environ.setdefault(name, value)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _meeting_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """Address and port under srun: the first node, and a port that jobs on one node do not share."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "127.0.0.1"
+    address = environment.get("SLURM_LAUNCH_NODE_IPADDR") or first_host(nodes)
+    port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: `gpu[03-07,9],login` is gpu03."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
+        raise UserError(f"the SLURM node list {nodes!r} cannot be read: set MASTER_ADDR")
+    return match[1] + (match[2] or "")
+
+
+def _pieces(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    pieces: list[list[Tensor]] = [[]]
+    size = 0
+    for gradient in gradients:
+        size += gradient.numel() * gradient.element_size()
+        if pieces[-1] and size > _BUCKET_BYTES:
+            pieces.append([])
+            size = gradient.numel() * gradient.element_size()
+        pieces[-1].append(gradient)
+    return pieces
