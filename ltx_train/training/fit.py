@@ -176,9 +176,11 @@ def fit(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, use_distributed_sampler=False, default_root_dir=plan.folder,
     )  # fmt: skip
+    preemption.install()
     try:
         trainer.fit(task, datamodule=data)
     finally:
+        preemption.leave()
         if outside.metrics is not None:
             outside.metrics.close()
     return Exit.PREEMPTED if task.step < plan.steps else Exit.DONE

@@ -1,14 +1,13 @@
 """Signals to a flag that the loop reads at the edge of a step.
 
-Owns the handlers of SIGINT, SIGTERM and SIGUSR1 while training runs. Nothing is saved inside a
-handler: a handler may interrupt anything.
+Owns the handlers of SIGINT, SIGTERM and SIGUSR1 from the start of training to the end of the process.
+Nothing is saved inside a handler: a handler may interrupt anything.
 """
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -16,35 +15,34 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption(Callback):
-    """`requested` turns true on the first signal; a second Ctrl-C stops at once."""
+    """`requested` turns true on the first signal; a second Ctrl-C stops at once, unless the run is saved already.
+
+    `install` before the trainer starts and again when training does: Lightning puts its own handlers over ours
+    in between, and at its end puts back what it found.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._saved = False
 
-    # Lightning installs its own handlers after setup and on_fit_start; on_train_start is the first safe place.
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def install(self) -> None:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            signal.signal(number, self._handle)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.install()
 
     def settled(self) -> None:
-        """The run is saved and ends: a second notice must not end it otherwise."""
-        for number in self._previous:
+        """The run is saved and ends: further notices must not end it otherwise."""
+        self._saved = True
+
+    def leave(self) -> None:
+        """The trainer is gone. A Python handler would be taken away while the interpreter ends, and a late notice
+        would then end the process with the wrong code; an ignored signal stays ignored."""
+        for number in _SIGNALS if self._saved else ():
             signal.signal(number, signal.SIG_IGN)
-        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and not self._saved:
             raise KeyboardInterrupt
         self.requested = True
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

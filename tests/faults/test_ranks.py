@@ -1,0 +1,163 @@
+"""Two processes on one run: equal to one process, stopped by any of them, and never left hanging."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ltx_train.training import checkpointing
+from ltx_train.training.ranks import Ranks, first_host, found
+from ltx_train.training.tracking import read_rows
+from tests.conftest import command, settings
+from tests.faults.harness import ranks, started, steps_done, wait_for
+from tests.faults.test_resume import curve, newest
+
+pytestmark = pytest.mark.slow
+TWO = ("strategy=ddp", "strategy.devices=2")
+
+
+def fit(prepared: Path, clips: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        "fit", *settings(prepared, clips), f"run.root={runs}", "optim.batch_size=1", "optim.global_batch=4",
+        "logger.every=1", "eval.interval=10", "eval.sigmas=[0.5]", "checkpoint.interval=50", "data.workers=0",
+        "strategy.device=cpu", "optim=adamw", "optim.schedule=constant", *more,
+    ]  # fmt: skip
+
+
+def end(arguments: list[str], log: Path) -> int:
+    with started(arguments, log) as process:
+        return process.wait(240)
+
+
+def test_two_ranks_give_the_curve_of_one(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """20 steps, held-out losses and the reference gap included; and from 1 to 2 to 1 processes in one run."""
+    assert command(*fit(prepared, clips, tmp_path / "one", "optim.steps=20")) == 0
+    assert end(fit(prepared, clips, tmp_path / "two", "optim.steps=20", *TWO), tmp_path / "log") == 0
+    changing = fit(prepared, clips, tmp_path / "changing", "checkpoint.interval=1")
+    for last, how in ((5, ()), (12, TWO), (20, ())):
+        assert end([*changing, *how, f"optim.steps={last}"], tmp_path / "log") == 0
+    one, two, changed = (
+        read_rows(tmp_path / n / "audio_reference/main/metrics.jsonl") for n in ("one", "two", "changing")
+    )
+    assert len(one) == len(two) == 20
+    compared = [k for k in one[-1] if k.startswith(("train/", "val/"))]
+    assert "val/reference_gap" in compared
+    for row, other in zip(one, two, strict=True):
+        for name in set(compared) & set(row):
+            # Gaps and gains are small differences of losses, and their intervals differences of those.
+            near = 1e-5 if "loss" in name else 1e-3
+            assert other[name] == pytest.approx(row[name], rel=near, abs=1e-6), (row["step"], name)
+    # A shorter run ends with a validation of its own; the curve is what counts.
+    assert [r["train/loss"] for r in changed] == pytest.approx([r["train/loss"] for r in one], rel=1e-6)
+
+
+def _one_after_the_other(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+        time.sleep(0.5)
+
+
+def _twice(pids: list[int], number: signal.Signals) -> None:
+    for pid in (*pids, *pids):
+        os.kill(pid, number)
+        time.sleep(0.1)
+
+
+PATTERNS: dict[str, Callable[[list[int], signal.Signals], Any]] = {
+    "rank 0": lambda pids, number: os.kill(pids[0], number),
+    "rank 1": lambda pids, number: os.kill(pids[1], number),
+    "all": lambda pids, number: [os.kill(pid, number) for pid in pids],
+    "staggered": _one_after_the_other,
+    "twice": _twice,
+}
+
+
+def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
+    prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """Ten stops in 60 steps: one rank, the other, both, one after the other, both twice; SIGTERM and SIGUSR1."""
+    arguments = fit(prepared, clips, tmp_path / "broken", *TWO, "optim.steps=60")
+    run = tmp_path / "broken" / "audio_reference" / "main"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for name, send in PATTERNS.items():
+            before = steps_done(run)
+            with started(arguments, tmp_path / "log") as process:
+                wait_for(lambda: steps_done(run) > before + 1, process)  # noqa: B023
+                seen, sent = steps_done(run), time.monotonic()
+                send(_alive(ranks(process.pid)), number)
+                assert process.wait(60) == 75, (name, number)
+            assert time.monotonic() - sent < 15
+            saved = int(newest(run).name[5:])
+            assert saved == steps_done(run) >= seen
+    assert end(arguments, tmp_path / "log") == 0
+    assert end(fit(prepared, clips, tmp_path / "whole", *TWO, "optim.steps=60"), tmp_path / "log") == 0
+    whole = tmp_path / "whole" / "audio_reference" / "main"
+    assert len(curve(whole)) == 60
+    assert curve(run) == curve(whole)
+    for part in ("weights.safetensors", "optimizer.safetensors"):
+        first, second = load_file(newest(whole) / part), load_file(newest(run) / part)
+        assert all(bool((first[k] == second[k]).all()) for k in first)
+
+
+def _alive(pids: list[int]) -> list[int]:
+    assert len(pids) == 2
+    return pids
+
+
+def test_a_signal_to_the_command_itself_stops_all(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    run = tmp_path / "audio_reference" / "main"
+    with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
+        wait_for(lambda: steps_done(run) > 2, process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert int(newest(run).name[5:]) == steps_done(run)
+
+
+def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    run = tmp_path / "audio_reference" / "main"
+    arguments = fit(
+        prepared, clips, tmp_path, *TWO, "optim.steps=500", "strategy.step_timeout_s=4", "checkpoint.interval=2"
+    )
+    with started(arguments, tmp_path / "log") as process:
+        wait_for(lambda: steps_done(run) > 2, process)
+        stopped = time.monotonic()
+        os.kill(ranks(process.pid)[1], signal.SIGSTOP)
+        assert process.wait(60) == 76
+        assert time.monotonic() - stopped < 4 + 10 + 15
+    assert "rank 0 made no progress" in (tmp_path / "log").read_text()
+    assert "Thread" in (run / "stacks" / "rank-0.txt").read_text()
+    assert checkpointing.committed(run / "checkpoints")
+
+
+def test_a_killed_rank_ends_the_run(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    run = tmp_path / "audio_reference" / "main"
+    with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
+        wait_for(lambda: steps_done(run) > 2, process)
+        os.kill(ranks(process.pid)[1], signal.SIGKILL)
+        assert process.wait(60) not in (0, 75)
+
+
+def test_an_error_of_the_first_rank_is_said_once(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    arguments = fit(prepared, clips, tmp_path, *TWO, "optim.steps=3", "optim.global_batch=3")
+    assert end(arguments, tmp_path / "log") == 77
+    said = (tmp_path / "log").read_text()
+    assert said.count("optim.global_batch=3 is no multiple of 2 devices") == 1
+    assert "Traceback" not in said
+
+
+def test_who_this_process_is() -> None:
+    assert found({}) == Ranks()
+    assert found({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == Ranks(5, 8, 1)
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    assert found(slurm) == Ranks(3, 4, 1)
+    assert found({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
+    assert first_host("gpu[03-07,9],login") == "gpu03"
+    assert first_host("node1,node2") == "node1"
+    assert first_host("n[1-2]") == "n1"
