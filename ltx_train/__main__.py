@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "audit prepared data; decoded previews to look at and listen to",
     "plan": "what will fit: peak memory, step time, chosen settings, before anything is loaded",
     "fit": "train; the same command continues an interrupted run",
+    "supervise": "keep fit alive on a spot machine: notices, restarts, an object store",
     "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
     "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
     "inspect": "prove that every key of a LoRA binds to a base model",

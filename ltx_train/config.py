@@ -42,6 +42,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "memory.compile": ("auto", "on", "off"),
     "strategy.name": ("single", "ddp"),
     "strategy.device": ("auto", "cpu", "cuda"),
+    "supervise.notice": ("none", "aws", "gcp"),
     "logger.wandb": ("offline", "online", "disabled"),
     "run.resume": ("auto", "never"),
 }
@@ -52,6 +53,7 @@ _AT_LEAST = {
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
     "strategy.devices": 1, "strategy.step_timeout_s": 0, "strategy.start_timeout_s": 0, "checkpoint.failures": 1,
+    "supervise.poll_s": 0.1, "supervise.restarts": 1, "supervise.backoff_s": 0,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
 _FIXED_IN_A_RUN = (

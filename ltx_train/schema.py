@@ -228,6 +228,20 @@ class BenchConfig:
 
 
 @dataclass
+class SuperviseConfig:
+    """store: an object store that the run's folder is mirrored to (s3://, gs://, file://; needs its fsspec package).
+    notice: none, aws or gcp; asked every poll_s seconds at notice_url instead of the cloud's own address.
+    restarts: so many starts in a row may save nothing new; backoff_s: pause before a restart, doubled each time."""
+
+    store: str | None = None
+    notice: str = "none"
+    notice_url: str | None = None
+    poll_s: float = 5.0
+    restarts: int = 3
+    backoff_s: float = 5.0
+
+
+@dataclass
 class PlanConfig:
     """card: a GPU by name, for planning on a machine without it."""
 
@@ -255,3 +269,4 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)

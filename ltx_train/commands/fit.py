@@ -31,6 +31,7 @@ from ltx_train.training.fit import Outside, Plan, fit
 from ltx_train.training.lock import FolderLock
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule, build_optimizer
+from ltx_train.training.preemption import stop_before_training
 from ltx_train.training.ranks import Ranks, found, joined
 from ltx_train.training.task import Objective, Task
 from ltx_train.training.tracking import Metrics
@@ -58,6 +59,7 @@ def run(config: Config) -> int:
         return launch.run(run, config, config.strategy.devices)
     if ranks.world > 1 and config.strategy.name == "single":
         raise UserError(f"{ranks.world} processes were started, but strategy=single: set strategy=ddp")
+    stop_before_training()
     device = session.device(config, ranks.local)
     with joined(ranks, device, config.strategy.start_timeout_s or 86400):
         return _run(config, ranks)
@@ -132,7 +134,8 @@ def _train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, 
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
     plan = Plan(
         start.folder, optim.steps, config.logger.every, config.eval.interval, config.checkpoint.interval,
-        config.checkpoint.keep, config.checkpoint.failures, {"base": base},
+        config.checkpoint.keep, config.checkpoint.failures, int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
+        {"base": base},
     )  # fmt: skip
     return fit(
         plan, task, _data(config, start, ranks), monitor, device,

@@ -52,6 +52,14 @@ def run(entry: Entry, config: Config, count: int) -> int:
             signal.signal(number, handler)
 
 
+def spawned(entry: Entry, config: Config, environment: Mapping[str, str]) -> Any:
+    """One process running `entry` in a process group of its own, which dies with this one."""
+    child = get_context("spawn").Process(target=_child, args=(entry, config, os.getpid()))
+    with _environment(environment):
+        child.start()
+    return child
+
+
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Generator[None]:
     before = {name: os.environ.get(name) for name in values}
@@ -90,12 +98,12 @@ def _together(children: list[BaseProcess]) -> int:
     while any(child.is_alive() for child in children):
         for child in children:
             if not failed_at and child.exitcode not in (None, 0):
-                failed_at, code = time.monotonic(), _shell_code(child.exitcode or 0)
+                failed_at, code = time.monotonic(), shell_code(child.exitcode or 0)
         waited = time.monotonic() - failed_at if failed_at else 0.0
         if waited > _GRACE_S:
             _end(children, signal.SIGKILL if waited > _GRACE_S + _KILL_S else signal.SIGTERM)
         time.sleep(0.05)
-    return code or next((_shell_code(c.exitcode) for c in children if c.exitcode), 0)
+    return code or next((shell_code(c.exitcode) for c in children if c.exitcode), 0)
 
 
 def _end(children: list[BaseProcess], number: signal.Signals) -> None:
@@ -104,7 +112,7 @@ def _end(children: list[BaseProcess], number: signal.Signals) -> None:
             os.kill(child.pid, number)
 
 
-def _shell_code(code: int) -> int:
+def shell_code(code: int) -> int:
     """A process that a signal has ended gives 128 + its number, as a shell says it."""
     return code if code >= 0 else 128 - code
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from ltx_train.contracts import DataError
 
 SCHEMA = 1
-_WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+MANIFEST = "manifest.json"
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,19 @@ def committed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if ".tmp-" not in path.name and _is_whole(path))
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint after comparing every byte with its manifest; DataError names what differs."""
-    manifest = json.loads((path / _MANIFEST).read_text())
+def verify(path: Path) -> None:
+    """Compares every byte of a checkpoint with its manifest; DataError names what differs."""
+    manifest = json.loads((path / MANIFEST).read_text())
     if manifest["schema"] != SCHEMA:
         raise DataError(f"{path} was written by another release (schema {manifest['schema']}, this one reads {SCHEMA})")
     for name, entry in manifest["files"].items():
         if _sha256(path / name) != entry["sha256"]:
             raise DataError(f"{path / name} is damaged: remove {path} to continue from the checkpoint before it")
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint that `verify` finds whole."""
+    verify(path)
     state = json.loads((path / _STATE).read_text())
     tensors = load_file(path / _OPTIMIZER)
     optimizer = {"state": _nested(tensors, state["optimizer"]["state"]), "param_groups": state["optimizer"]["groups"]}
@@ -119,7 +125,7 @@ def _write_manifest(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         _sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / _MANIFEST
+    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
     _sync(manifest)
     _sync(folder)
@@ -127,7 +133,7 @@ def _write_manifest(folder: Path) -> None:
 
 def _is_whole(path: Path) -> bool:
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
+        files = json.loads((path / MANIFEST).read_text())["files"]
         return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
     except (OSError, ValueError, KeyError):
         return False

@@ -39,7 +39,7 @@ Publish = Callable[[int], None]
 class Plan:
     """When things happen, in optimizer steps; an interval of 0 means only at the end.
 
-    failures: so many saves in a row may fail before the run ends.
+    failures: so many saves in a row may fail before the run ends. restarts: how often this machine has started it.
     """
 
     folder: Path
@@ -49,6 +49,7 @@ class Plan:
     save_every: int
     keep: int
     failures: int
+    restarts: int
     notes: Mapping[str, Any]
 
 
@@ -128,6 +129,8 @@ class Edge(Callback):
             row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, task.step - self._rowed)
         if task.guard.skipped:
             row["run/skipped_steps"] = task.guard.skipped
+        if self._plan.restarts:
+            row["run/restarts"] = self._plan.restarts
         if self._failed:
             row["run/failed_saves"] = self._failed
         self._rowed = task.step

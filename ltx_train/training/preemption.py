@@ -14,6 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def stop_before_training() -> None:
+    """Until `Preemption.install`: there is nothing to save yet, so a notice ends the process as Ctrl-C does."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
 class Preemption(Callback):
     """`requested` turns true on the first signal; a second Ctrl-C stops at once, unless the run is saved already.
 

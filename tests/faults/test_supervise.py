@@ -1,0 +1,236 @@
+"""A run on machines that go away: notices, restarts, an object store, and the same curve in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_train.commands import supervise
+from ltx_train.config import Config, compose_config
+from ltx_train.training import checkpointing, notice
+from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.store import RunStore
+from ltx_train.training.tracking import read_rows
+from tests.conftest import command
+from tests.faults.harness import started, steps_done, wait_for
+from tests.faults.test_resume import curve, fit, newest
+
+
+class Cloud:
+    """A metadata service of either cloud that announces the end when told to."""
+
+    def __init__(self) -> None:
+        self.leaving, self.asked = False, 0
+        cloud = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                self._answer(200 if "X-aws-ec2-metadata-token-ttl-seconds" in self.headers else 400, "token")
+
+            def do_GET(self) -> None:
+                cloud.asked += 1
+                if self.path.endswith("/instance/preempted"):
+                    known = self.headers.get("Metadata-Flavor") == "Google"
+                    self._answer(200 if known else 403, "TRUE" if cloud.leaving else "FALSE")
+                elif self.headers.get("X-aws-ec2-metadata-token") != "token":
+                    self._answer(401, "")
+                elif cloud.leaving:
+                    self._answer(200, '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}')
+                else:
+                    self._answer(404, "")
+
+            def _answer(self, code: int, text: str) -> None:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def cloud() -> Generator[Cloud]:
+    made = Cloud()
+    thread = threading.Thread(target=made.server.serve_forever)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()
+
+
+def test_notices_of_both_clouds(cloud: Cloud) -> None:
+    asking = [notice.source(name, cloud.url) for name in ("aws", "gcp", "none")]
+    assert [ask() for ask in asking] == [False, False, False]
+    cloud.leaving = True
+    assert [ask() for ask in asking] == [True, True, False]
+    assert not notice.aws("http://127.0.0.1:9")
+    assert not notice.gcp("http://127.0.0.1:9")
+
+
+def saved(folder: Path, step: int) -> None:
+    made = Checkpoint(step, {"w": torch.full((9,), float(step))}, {"state": {}, "param_groups": []}, {})
+    checkpointing.save(folder / "checkpoints", made, keep=9)
+
+
+def test_only_whole_checkpoints_travel(tmp_path: Path) -> None:
+    """What is half sent or damaged in the store does not count; the one before it does."""
+    here, there = tmp_path / "a" / "exp" / "main", tmp_path / "b" / "exp" / "main"
+    store = f"file://{tmp_path / 'store'}"
+    assert RunStore(store, there).pull() is None
+    for step in (1, 2, 3):
+        saved(here, step)
+    (here / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert RunStore(store, here).push(keep=2) == ["step-000001", "step-000002", "step-000003"]
+    assert RunStore(store, here).push(keep=2) == ["step-000001"]  # removed there, still here
+    remote = tmp_path / "store" / "exp" / "main" / "checkpoints"
+    assert sorted(p.name for p in remote.iterdir()) == ["step-000002", "step-000003"]
+    (remote / "step-000009").mkdir()
+    (remote / "step-000009" / "weights.safetensors").write_bytes(b"half")
+    damaged = bytearray((remote / "step-000003" / "weights.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (remote / "step-000003" / "weights.safetensors").write_bytes(damaged)
+    assert RunStore(store, there).pull() == "step-000002"
+    assert RunStore(store, there).pull() is None
+    assert float(checkpointing.load(newest(there)).weights["w"][0]) == 2
+    assert (there / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not list(there.rglob("*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("service", ["aws", "gcp"])
+def test_a_machine_that_is_taken_away_is_continued_on_another(
+    service: str, cloud: Cloud, prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """Two machines: two folders and one store. The notice is acted on within 6 seconds, nothing is lost."""
+
+    def supervised(machine: str) -> list[str]:
+        common = [f"supervise.notice={service}", f"supervise.notice_url={cloud.url}", "supervise.poll_s=0.5"]
+        return ["supervise", *fit(prepared, clips, tmp_path / machine, "checkpoint.interval=4", *common)[1:],
+                f"supervise.store=file://{tmp_path / 'store'}"]  # fmt: skip
+
+    first, second = (tmp_path / m / "audio_reference" / "main" for m in ("first", "second"))
+    with started(supervised("first"), tmp_path / "log") as process:
+        wait_for(lambda: steps_done(first) > 5, process)
+        cloud.leaving, told = True, time.monotonic()
+        assert process.wait(60) == 75
+        assert time.monotonic() - told < 12
+    assert "this machine is being taken away" in (tmp_path / "log").read_text()
+    cloud.leaving, done = False, steps_done(first)
+    with started(supervised("second"), tmp_path / "log") as process:
+        assert process.wait(120) == 0
+    assert f"fetched step-{done:06d}" in (tmp_path / "log").read_text()
+    assert command(*fit(prepared, clips, tmp_path / "whole")) == 0
+    whole = tmp_path / "whole" / "audio_reference" / "main"
+    assert curve(second) == curve(whole)
+    assert _same(newest(second), newest(whole))
+    ids = {hashlib.sha256("/".join(run.parts[-2:]).encode()).hexdigest() for run in (first, second)}
+    assert len(ids) == 1
+
+
+def failing(_config: Config) -> int:
+    sys.exit(76)
+
+
+@pytest.mark.slow
+def test_three_starts_that_save_nothing_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[float] = []
+    original = supervise.launch.spawned
+
+    def counted(entry: Any, config: Config, environment: Any) -> Any:
+        starts.append(time.monotonic())
+        return original(failing, config, environment)
+
+    monkeypatch.setattr(supervise.launch, "spawned", counted)
+    made = compose_config([f"run.root={tmp_path}", "supervise.backoff_s=0.1"])
+    assert supervise.run(made) == 76
+    assert len(starts) == 3
+
+
+@pytest.mark.slow
+def test_a_crash_is_restarted(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    run = tmp_path / "audio_reference" / "main"
+    arguments = fit(prepared, clips, tmp_path, "checkpoint.interval=2", "supervise.backoff_s=0.1", "optim.steps=20")
+    with started(["supervise", *arguments[1:]], tmp_path / "log") as process:
+        wait_for(lambda: steps_done(run) > 4, process)
+        os.kill(_child(process.pid), signal.SIGKILL)
+        assert process.wait(120) == 0
+    assert "fit ended with 137; again in" in (tmp_path / "log").read_text()
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["run/restarts"] == 1
+
+
+@pytest.mark.slow
+def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """200 steps, 20 ends at random: asked to stop, killed, out of disk. The curve is an unbroken one's, bit for bit."""
+    chance = random.Random(5)
+    steps = (
+        "optim.steps=200",
+        "eval.interval=50",
+        "eval.max_samples=2",
+        "checkpoint.interval=4",
+        "optim.schedule=constant",
+    )
+    broken = fit(prepared, clips, tmp_path / "broken", *steps)
+    run = tmp_path / "broken" / "audio_reference" / "main"
+    ends: list[int] = []
+    for number in range(20):
+        harm = ("stop", "kill", "disk")[number % 3]
+        goal = 9 * (number + 1) + chance.randrange(5)
+        with started(broken, tmp_path / "log") as process:
+            wait_for(lambda: steps_done(run) >= goal, process)  # noqa: B023
+            time.sleep(chance.random() * 0.3)
+            if harm == "disk":
+                whole = checkpointing.committed(run / "checkpoints")[-1]
+                size = max(p.stat().st_size for p in whole.iterdir())
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+            else:
+                process.send_signal(signal.SIGTERM if harm == "stop" else signal.SIGKILL)
+            ends.append(process.wait(60))
+    # -15: asked to stop before the interpreter has come to our code.
+    assert {75, -9, 78} <= set(ends) <= {75, -9, 78, -15}
+    assert command(*broken) == 0
+    assert command(*fit(prepared, clips, tmp_path / "whole", *steps)) == 0
+    whole = tmp_path / "whole" / "audio_reference" / "main"
+    assert len(curve(run)) == 200
+    assert curve(run) == curve(whole)
+    assert _same(newest(run), newest(whole))
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Weights and moments of two checkpoints."""
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        a, b = load_file(first / name), load_file(second / name)
+        if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
+            return False
+    return True
+
+
+def _child(parent: int) -> int:
+    """The process that runs `fit` under a supervisor."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            above = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if above == parent and b"spawn_main" in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except (OSError, ValueError, IndexError):
+            continue
+    raise AssertionError("no child")
