@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what will fit: peak memory, step time, chosen settings, before anything is loaded",
     "fit": "train; the same command continues an interrupted run",
     "supervise": "keep fit alive on a spot machine: notices, restarts, an object store",
+    "submit": "render, show and submit a SLURM job that runs fit",
     "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
     "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
     "inspect": "prove that every key of a LoRA binds to a base model",
@@ -61,7 +62,8 @@ def _run(command: str, rest: list[str]) -> int:
             raise config.ConfigError(f"--cfg {shown}: only `--cfg job` is known")
         print(config.to_yaml(overrides, extra_dir), end="")
         return Exit.DONE
-    settings = config.compose_config(overrides, extra_dir, command)
+    file, overrides = _option(overrides, "--config")
+    settings = config.from_file(file, overrides) if file else config.compose_config(overrides, extra_dir, command)
     config.require(settings, command)
     # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -85,6 +87,7 @@ def _option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
 
 _USAGE = """usage: ltx-train <command> [group=option ...] [key=value ...]
   --cfg job           print the configuration and stop
+  --config FILE       start from a run's config.yaml instead of the groups
   --config-dir DIR    a folder with your own groups (experiment/my_run.yaml, ...)"""
 
 

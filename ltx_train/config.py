@@ -53,6 +53,7 @@ _AT_LEAST = {
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
     "strategy.devices": 1, "strategy.step_timeout_s": 0, "strategy.start_timeout_s": 0, "checkpoint.failures": 1,
+    "cluster.nodes": 1, "cluster.devices": 1, "cluster.cpus": 1, "cluster.signal_s": 1, "cluster.hung_restarts": 0,
     "supervise.poll_s": 0.1, "supervise.restarts": 1, "supervise.backoff_s": 0,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
@@ -84,8 +85,13 @@ _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
 def config_dir() -> Path:
     """The Hydra tree: inside an installed wheel, beside the package in a checkout."""
-    packaged = Path(__file__).parent / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+    return shipped("conf")
+
+
+def shipped(name: str) -> Path:
+    """A folder of declarative files that stands beside the package in a checkout and inside it in a wheel."""
+    packaged = Path(__file__).parent / name
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / name
 
 
 def compose_config(overrides: list[str], extra_dir: str | None = None, command: str = "") -> Config:
@@ -102,6 +108,23 @@ def compose_config(overrides: list[str], extra_dir: str | None = None, command: 
     if unset:
         raise ConfigError(f"{' and '.join(unset)} must be set: add {unset[0]}=... to the command")
     config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def from_file(path: str, overrides: list[str]) -> Config:
+    """A configuration that `dump` wrote, with single settings changed; groups have been composed already."""
+    groups = _groups(None)
+    for override in overrides:
+        _check_override(override, groups)
+        if override.partition("=")[0].lstrip("+~") in groups:
+            raise ConfigError(f"{override}: {path} is composed already, change single settings (key.name=value)")
+    merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(overrides))
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explained(error)) from error
     assert isinstance(config, Config)
     validate(config)
     return config

@@ -242,6 +242,30 @@ class SuperviseConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """A SLURM job: devices are tasks per node. setup: shell lines before the run (module load, activating a venv);
+    container: an image for srun --container-image; directives: further #SBATCH words; array: one run per line of
+    overrides; signal_s: notice before the time limit; hung_restarts: so often a hung run is started again;
+    python: the interpreter on the nodes; submit: false shows the script and submits nothing."""
+
+    nodes: int = 1
+    devices: int = 1
+    cpus: int = 8
+    time: str = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    gres: str | None = None
+    directives: list[str] = field(default_factory=list[str])
+    setup: list[str] = field(default_factory=list[str])
+    container: str | None = None
+    array: list[str] = field(default_factory=list[str])
+    signal_s: int = 120
+    hung_restarts: int = 3
+    python: str | None = None
+    submit: bool = True
+
+
+@dataclass
 class PlanConfig:
     """card: a GPU by name, for planning on a machine without it."""
 
@@ -268,5 +292,6 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)

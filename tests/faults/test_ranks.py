@@ -155,9 +155,11 @@ def test_an_error_of_the_first_rank_is_said_once(prepared: Path, clips: Path, tm
 def test_who_this_process_is() -> None:
     assert found({}) == Ranks()
     assert found({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == Ranks(5, 8, 1)
-    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
     assert found(slurm) == Ranks(3, 4, 1)
     assert found({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
+    # The batch shell has these too, and is no task.
+    assert found({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}) == Ranks()
     assert first_host("gpu[03-07,9],login") == "gpu03"
     assert first_host("node1,node2") == "node1"
     assert first_host("n[1-2]") == "n1"

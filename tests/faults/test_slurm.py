@@ -1,0 +1,123 @@
+"""Jobs on a real SLURM of two nodes: submitted, signalled, requeued, continued, finished."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from ltx_train.commands import submit
+from ltx_train.config import compose_config, from_file
+from ltx_train.training.tracking import read_rows
+from tests.conftest import command
+from tests.faults.harness import steps_done
+from tests.faults.slurm import Slurm
+from tests.faults.test_ranks import fit
+
+needs_slurm = pytest.mark.skipif(
+    shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None, reason="slurm-wlm is not installed (make slurm)"
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm]:
+    with Slurm(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def waited(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def submitted(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> str:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.env[name])
+    small = ("cluster.cpus=1", "cluster.time=30", "cluster.setup=['export OMP_NUM_THREADS=1']")
+    assert command("submit", *arguments[1:], *small) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --signal=B:USR1@120" in shown
+    return shown.split("submitted job ")[1].split(";")[0]
+
+
+@needs_slurm
+def test_two_nodes_save_requeue_and_finish(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two ranks on two nodes; the notice before the time limit; then a node that is lost. Nothing is computed twice
+    after the notice, and the curve is that of one process."""
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=40", "checkpoint.interval=5")
+    run = tmp_path / "audio_reference" / "main"
+    job = submitted(slurm, monkeypatch, capsys, [*arguments, "cluster.nodes=2"])
+    waited(lambda: steps_done(run) > 3)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    waited(lambda: "ended with 75" in _log(run, job))
+    stopped = steps_done(run)
+    waited(lambda: steps_done(run) > stopped + 2)
+    assert "start 1 on n[1-2]" in _log(run, job)
+    assert f"resuming {run} at step {stopped}" in _log(run, job)
+    slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    waited(lambda: slurm.state(job) == "PENDING")
+    slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    waited(lambda: slurm.state(job) == "COMPLETED", 180)
+    assert "start 2 on n[1-2]" in _log(run, job)
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(__file__).parent.parent.parent)
+    assert command(*fit(prepared, clips, tmp_path / "one", "optim.steps=40")) == 0
+    one = read_rows(tmp_path / "one/audio_reference/main/metrics.jsonl")
+    assert [r["train/loss"] for r in read_rows(run / "metrics.jsonl")] == pytest.approx(
+        [r["train/loss"] for r in one], rel=1e-5
+    )
+
+
+@needs_slurm
+def test_a_job_array_is_one_run_per_line(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=3", "eval.interval=0")
+    array = "cluster.array=['run.id=low optim.lr=1e-5','run.id=high optim.lr=1e-3']"
+    job = submitted(slurm, monkeypatch, capsys, [*arguments, array])
+    waited(lambda: slurm.state(f"{job}_0") == slurm.state(f"{job}_1") == "COMPLETED")
+    rates = [read_rows(tmp_path / "audio_reference" / n / "metrics.jsonl")[-1]["optim/lr"] for n in ("low", "high")]
+    assert rates == [1e-5, 1e-3]
+
+
+def test_the_script_of_a_large_job(tmp_path: Path) -> None:
+    made = compose_config([
+        "experiment=voice_reference_22b", "data.source=x", "data.root=y", f"run.root={tmp_path}", "cluster.nodes=4",
+        "cluster.devices=8", "cluster.partition=gpu", "cluster.container=docker://image", "cluster.python=python3",
+        "cluster.setup=[module load cuda]", "cluster.directives=['--exclusive']", "cluster.submit=false",
+    ])  # fmt: skip
+    assert submit.run(made) == 0
+    run = tmp_path / "voice_reference_22b" / "main"
+    script = (run / "submit.sbatch").read_text()
+    for line in (
+        "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --gres=gpu:8", "#SBATCH --partition=gpu",
+        "#SBATCH --exclusive", "module load cuda", "--container-image=docker://image python3 -m ltx_train fit --config",
+    ):  # fmt: skip
+        assert line in script
+    assert "{{" not in script
+    assert from_file(str(run / "submit.yaml"), []).strategy.name == "ddp"
+
+
+def test_a_machine_without_slurm_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command("submit", f"run.root={tmp_path}") == 77
+    assert "sbatch is not on the PATH" in capsys.readouterr().err
+
+
+def _log(run: Path, job: str) -> str:
+    path = run / f"slurm-{job}.log"
+    return path.read_text() if path.is_file() else ""
