@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format unit golden faults docs gpu wheel sample clean
+.PHONY: help setup demo test lint format unit golden faults docs gpu tools wheel sample clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,7 +35,7 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
-test: setup lint ## everything that is green before a change lands
+test: setup lint tools ## everything that is green before a change lands
 	$(BIN)/pytest --numprocesses 2
 
 lint: setup ## style, types and the direction of imports
@@ -50,6 +50,11 @@ format: setup ## rewrite to the house style
 
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2
+
+tools: # a SLURM to test against, where that can be had; without it those tests are skipped
+	@test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge; } > $(VENV)/tools.log 2>&1; } || \
+	  echo "slurm-wlm and munge could not be installed: the SLURM tests will be skipped"
 
 gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu

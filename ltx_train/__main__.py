@@ -21,10 +21,12 @@ COMMANDS = {
     "plan": "what will fit: peak memory, step time, chosen settings, before anything is loaded",
     "fit": "train; the same command continues an interrupted run",
     "supervise": "keep fit alive on a spot machine: notices, restarts, an object store",
+    "sweep": "search settings by held-out loss; every trial and the search itself can be continued",
     "submit": "render, show and submit a SLURM job that runs fit",
     "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
     "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
     "inspect": "prove that every key of a LoRA binds to a base model",
+    "doctor": "machine, disk, data, weights, tracker, cluster: each finding with its mend",
     "bench": "speed and memory of a training step, as JSON",
     "sample": "video with sound from text, an image, audio or a reference voice",
 }

@@ -78,7 +78,11 @@ _FREE_IN_A_RUN = (
     "model.text_encoder",
     "optim.batch_size",
 )
-_NOT_READ = {"plan": ("data.root", "data.source"), "bench": ("data.root", "data.source")}
+_NOT_READ = {
+    "plan": ("data.root", "data.source"),
+    "bench": ("data.root", "data.source"),
+    "doctor": ("data.root", "data.source"),
+}
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
@@ -228,6 +232,10 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{name}={value}: must be at least {least}")
     for bucket in config.data.buckets + ([config.sample.bucket] if config.sample.bucket else []):
         parse_bucket(bucket)
+    known = list(_schema_keys()) if config.sweep.space else []
+    for name in (line.partition("=")[0].strip() for line in config.sweep.space):
+        if name not in known:
+            raise ConfigError(f"sweep.space: there is no setting {name!r}{nearest(name, known)}")
     _validate_mode(config)
     _validate_training(config)
 
@@ -237,10 +245,11 @@ def require(config: Config, command: str) -> None:
     buckets = bool(config.data.buckets) or (command == "sample" and config.sample.bucket is not None)
     weights = config.model.path is not None or config.model.weights == "random"
     needs = {
-        "model.path": (command not in ("export", "plan"), weights,
+        "model.path": (command not in ("export", "plan", "doctor"), weights,
                        "give the single-file checkpoint, or model.weights=random for a trial"),
         "data.source": (command == "prepare", config.data.source is not None, "give the folder or table of clips"),
-        "data.buckets": (command not in ("export", "inspect"), buckets, "give at least one WIDTHxHEIGHTxFRAMES"),
+        "data.buckets": (command not in ("export", "inspect", "doctor"), buckets,
+                         "give at least one WIDTHxHEIGHTxFRAMES"),
         "inspect.file": (command == "inspect", config.inspect.file is not None, "give the LoRA file to inspect"),
         "sample.audio": (command == "sample" and config.mode.audio is Role.freeze, config.sample.audio is not None,
                          "mode.audio=freeze makes a video for a given sound: give it with sample.audio=FILE"),

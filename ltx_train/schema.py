@@ -266,6 +266,25 @@ class ClusterConfig:
 
 
 @dataclass
+class SweepConfig:
+    """space: lines of setting=log(a, b), uniform(a, b), int(a, b) or choice(a, b, ...). prune: give up trials whose
+    held-out loss is worse than the median of the others at the same step, from step `warmup` on."""
+
+    name: str = "sweep"
+    trials: int = 12
+    space: list[str] = field(default_factory=list[str])
+    prune: bool = True
+    warmup: int = 0
+
+
+@dataclass
+class DoctorConfig:
+    """json: findings for a program instead of a person."""
+
+    json: bool = False
+
+
+@dataclass
 class PlanConfig:
     """card: a GPU by name, for planning on a machine without it."""
 
@@ -293,5 +312,7 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)

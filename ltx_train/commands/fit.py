@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ltx_train import config as configuration
 from ltx_train.commands import launch, planning, session, summary, transformers
@@ -151,17 +152,15 @@ def _outside(
         metrics = Metrics(start.folder, start.step, config.logger.wandb, config.logger.project, _plain(config))
     return Outside(
         metrics, _evaluator(config, start, transformer, ranks),
-        lambda step: publish(config, transformer, start.folder, step, base), watchdog,
+        lambda step, weights: publish(config, weights, start.folder, step, base), watchdog,
     )  # fmt: skip
 
 
-def publish(config: Config, transformer: Transformer, folder: Path, step: int, base: str) -> None:
+def publish(config: Config, weights: Mapping[str, Tensor], folder: Path, step: int, base: str) -> None:
     """Every committed step of an adapter is at once a file other programs load."""
     if config.adapter.kind == "lora":
         lora = session.lora(config)
-        tensors = export.lora_tensors(
-            adapter.lora_parameters(transformer), lora.rank, lora.alpha, session.dtype(config)
-        )
+        tensors = export.lora_tensors(weights, lora.rank, lora.alpha, session.dtype(config))
         export.write(folder / "adapters" / f"step-{step:06d}.safetensors", tensors, lora_metadata(config, step, base))
 
 

@@ -27,12 +27,12 @@ from ltx_train.training import checkpointing
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.preemption import Preemption
 from ltx_train.training.ranks import AgreedError, Ranks
+from ltx_train.training.saving import Publish, Saver
 from ltx_train.training.task import Task
 from ltx_train.training.tracking import ConsoleProgress, Metrics
 from ltx_train.training.watchdog import Watchdog
 
 Evaluate = Callable[[int], Mapping[str, float]]
-Publish = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Edge(Callback):
     def __init__(self, plan: Plan, monitor: Monitor, outside: Outside, preemption: Preemption, ranks: Ranks) -> None:
         self._plan, self._monitor, self._outside = plan, monitor, outside
         self._preemption, self._ranks = preemption, ranks
+        self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish)
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
         self._failed = 0
@@ -133,17 +134,33 @@ class Edge(Callback):
             row["run/restarts"] = self._plan.restarts
         if self._failed:
             row["run/failed_saves"] = self._failed
+        if self._saver.blocked_s:
+            row["perf/save_blocked_s"] = self._saver.blocked_s
         self._rowed = task.step
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def _save(self, task: Task, *, must: bool) -> None:
-        """Commits the step; a save that fails is reported and the run goes on, unless it `must` succeed."""
+        """Starts to save the step; one that `must` succeed is waited for."""
         if task.step == self._saved:
             return
         task.guard.check()
+        self._settle(must=False)
         notes = {**self._plan.notes, "monitor": self._monitor.state(self._ranks)}
+        if self._ranks.leads:
+            optimizer: Any = task.optimizers(use_pl_optimizer=False)
+            weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}
+            self._saver.start(checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes))
+        self._saved = task.step
+        if must:
+            self._settle(must=True)
+
+    def _settle(self, *, must: bool) -> None:
+        """The outcome of the save in flight, on every rank; a failure is reported and the run goes on, unless it
+        was one too many in a row."""
+        if self._saved < 0:
+            return
         try:
-            self._ranks.lead(lambda: self._write(task, notes))
+            self._ranks.lead(self._saver.settle)
         except (DataError, AgreedError) as error:
             self._failed += 1
             if must or self._failed >= self._plan.failures:
@@ -151,16 +168,10 @@ class Edge(Callback):
             if str(error):
                 print(f"ltx-train: {error}; training goes on ({self._failed} in a row)", file=sys.stderr)
             return
-        self._saved, self._failed = task.step, 0
-
-    def _write(self, task: Task, notes: Mapping[str, Any]) -> None:
-        optimizer: Any = task.optimizers(use_pl_optimizer=False)
-        weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}
-        saved = checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes)
-        checkpointing.save(self._plan.folder / "checkpoints", saved, self._plan.keep)
-        self._outside.publish(task.step)
+        self._failed = 0
 
     def _close(self) -> None:
+        self._saver.close()
         if self._progress is not None:
             self._progress.close()
 

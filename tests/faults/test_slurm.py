@@ -18,7 +18,7 @@ from tests.faults.slurm import Slurm
 from tests.faults.test_ranks import fit
 
 needs_slurm = pytest.mark.skipif(
-    shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None, reason="slurm-wlm is not installed (make slurm)"
+    shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None, reason="slurm-wlm is not installed (make tools)"
 )
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,223 @@
+"""`ltx-train doctor`: what this machine can do for a run, each finding with its mend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ltx_train.commands import planning, session
+from ltx_train.config import Config
+from ltx_train.contracts import Exit, UserError
+from ltx_train.memory.cards import GIB
+
+_PROBE_BYTES = 256 * 2**20
+# A notice of 30 seconds, of which 25 are used: what a disk has to take for a save in that time.
+_NOTICE_S = 25.0
+_LIBRARIES = ("torch", "lightning", "diffusers", "peft", "transformers", "optimum-quanto", "bitsandbytes", "wandb")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: pass, warn or fail; mend: what to do about it, empty for a pass."""
+
+    name: str
+    level: str
+    text: str
+    mend: str = ""
+
+
+def run(config: Config) -> int:
+    """Prints all findings; exit code 77 when one of them is a fail."""
+    findings = [finding for check in _CHECKS for finding in _checked(check, config)]
+    if config.doctor.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _show(findings)
+    return Exit.CONFIG if any(finding.level == "fail" for finding in findings) else Exit.DONE
+
+
+def _checked(check: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
+    """A check that breaks is a finding too."""
+    try:
+        yield from check(config)
+    except (UserError, OSError, RuntimeError, ImportError) as error:
+        yield Finding(check.__name__.strip("_"), "fail", str(error).splitlines()[0], "see the message")
+
+
+def _libraries(_config: Config) -> Iterator[Finding]:
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    yield Finding("libraries", "pass", ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+
+def _gpus(_config: Config) -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        mend = "check the driver (nvidia-smi), or take strategy.device=cpu for the tiny model"
+        yield Finding("gpu", "warn", f"no GPU is visible to torch {torch.__version__}", mend)
+        return
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        busy = free < 0.9 * total
+        text = f"{number}: {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, "
+        text += f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+        yield Finding("gpu", "warn" if busy else "pass", text, "another process uses it: nvidia-smi" if busy else "")
+    yield from _links()
+
+
+def _links() -> Iterator[Finding]:
+    """Host-to-device bandwidth, which streaming lives on, and direct access between devices."""
+    size = _PROBE_BYTES
+    host, there = torch.empty(size, dtype=torch.uint8).pin_memory(), torch.empty(size, dtype=torch.uint8, device="cuda")
+    there.copy_(host)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    there.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    speed = size / (time.perf_counter() - started) / 1e9
+    slow = speed < 10
+    mend = "streamed weights will be slow: check the slot's width (nvidia-smi -q -d PCI)" if slow else ""
+    yield Finding("host link", "warn" if slow else "pass", f"{speed:.0f} GB/s from pinned memory", mend)
+    count = torch.cuda.device_count()
+    apart = [(a, b) for a in range(count) for b in range(a) if not torch.cuda.can_device_access_peer(a, b)]
+    if count > 1:
+        text = (
+            f"{len(apart)} pairs of devices have no direct access" if apart else "all devices reach each other directly"
+        )
+        yield Finding("peers", "warn" if apart else "pass", text, "gradients travel through the host" if apart else "")
+
+
+def _memory(_config: Config) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    text = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.1f} GiB"
+    low = torch.cuda.is_available() and limit != resource.RLIM_INFINITY and limit < 20 * GIB and os.getuid() != 0
+    mend = "streamed weights are page-locked: raise `ulimit -l`" if low else ""
+    yield Finding("host memory", "warn" if low else "pass", f"{total:.0f} GiB, of which may be locked: {text}", mend)
+
+
+def _plan(config: Config) -> Iterator[Finding]:
+    if not config.data.buckets:
+        return
+    place = planning.here(config)
+    if place is None:
+        return
+    found = planning.planned(config, place)
+    if found is None:
+        yield Finding(
+            "plan", "fail", planning.refusal(config, place).splitlines()[0], "ltx-train plan names three ways"
+        )
+    else:
+        foot = found.footprint
+        yield Finding(
+            "plan", "pass", f"needs {foot.gib:.1f} of {place.budget_gib:.1f} GiB, about {foot.step_s:.2f} s a step"
+        )
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    """Free space against what is kept, and how fast a save is on it."""
+    root = session.run_dir(config)
+    while not root.exists():
+        root = root.parent
+    trained = planning.need(config).trained
+    moments = 2 if config.optim.name == "adamw8bit" else 8
+    save = trained.parameters * (4.0 + moments)
+    free, needed = shutil.disk_usage(root).free, save * (config.checkpoint.keep + 1)
+    short = free < needed
+    mend = "free some, lower checkpoint.keep or set run.root" if short else ""
+    text = f"{free / GIB:.0f} GiB free in {root}, {needed / GIB:.1f} needed for {config.checkpoint.keep} checkpoints"
+    yield Finding("disk space", "fail" if short else "pass", text, mend)
+    speed = _write_speed(root, min(_PROBE_BYTES, free // 4))
+    seconds = save / speed
+    late = seconds > _NOTICE_S
+    text = f"{speed / 1e6:.0f} MB/s written and flushed: a save of {save / GIB:.2f} GiB takes {seconds:.1f} s"
+    mend = "a notice of 30 s is too short for it: what counts is checkpoint.interval" if late else ""
+    yield Finding("disk speed", "warn" if late else "pass", text, mend)
+
+
+def _write_speed(folder: Path, size: int) -> float:
+    """Bytes per second, flushed."""
+    block = os.urandom(2**20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        for _ in range(max(1, size // len(block))):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return max(size, len(block)) / (time.perf_counter() - started)
+
+
+def _weights(config: Config) -> Iterator[Finding]:
+    if config.model.weights == "random":
+        yield Finding("weights", "warn", "model.weights=random: for trials only", "set model.path for a real run")
+    elif config.model.path is None:
+        yield Finding("weights", "warn", "model.path is not set", "give the single-file checkpoint")
+    else:
+        source = session.weights(config)
+        name = source.config["transformer"]["num_layers"]
+        yield Finding(
+            "weights", "pass", f"{config.model.path}: {name} blocks, fingerprint {source.fingerprint('')[:16]}"
+        )
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    if not config.data.root or not Path(config.data.root).is_dir():
+        yield Finding("data", "warn", f"nothing is prepared in {config.data.root!r}", "ltx-train prepare")
+        return
+    _, index, stale = session.prepared(config)
+    mend = "ltx-train prepare" if stale else ""
+    yield Finding(
+        "data",
+        "warn" if stale else "pass",
+        stale[0] if stale else f"{len(index.records)} clips in {config.data.root}",
+        mend,
+    )
+
+
+def _tracker(config: Config) -> Iterator[Finding]:
+    if config.logger.wandb != "online":
+        yield Finding("tracker", "pass", f"W&B {config.logger.wandb}: needs no network")
+        return
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=3).close()
+        yield Finding("tracker", "pass", f"{host} answers")
+    except OSError as error:
+        yield Finding(
+            "tracker", "warn", f"{host} does not answer ({error})", "the run records offline; wandb sync later"
+        )
+
+
+def _cluster(_config: Config) -> Iterator[Finding]:
+    found = shutil.which("sbatch")
+    text = f"SLURM: {found}" if found else "no SLURM here"
+    yield Finding("cluster", "pass", text)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        yield Finding("ports", "pass", f"processes can listen (tried {probe.getsockname()[1]})")
+
+
+_CHECKS = (_libraries, _gpus, _memory, _weights, _data, _plan, _disk, _tracker, _cluster)
+_MARKS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+
+
+def _show(findings: list[Finding]) -> None:
+    console = Console(soft_wrap=True)
+    for finding in findings:
+        mend = f"\n     {'':<12}-> {finding.mend}" if finding.mend else ""
+        console.print(
+            f"{_MARKS[finding.level]} {finding.name:<12}{escape(finding.text)}{escape(mend)}", highlight=False
+        )

@@ -1,0 +1,117 @@
+"""report.html of a search: what was tried, what it gave, and how the settings go together."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+@dataclass(frozen=True)
+class Trial:
+    """value: the held-out loss at the end, None when it was given up; course: held-out loss by step."""
+
+    number: int
+    params: Mapping[str, Any]
+    value: float | None
+    state: str
+    course: Mapping[int, float]
+
+
+def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
+    """Writes the page atomically; it needs no network."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(render(title, trials), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def render(title: str, trials: Sequence[Trial]) -> str:
+    ranked = sorted(trials, key=lambda t: (t.value is None, t.value or 0.0, t.number))
+    plots = [_parallel(ranked), _courses(trials)] if any(t.value is not None for t in trials) else []
+    return _PAGE.format(title=html.escape(title), body="\n".join([*plots, _table(ranked)]))
+
+
+def _table(ranked: Sequence[Trial]) -> str:
+    names = sorted({name for trial in ranked for name in trial.params})
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("trial", *names, "held-out loss", "end"))
+    rows = ""
+    for trial in ranked:
+        value = "" if trial.value is None else f"{trial.value:.5f}"
+        cells = (str(trial.number), *(_short(trial.params.get(n, "")) for n in names), value, trial.state)
+        rows += "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
+    return f"<h2>Trials, best first</h2><table><tr>{head}</tr>{rows}</table>"
+
+
+def _parallel(ranked: Sequence[Trial]) -> str:
+    """One line per finished trial through its settings to its loss; dark lines are good ones."""
+    done = [t for t in ranked if t.value is not None]
+    names = sorted({name for trial in done for name in trial.params})
+    figure, axes = pyplot.subplots(figsize=(9, 3.6))
+    for place, trial in enumerate(reversed(done)):
+        heights = [_height(trial.params[n], [t.params[n] for t in done]) for n in names]
+        heights.append(_height(trial.value, [t.value for t in done]))
+        good = (place + 1) / len(done)
+        axes.plot(range(len(heights)), heights, color=pyplot.cm.viridis(1 - good), alpha=0.35 + 0.6 * good, lw=1 + good)
+    axes.set_xticks(range(len(names) + 1), [*names, "held-out loss"])
+    for place, name in enumerate(names):
+        values = sorted({t.params[name] for t in done}, key=str)
+        low, high = (values[0], values[-1]) if isinstance(values[0], str) else (min(values), max(values))
+        axes.annotate(_short(low), (place, -0.09), ha="center", fontsize=8)
+        axes.annotate(_short(high), (place, 1.04), ha="center", fontsize=8)
+    axes.set_yticks([])
+    axes.set_ylim(-0.15, 1.12)
+    return f"<h2>Settings and what they gave</h2>{_image(figure)}"
+
+
+def _courses(trials: Sequence[Trial]) -> str:
+    figure, axes = pyplot.subplots(figsize=(9, 3.2))
+    for trial in trials:
+        if trial.course:
+            steps, values = zip(*sorted(trial.course.items()), strict=True)
+            style = "-" if trial.value is not None else ":"
+            axes.plot(steps, values, style, marker="o", ms=3, lw=1, label=str(trial.number))
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss")
+    axes.legend(title="trial", fontsize=7, ncols=4)
+    return f"<h2>Held-out loss by step; dotted: given up</h2>{_image(figure)}"
+
+
+def _height(value: Any, among: Sequence[Any]) -> float:
+    """Where a value stands between the least and the largest, on a log scale when they are far apart."""
+    if isinstance(value, str):
+        options = sorted(set(among))
+        return options.index(value) / max(1, len(options) - 1)
+    numbers = [float(v) for v in among]
+    low, high, here = min(numbers), max(numbers), float(value)
+    if low > 0 and high / low > 20:
+        low, high, here = math.log(low), math.log(high), math.log(here)
+    return 0.5 if high == low else (here - low) / (high - low)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _image(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+img{{max-width:100%}}table{{border-collapse:collapse}}
+td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}}
+</style><h1>{title}</h1>{body}</html>"""

@@ -1,0 +1,62 @@
+"""Checkpoints written while training goes on: a snapshot now, the disk in a thread.
+
+Owns what is in flight: one save at a time, whose outcome is asked for before the next one starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ltx_train.training import checkpointing
+from ltx_train.training.checkpointing import Checkpoint
+
+Publish = Callable[[int, Mapping[str, Tensor]], None]
+
+
+class Saver:
+    """Commits checkpoints into `folder`, then publishes their weights; both in the order they came."""
+
+    def __init__(self, folder: Path, keep: int, publish: Publish) -> None:
+        self._folder, self._keep, self._publish = folder, keep, publish
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._running: Future[None] | None = None
+        self.blocked_s = 0.0
+
+    def start(self, live: Checkpoint) -> None:
+        """Copies the state to host memory and returns; `settle` must have been called before."""
+        assert self._running is None
+        started = time.perf_counter()
+        still = Checkpoint(live.step, _copied(live.weights), _copied(live.optimizer), live.notes)
+        self._running = self._writer.submit(self._write, still)
+        self.blocked_s = time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Waits for the save in flight; raises what it raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Lets the save in flight come to its end."""
+        self._writer.shutdown(wait=True)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        checkpointing.save(self._folder, checkpoint, self._keep)
+        self._publish(checkpoint.step, checkpoint.weights)
+
+
+def _copied(value: Any) -> Any:
+    """The same structure with every tensor copied to host memory of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value

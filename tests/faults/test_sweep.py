@@ -1,0 +1,84 @@
+"""A search by held-out loss: every trial a run, killed and continued, reported, and its best usable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+
+from ltx_train import config
+from ltx_train.commands import sweep
+from ltx_train.contracts import UserError
+from ltx_train.evaluation.sweep_report import Trial, render
+from tests.conftest import command
+from tests.faults.harness import started, steps_done, wait_for
+from tests.faults.test_resume import fit
+
+SPACE = "sweep.space=['optim.lr=log(1e-5, 1e-2)','adapter.rank=choice(2, 4)']"
+
+
+def test_ranges() -> None:
+    found = sweep.parse("optim.lr", "log(1e-5, 1e-3)")
+    assert found == optuna.distributions.FloatDistribution(1e-5, 1e-3, log=True)
+    assert sweep.parse("x", "uniform(0, 0.1)") == optuna.distributions.FloatDistribution(0, 0.1)
+    assert sweep.parse("x", "int(4, 64)") == optuna.distributions.IntDistribution(4, 64)
+    assert sweep.parse("x", "choice(8, adamw, 0.5)") == optuna.distributions.CategoricalDistribution([8, "adamw", 0.5])
+    for wrong in ("linear(1, 2)", "log(0, 1)", "log(a, 2)"):
+        with pytest.raises(UserError, match=r"sweep\.space\.x"):
+            sweep.parse("x", wrong)
+
+
+def test_a_search_needs_a_space_and_known_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("sweep", f"run.root={tmp_path}") == 77
+    assert "sweep.space is empty" in capsys.readouterr().err
+    assert command("sweep", f"run.root={tmp_path}", "sweep.space=['optim.lrr=log(1, 2)']") == 77
+    assert "did you mean 'optim.lr'" in capsys.readouterr().err
+    assert config.compose_config(["sweep=lr_rank"]).sweep.space[1] == "adapter.rank=choice(8, 16, 32)"
+
+
+@pytest.mark.slow
+def test_a_search_is_continued_where_it_was_killed(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("optim.steps=8", "eval.interval=4", "checkpoint.interval=2", "sweep.trials=4", "sweep.name=try", SPACE)
+    arguments = ["sweep", *fit(prepared, clips, tmp_path)[1:], *wanted]
+    runs = tmp_path / "audio_reference"
+    with started(arguments, tmp_path / "log") as process:
+        wait_for(lambda: (runs / "try-001").exists() and steps_done(runs / "try-001") > 2, process)
+        os.kill(process.pid, signal.SIGKILL)
+    before = steps_done(runs / "try-001")
+    assert before < 8
+    with started(arguments, tmp_path / "log") as process:
+        assert process.wait(180) == 0
+    said = (tmp_path / "log").read_text()
+    assert said.count("trial 1 of 4") == 2
+    assert said.count("trial 0 of 4") == 1
+    assert f"resuming {runs / 'try-001'}" in said
+    states = sqlite3.connect(runs / "sweep-try" / "study.db").execute("select state from trials").fetchall()
+    assert len(states) == 4
+    assert {s for (s,) in states} <= {"COMPLETE", "PRUNED"}
+    page = (runs / "sweep-try" / "report.html").read_text()
+    assert page.count("<tr>") == 5
+    assert "Settings and what they gave" in page
+    assert "http" not in page.replace("data:image", "")
+    best = (runs / "sweep-try" / "best.yaml").read_text()
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "best.yaml").write_text(best)
+    made = config.compose_config(["experiment=best"], str(tmp_path / "mine"))
+    study = optuna.load_study(study_name="try", storage=f"sqlite:///{runs / 'sweep-try' / 'study.db'}")
+    assert (made.optim.lr, made.adapter.rank) == (study.best_params["optim.lr"], study.best_params["adapter.rank"])
+    assert command(*arguments) == 0
+    assert "best" in capsys.readouterr().out
+
+
+def test_a_report_without_a_finished_trial_is_a_table() -> None:
+    page = render("<x>", [Trial(0, {"optim.name": "adamw"}, None, "pruned", {})])
+    assert "&lt;x&gt;" in page
+    assert "<img" not in page
+    assert "adamw" in page
+    both = [Trial(n, {"a": v, "b": 10.0**n}, n / 2, "complete", {1: 2.0}) for n, v in enumerate("xyx")]
+    assert render("t", both).count("<img") == 2
