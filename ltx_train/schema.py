@@ -161,13 +161,17 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """A run lives in <root>/<experiment>/<id>; the same three names continue it."""
+    """A run lives in <root>/<experiment>/<id>; the same three names continue it.
+
+    allow: settings that may differ from the run's own although they change its course, as [optim.lr].
+    """
 
     root: str = "runs"
     experiment: str = "default"
     id: str = "main"
     seed: int = 42
     resume: str = "auto"
+    allow: list[str] = field(default_factory=list[str])
 
 
 @dataclass

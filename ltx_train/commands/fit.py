@@ -35,7 +35,7 @@ from ltx_train.training.optim import Schedule, build_optimizer
 from ltx_train.training.preemption import stop_before_training
 from ltx_train.training.ranks import Ranks, found, joined
 from ltx_train.training.task import Objective, Task
-from ltx_train.training.tracking import Metrics
+from ltx_train.training.tracking import Metrics, read_rows
 from ltx_train.training.watchdog import Watchdog
 
 
@@ -103,10 +103,18 @@ def _start(config: Config, folder: Path, world: int) -> tuple[Config, Planned | 
     if before is not None:
         for line in configuration.refuse_drift(before, config, folder):
             print(f"changed since the run was started: {line}")
-        print(f"resuming {folder} at step {found[-1].name.removeprefix('step-').lstrip('0')} from {found[-1]}")
+        print(_resuming(folder, found[-1]))
     folder.mkdir(parents=True, exist_ok=True)
     saved.write_text(configuration.dump(config))
     return config, planned, Start(folder, root, index, found[-1] if found else None)
+
+
+def _resuming(folder: Path, checkpoint: Path) -> str:
+    """What is continued, and how many steps that had been logged are to be done again."""
+    step = int(checkpoint.name.removeprefix("step-"))
+    rows = read_rows(folder / "metrics.jsonl")
+    lost = max(0, int(rows[-1]["step"]) - step) if rows else 0
+    return f"resuming {folder} at step {step} from {checkpoint}, {lost} steps lost"
 
 
 def _train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, watchdog: Watchdog) -> Exit:

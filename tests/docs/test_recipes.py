@@ -81,7 +81,7 @@ SIZES = {
 
 @pytest.mark.parametrize(("tiny", "real"), TWINS.items())
 def test_tiny_twins_differ_in_model_data_sizes_and_steps_only(tiny: str, real: str) -> None:
-    first, second = (config._flat(config.compose_config([f"experiment={name}", *PLACES])) for name in (tiny, real))
+    first, second = (config.flat(config.compose_config([f"experiment={name}", *PLACES])) for name in (tiny, real))
     differing = {k for k in first.keys() | second.keys() if first.get(k) != second.get(k)}
     assert {k for k in differing if k not in SIZES and k.split(".")[0] not in SIZES} == set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ltx_train.contracts import DataError
+from ltx_train.training import checkpointing
 from ltx_train.training.tracking import read_rows
 from tests.conftest import REPOSITORY, command, settings
 
@@ -138,3 +141,37 @@ def test_a_changed_configuration_is_refused_before_work(
     assert "run.id=" in error
     saved = json.dumps((tmp_path / "audio_reference/main/config.yaml").read_text())
     assert "0.5" not in saved.split("optim:")[1].split("lr:")[1][:8]
+
+
+def test_a_change_that_is_meant_is_allowed(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit(prepared, clips, tmp_path, "eval.interval=0")
+    assert command(*arguments, "optim.steps=2") == 0
+    changed = ("optim.lr=0.5", "optim.steps=3")
+    assert command(*arguments, *changed) == 77
+    assert "run.allow=[optim.lr]" in capsys.readouterr().err
+    assert command(*arguments, *changed, "run.allow=[optim.lr]") == 0
+    said = capsys.readouterr().out
+    assert "changed since the run was started: optim.lr: 0.0002 -> 0.5" in said
+    assert "at step 2 from" in said
+    assert ", 0 steps lost" in said
+    assert read_rows(tmp_path / "audio_reference/main/metrics.jsonl")[-1]["optim/lr"] > 0.01
+
+
+def test_a_checkpoint_of_the_first_release_is_read() -> None:
+    """Stored when schema 1 was new; a release that cannot read it has to say so and to change the schema."""
+    stored = checkpointing.load(Path(__file__).parent / "data" / "schema-1" / "step-000007")
+    assert stored.step == 7
+    assert stored.weights["a.lora_A.weight"].tolist() == [[1.0, 2.0]]
+    assert stored.optimizer["state"][0]["exp_avg"].tolist() == [[0.5, 0.25]]
+    assert stored.optimizer["param_groups"] == [{"lr": 0.001, "params": [0]}]
+    assert stored.notes["monitor"] == {"parts": {"total": [1.5]}, "steps": 1}
+
+
+def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "data" / "schema-1" / "step-000007", tmp_path / "step-000007")
+    manifest = tmp_path / "step-000007" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(DataError, match=r"another release \(schema 99, this one reads 1\)"):
+        checkpointing.load(tmp_path / "step-000007")

@@ -1,0 +1,16 @@
+"""The typed configuration: composing it, its rules, and what a run that goes on may change.
+
+The only room that raises `ConfigError`, and it does so before anything heavy is imported: no
+torch here, so that `--cfg job` answers at once. Knows names and numbers, not what they do.
+"""
+
+from ltx_train.config.compose import compose_config, config_dir, dump, from_file, load, shipped, to_yaml
+from ltx_train.config.rules import nearest, parse_bucket, require, rounds, validate
+from ltx_train.config.runs import continued, flat, refuse_drift
+from ltx_train.contracts import ConfigError
+from ltx_train.schema import Config
+
+__all__ = [
+    "Config", "ConfigError", "compose_config", "config_dir", "continued", "dump", "flat", "from_file", "load",
+    "nearest", "parse_bucket", "refuse_drift", "require", "rounds", "shipped", "to_yaml", "validate",
+]  # fmt: skip

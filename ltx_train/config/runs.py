@@ -1,0 +1,79 @@
+"""What a run that goes on keeps of its own configuration, and what may differ from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ltx_train.contracts import ConfigError
+from ltx_train.schema import Config
+
+_FIXED_IN_A_RUN = (
+    "model.",
+    "mode.",
+    "adapter.",
+    "data.",
+    "sigma.",
+    "loss.",
+    "optim.",
+    "run.seed",
+    "memory.quantize",
+    "memory.compute",
+)
+_FREE_IN_A_RUN = (
+    "data.workers",
+    "data.source",
+    "data.root",
+    "model.path",
+    "optim.steps",
+    "model.text_encoder",
+    "optim.batch_size",
+)
+
+
+def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
+    """Compares a run's saved configuration with the present one before it is continued.
+
+    Returns the harmless differences; ConfigError lists those that would make another run of it.
+    """
+    old, new = flat(saved), flat(now)
+    changed = [
+        f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    ]
+    free = (*_FREE_IN_A_RUN, *(f"{name}:" for name in now.run.allow))
+    refused = [line for line in changed if line.startswith(_FIXED_IN_A_RUN) and not line.startswith(free)]
+    if refused:
+        listed = "\n  ".join(refused)
+        raise ConfigError(
+            f"{where} was started with another configuration:\n  {listed}\n"
+            "start a new run (run.id=...), undo the changes to continue this one, "
+            f"or mean it: run.allow=[{','.join(line.split(':')[0] for line in refused)}]"
+        )
+    return changed
+
+
+def continued(config: Config, before: Config | None, world: int) -> Config:
+    """What a run keeps where the configuration leaves it open: the precision that was chosen for it, and its global
+    batch on any number of devices. before: the run's own configuration, None for a new one."""
+    memory, optim = config.memory, config.optim
+    if before is not None and memory.quantize == "auto":
+        memory = replace(memory, quantize=before.memory.quantize)
+    if optim.global_batch is None:
+        kept = before.optim.global_batch if before is not None else None
+        optim = replace(optim, global_batch=kept or optim.batch_size * world)
+    return replace(config, memory=memory, optim=optim)
+
+
+def flat(config: Config) -> dict[str, str]:
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, str(value)
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), ""))
