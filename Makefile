@@ -36,7 +36,7 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
 test: setup lint tools ## everything that is green before a change lands
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data tests

@@ -20,6 +20,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ltx_train import config as configuration
+from ltx_train import rng
 from ltx_train.commands import fit, launch, session
 from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit, UserError
@@ -47,7 +48,7 @@ def run(config: Config) -> int:
     stop_before_training()
     with FolderLock(folder):
         study = _study(config, folder, space)
-        while (number := _next(study, config.sweep.trials, space)) is not None:
+        while (number := _next(config, study, space)) is not None:
             code = _trial(config, study, study.trials[number])
             _report(config, study, folder)
             if code is not Exit.DONE:
@@ -83,7 +84,6 @@ def _study(config: Config, folder: Path, space: Mapping[str, optuna.distribution
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}", study_name=config.sweep.name, load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=config.run.seed, n_startup_trials=min(4, config.sweep.trials)),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=config.sweep.warmup),
     )  # fmt: skip
     other = [t.number for t in study.trials if t.distributions.keys() != space.keys()]
@@ -92,12 +92,20 @@ def _study(config: Config, folder: Path, space: Mapping[str, optuna.distribution
     return study
 
 
-def _next(study: optuna.Study, trials: int, space: Mapping[str, optuna.distributions.BaseDistribution]) -> int | None:
+def _next(
+    config: Config, study: optuna.Study, space: Mapping[str, optuna.distributions.BaseDistribution]
+) -> int | None:
     """A trial that was interrupted, else a new one, else None."""
     waiting = [t.number for t in study.trials if t.state is TrialState.RUNNING]
     if waiting:
         return waiting[0]
-    return study.ask(dict(space)).number if len(study.trials) < trials else None
+    count = len(study.trials)
+    if count >= config.sweep.trials:
+        return None
+    # Keyed by the trial's number: a sampler that is seeded once proposes the same values again after a restart.
+    seed = rng.key_seed(config.run.seed, "sweep", config.sweep.name, count) % 2**32
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(4, config.sweep.trials))
+    return study.ask(dict(space)).number
 
 
 def _trial(config: Config, study: optuna.Study, trial: FrozenTrial) -> Exit:

@@ -64,8 +64,9 @@ def _parallel(ranked: Sequence[Trial]) -> str:
         good = (place + 1) / len(done)
         axes.plot(range(len(heights)), heights, color=pyplot.cm.viridis(1 - good), alpha=0.35 + 0.6 * good, lw=1 + good)
     axes.set_xticks(range(len(names) + 1), [*names, "held-out loss"])
-    for place, name in enumerate(names):
-        values = sorted({t.params[name] for t in done}, key=str)
+    columns: list[list[Any]] = [*([t.params[name] for t in done] for name in names), [t.value for t in done]]
+    for place, column in enumerate(columns):
+        values = sorted(set(column), key=str)
         low, high = (values[0], values[-1]) if isinstance(values[0], str) else (min(values), max(values))
         axes.annotate(_short(low), (place, -0.09), ha="center", fontsize=8)
         axes.annotate(_short(high), (place, 1.04), ha="center", fontsize=8)

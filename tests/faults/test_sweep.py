@@ -70,6 +70,7 @@ def test_a_search_is_continued_where_it_was_killed(
     (tmp_path / "mine" / "experiment" / "best.yaml").write_text(best)
     made = config.compose_config(["experiment=best"], str(tmp_path / "mine"))
     study = optuna.load_study(study_name="try", storage=f"sqlite:///{runs / 'sweep-try' / 'study.db'}")
+    assert len({trial.params["optim.lr"] for trial in study.trials}) == 4
     assert (made.optim.lr, made.adapter.rank) == (study.best_params["optim.lr"], study.best_params["adapter.rank"])
     assert command(*arguments) == 0
     assert "best" in capsys.readouterr().out
