@@ -19,9 +19,7 @@ from torch import Tensor
 from ltx_train.commands import bench, session
 from ltx_train.config import Config
 from ltx_train.contracts import Modality, UserError
-from ltx_train.diffusion import conditions, objective
 from ltx_train.model.transformer import Section
-from ltx_train.training.optim import build_optimizer
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -81,27 +79,12 @@ def _arguments(config: Section) -> dict[str, Any]:
 
 
 def _step(config: Config, model: Any, device: torch.device) -> Callable[[int], Tensor]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    o = config.optim
-    optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
-
     def predict(video: Modality | None, audio: Modality | None) -> tuple[Tensor | None, Tensor | None]:
         if video is None or audio is None:
             raise UserError("bench.baseline=true compares with diffusers, which always runs both modalities")
         return _forward(model, video, audio, device)
 
-    def step(number: int) -> Tensor:
-        batch = bench.random_batch(config, number)
-        draws = conditions.draw(batch, config.mode, session.sigma_distribution(config), config.run.seed)
-        inputs = conditions.to_device(conditions.assemble(batch, config.mode, draws), device)
-        loss = objective.losses(predict, inputs, config.loss.video_weight, config.loss.audio_weight).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, o.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    return bench.optimizer_step(config, predict, [p for p in model.parameters() if p.requires_grad], device)
 
 
 def _forward(model: Any, video: Modality, audio: Modality, device: torch.device) -> tuple[Tensor, Tensor]:

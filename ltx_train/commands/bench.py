@@ -65,19 +65,31 @@ def _peer(config: Config) -> dict[str, Any]:
 
 
 def _step(config: Config, transformer: Transformer, device: torch.device) -> Callable[[int], torch.Tensor]:
-    """One whole optimizer step on keyed random data: noising, forward, backward, clipping, update."""
     parameters = list(adapter.trainable_parameters(transformer).values())
+    dropout = adapter.DropoutKeys(transformer)
+
+    def keyed(batch: Batch) -> None:
+        pairs = zip(batch.keys, batch.draws, strict=True)
+        dropout.set([rng.key_seed(config.run.seed, "dropout", key, draw) for key, draw in pairs])
+
+    return optimizer_step(config, transformer, parameters, device, keyed)
+
+
+def optimizer_step(
+    config: Config, predict: objective.Predictor, parameters: list[torch.nn.Parameter], device: torch.device,
+    before: Callable[[Batch], None] = lambda _batch: None,
+) -> Callable[[int], torch.Tensor]:  # fmt: skip
+    """One whole optimizer step on keyed random data: noising, forward, backward, clipping, update."""
     o = config.optim
     optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
     distribution = session.sigma_distribution(config)
-    dropout = adapter.DropoutKeys(transformer)
 
     def step(number: int) -> torch.Tensor:
         batch = random_batch(config, number)
-        dropout.set([rng.key_seed(config.run.seed, "dropout", key, number) for key in batch.keys])
+        before(batch)
         draws = conditions.draw(batch, config.mode, distribution, config.run.seed)
         inputs = conditions.to_device(conditions.assemble(batch, config.mode, draws), device)
-        loss = objective.losses(transformer, inputs, config.loss.video_weight, config.loss.audio_weight).loss
+        loss = objective.losses(predict, inputs, config.loss.video_weight, config.loss.audio_weight).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, o.clip)
         optimizer.step()

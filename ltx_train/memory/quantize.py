@@ -26,7 +26,7 @@ MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_a
 
 def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | None:
     """weights: none, int8, int4 or float8; compute: bf16, or fp8 for products in float8 where many rows are."""
-    quantizer = {"none": None, "int8": _int8, "int4": _int4, "float8": _float8}[weights]
+    quantizer = QUANTIZERS[weights]
     if quantizer is None and compute == "bf16":
         return None
     return partial(_quantize, weights=quantizer, fp8=compute == "fp8")
@@ -45,19 +45,12 @@ def _quantize(block: nn.Module, *, weights: Quantizer | None, fp8: bool) -> None
     _return_freed_pages()
 
 
-def _int8(layer: nn.Linear) -> ByteLinear:
+def _bytes(layer: nn.Linear, kind: str) -> ByteLinear:
+    """kind: quanto's qint8 or qfloat8."""
     quanto = _quanto()
-    weight = layer.weight.detach()
-    scale = quanto.AbsmaxOptimizer()(weight, quanto.qint8, 0)
-    made = quanto.quantize_weight(weight, quanto.qint8, 0, scale, optimized=False)
-    return ByteLinear(made._data, made._scale, layer.bias)
-
-
-def _float8(layer: nn.Linear) -> ByteLinear:
-    quanto = _quanto()
-    weight = layer.weight.detach()
-    scale = quanto.AbsmaxOptimizer()(weight, quanto.qfloat8, 0)
-    made = quanto.quantize_weight(weight, quanto.qfloat8, 0, scale, optimized=False)
+    weight, qtype = layer.weight.detach(), getattr(quanto, kind)
+    scale = quanto.AbsmaxOptimizer()(weight, qtype, 0)
+    made = quanto.quantize_weight(weight, qtype, 0, scale, optimized=False)
     return ByteLinear(made._data, made._scale, layer.bias)
 
 
@@ -82,6 +75,14 @@ def _fp8(layer: nn.Linear) -> Fp8Linear | None:
         return None
     codes, scale = float8_rows(layer.weight.detach())
     return Fp8Linear(codes, scale, layer.bias)
+
+
+QUANTIZERS: dict[str, Quantizer | None] = {
+    "none": None,
+    "int8": partial(_bytes, kind="qint8"),
+    "float8": partial(_bytes, kind="qfloat8"),
+    "int4": _int4,
+}
 
 
 def _group_size(inputs: int) -> int:

@@ -89,3 +89,21 @@ def test_the_sample_is_small() -> None:
     files = list((REPOSITORY / "data" / "sample").iterdir())
     assert sum(f.stat().st_size for f in files) < 1_000_000
     assert len(list((REPOSITORY / "data" / "sample").glob("*.mp4"))) == 80
+
+
+@pytest.mark.parametrize(
+    "script", [*(REPOSITORY / "launch").rglob("*.sh"), *(REPOSITORY / "docs").rglob("*.sh")], ids=lambda p: p.name
+)
+def test_shell_scripts_parse(script):  # type: ignore[no-untyped-def]
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_the_measured_cases_compose() -> None:
+    """Every case of docs/performance/measure.sh is a configuration."""
+    text = (REPOSITORY / "docs" / "performance" / "measure.sh").read_text()
+    words = dict(re.findall(r'^(A|B|RESIDENT)="(.*)"$', text, re.MULTILINE))
+    cases = re.findall(r'^  \[(\w+)\]="(.*)"$', text, re.MULTILINE)
+    assert len(cases) > 15
+    for name, line in cases:
+        filled = re.sub(r"\$(\w+)", lambda match: words[match[1]], line)
+        assert config.compose_config(filled.split(), command="bench").model.weights == "random", name

@@ -34,7 +34,10 @@ def test_weights_are_those_that_quanto_makes(
     quanto.freeze(theirs)
     weight = theirs[0].weight
     weight = weight.weight_qbits_tensor() if type(weight).__name__.startswith("Tiny") else weight
-    ours = getattr(quantize, f"_{name}")(layer)
+    quantizer = quantize.QUANTIZERS[name]
+    assert quantizer is not None
+    ours = quantizer(layer)
+    assert ours is not None
     assert torch.equal(ours.dense(dtype), weight.dequantize())
     x = torch.randn(2, 3, inputs, dtype=dtype)
     assert torch.equal(ours(x), nn.functional.linear(x, weight.dequantize(), layer.bias))
