@@ -84,13 +84,16 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
     layers = need.size.layers
     counts = sorted({round(layers * step / _STEPS) for step in range(_STEPS + 1)})
     streams = [0] if need.trained.full else counts
+    # A streamed block cannot keep everything: its weights have moved on when backward comes.
+    streams = [0] if allowed.keep is Keep.everything else streams
     streams = streams if allowed.stream_blocks is None else [min(allowed.stream_blocks, layers)]
     keeps = [Keep.inputs, Keep.attention] if allowed.keep is None else [allowed.keep]
     offloads = [False, True] if allowed.offload_inputs is None else [allowed.offload_inputs]
     for quantize in allowed.quantize:
         for streamed in streams:
             everything = [n for n in counts if n + streamed <= layers or n == 0]
-            everything = everything if allowed.keep_everything is None else [min(allowed.keep_everything, layers)]
+            if allowed.keep_everything is not None:
+                everything = [min(allowed.keep_everything, layers - streamed)]
             for keep in keeps:
                 for kept in [layers] if keep is Keep.everything else everything:
                     for offload in offloads:

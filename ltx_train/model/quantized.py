@@ -97,7 +97,7 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor) -> Tensor:
         ctx.save_for_backward(scale, transposed)
-        codes, rows = _quantized_rows(x.flatten(0, -2))
+        codes, rows = float8_rows(x.flatten(0, -2))
         product = _scaled_product(codes, weight.t(), rows, scale.t().contiguous(), x.dtype)
         return product.view(*x.shape[:-1], -1)
 
@@ -106,18 +106,14 @@ class _Float8Product(torch.autograd.Function):
         scale, transposed = ctx.saved_tensors
         gradient = gradients[0]
         # The weight's scales stand on the summed axis here, so they go into the gradient before it is quantized.
-        codes, rows = _quantized_rows(gradient.flatten(0, -2).float() * scale.t())
+        codes, rows = float8_rows(gradient.flatten(0, -2).float() * scale.t())
         ones = torch.ones(1, transposed.shape[0], device=scale.device)
         product = _scaled_product(codes, transposed.t(), rows, ones, gradient.dtype)
         return product.view(*gradient.shape[:-1], -1), None, None, None
 
 
-def float8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8 codes and float32 scales (rows, 1) of a matrix: the largest magnitude of a row becomes 448."""
-    return _quantized_rows(weight)
-
-
-def _quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.float()
     scale = (values.abs().amax(dim=1, keepdim=True) / _FLOAT8_MAX).clamp_min(1e-12)
     return (values / scale).to(FLOAT8), scale

@@ -89,6 +89,18 @@ def test_what_is_set_is_not_planned(size: Sizes) -> None:
     assert plan.choose(Need(size, WORK_A, TRAINED_A), replace(fixed, host_gib=16), H200, 140) is None
 
 
+@pytest.mark.parametrize("budget", [8, 12, 22, 139])
+def test_a_streamed_block_never_keeps_everything(budget: float, size: Sizes) -> None:
+    """Whatever is fixed: the prediction counts the blocks that `arrange` will really let keep everything."""
+    need = Need(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
+    found = plan.choose(need, Allowed(("int8",), keep=Keep.everything), H200, budget)
+    assert (found is not None) == (budget == 139)
+    assert found is None or found.choice.stream_blocks == 0
+    fixed = plan.choose(need, Allowed(("int8",), keep_everything=40, stream_blocks=40), H200, 139)
+    assert fixed is not None
+    assert (fixed.choice.keep_everything, fixed.choice.stream_blocks) == (8, 40)
+
+
 def test_precision_is_given_up_only_for_speed(size: Sizes) -> None:
     need = Need(size, WORK_A, TRAINED_A)
     roomy, tight = (plan.choose(need, Allowed(("none", "int8")), H200, budget) for budget in (139, 12))
