@@ -6,6 +6,7 @@ module imports no heavy library, so the command line can read the exit codes at 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING
@@ -55,10 +56,22 @@ class Role(StrEnum):
     absent = "absent"
 
 
+class ModalityName(StrEnum):
+    """The two streams of tokens."""
+
+    video = "video"
+    audio = "audio"
+
+
 class ConditionKind(StrEnum):
-    """first_frame: the first latent frame is clean. reference: clean extra tokens of another clip."""
+    """Target tokens given clean: the first latent frame, the first or last few, a rectangle, a mask of the data.
+    reference: clean tokens of other material beside the target."""
 
     first_frame = "first_frame"
+    prefix = "prefix"
+    suffix = "suffix"
+    spatial_crop = "spatial_crop"
+    mask = "mask"
     reference = "reference"
 
 
@@ -76,14 +89,53 @@ class Coupling(StrEnum):
     independent = "independent"
 
 
+SPEAKER = "speaker"
+
+
 @dataclass
 class Condition:
-    """Tokens given clean: which, and with what probability per sample."""
+    """Tokens given clean: which, and with what probability per sample.
+
+    modality: whose tokens; null: video, and audio for the reference of another clip of the speaker.
+    latents: of prefix and suffix, [n] latent steps or [lowest, highest] drawn per sample. region: of spatial_crop,
+    [top, left, bottom, right] in pixels; empty: a rectangle of a quarter to three quarters of each side, per sample.
+    source: of mask and reference, the tensor's name in the shards; `speaker`: another clip of the same speaker.
+    position, gap_s: where a reference stands in time. spatial_scale: how much smaller it is than the target (null:
+    as the shapes say); temporal_scale: how much fewer frames a second. strength: weight of its keys in [0, 1].
+    sigmas: noise levels at which it is there. crossed: whether the other modality sees it. reads_text: whether it
+    attends to the text.
+    """
 
     kind: ConditionKind = ConditionKind.first_frame
     p: float = 1.0
+    modality: ModalityName | None = None
+    latents: list[int] = field(default_factory=list[int])
+    region: list[int] = field(default_factory=list[int])
+    source: str = SPEAKER
     position: Placement = Placement.negative
     gap_s: float = 0.04
+    spatial_scale: int | None = None
+    temporal_scale: int = 1
+    strength: float = 1.0
+    sigmas: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    crossed: bool = True
+    reads_text: bool = True
+
+    @property
+    def stream(self) -> ModalityName:
+        """Whose tokens the condition is about."""
+        if self.modality is not None:
+            return self.modality
+        voice = self.kind is ConditionKind.reference and self.source == SPEAKER
+        return ModalityName.audio if voice else ModalityName.video
+
+    @property
+    def name(self) -> str:
+        """Tells the conditions of a mode apart, keys their draws and names what a batch holds for them."""
+        if self.kind is ConditionKind.first_frame:
+            return self.kind.value
+        parts = [self.kind.value, self.stream.value]
+        return "/".join([*parts, self.source] if self.kind in (ConditionKind.mask, ConditionKind.reference) else parts)
 
 
 @dataclass
@@ -95,13 +147,17 @@ class Mode:
     sigma: Coupling = Coupling.shared
     conditions: list[Condition] = field(default_factory=list[Condition])
 
-    def condition(self, kind: ConditionKind) -> Condition | None:
-        """The condition of a kind, or None; `config` allows at most one of each."""
-        return next((c for c in self.conditions if c.kind == kind), None)
+    def role(self, modality: ModalityName) -> Role:
+        return self.video if modality is ModalityName.video else self.audio
 
     @property
-    def uses_reference(self) -> bool:
-        return self.condition(ConditionKind.reference) is not None
+    def references(self) -> list[Condition]:
+        return [c for c in self.conditions if c.kind is ConditionKind.reference]
+
+    @property
+    def masks(self) -> list[str]:
+        """Names of the tensors whose places above one half are given clean."""
+        return [c.source for c in self.conditions if c.kind is ConditionKind.mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +178,10 @@ class Modality:
     positions: (B, 3, T, 2) seconds/pixels/pixels for video, (B, 1, T, 2) seconds for audio; float32, [start, end).
     context: (B, S, D) text context after the connectors.
     context_mask: (B, S), 1 = attend, 0 = blocked; None = attend to all.
-    attention_mask: (B, T, T) in [0, 1], rows are queries; its log is added to the logits; None = attend to all.
+    attention_mask: (B, T, T) in [0, 1], rows are queries, or (B, T) for all queries alike; its log is added to the
+    logits; None = attend to all.
+    cross_mask: (B, T) in [0, 1]; as that, for the other modality's queries.
+    reads_text: (B, T) in [0, 1]; how much a token takes from the text, None = 1.
     levels: `timesteps` once more, on the latent's device; None = the model looks for them, which may stall a GPU.
     """
 
@@ -133,12 +192,15 @@ class Modality:
     context: Tensor
     context_mask: Tensor | None = None
     attention_mask: Tensor | None = None
+    cross_mask: Tensor | None = None
+    reads_text: Tensor | None = None
     levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Velocity:
-    """What a modality has to predict: target (B, T, C) = noise - clean, loss_mask (B, T) with 1 = counts."""
+    """What a modality has to predict: target (B, T, C) = noise - clean, loss_mask (B, T): each token's weight, 0 for
+    one that is given."""
 
     target: Tensor
     loss_mask: Tensor
@@ -148,7 +210,8 @@ class Velocity:
 class Sample:
     """One prepared clip. Absent parts are None.
 
-    video_latent: (C, F, H, W). audio_latent: (c, T, f). reference_audio: (c, R, f), a voice window of another clip.
+    video_latent: (C, F, H, W). audio_latent: (c, T, f). references: by the name of their condition, (C, F, H, W) or
+    (c, R, f). masks: by tensor name, (F, H, W) or (T,) in [0, 1].
     video_context: (S, Dv), audio_context: (S, Da). fps: frames per second of the video latent's source.
     draw: the global position at which this sample is used; it keys every random number of the sample.
     """
@@ -161,7 +224,8 @@ class Sample:
     audio_latent: Tensor | None
     video_context: Tensor
     audio_context: Tensor
-    reference_audio: Tensor | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    masks: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +240,8 @@ class Batch:
     audio_latent: Tensor | None
     video_context: Tensor
     audio_context: Tensor
-    reference_audio: Tensor | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    masks: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Declarations only; the rules between fields are in `config`. No heavy imports.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -14,7 +15,10 @@ from ltx_train.contracts import Mode
 
 @dataclass
 class ModelConfig:
-    """preset names the sizes when weights are random; path is the single-file checkpoint otherwise."""
+    """preset names the sizes when weights are random; path is the single-file checkpoint otherwise.
+
+    merge: a LoRA file added to the base's weights at merge_strength before anything else (a distilled LoRA, say).
+    """
 
     preset: str = "tiny"
     path: str | None = None
@@ -23,22 +27,40 @@ class ModelConfig:
     dtype: str = "bfloat16"
     text_encoder: str | None = None
     text_tokens: int = 1024
+    merge: str | None = None
+    merge_strength: float = 1.0
 
 
 @dataclass
 class AdapterConfig:
-    """kind: lora trains an adapter on the frozen base, full trains every weight."""
+    """kind: lora trains an adapter on the frozen base, full trains every weight.
+
+    targets: named sets and name endings of linear layers; empty: the set that fits the mode. rank_pattern,
+    alpha_pattern: other values for layers whose name ends so. rslora: scale alpha / sqrt(rank). dora: a trained
+    magnitude per output. init: how A begins. start_from: a LoRA file whose weights the training begins with.
+    ema: decay of the average of the weights that is measured and published, 0 for none.
+    """
 
     kind: str = "lora"
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list[str])
+    rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    start_from: str | None = None
+    ema: float = 0.0
 
 
 @dataclass
 class DataConfig:
-    """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads."""
+    """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads.
+
+    caption_dropout: share of draws without their caption; keep_trigger: the trigger word alone stays then.
+    """
 
     root: str = MISSING
     source: str | None = None
@@ -46,6 +68,8 @@ class DataConfig:
     fps: float = 25.0
     caption: str | None = None
     trigger: str | None = None
+    caption_dropout: float = 0.0
+    keep_trigger: bool = True
     reference_s: float = 3.5
     heldout_speakers: float = 0.1
     latent_dtype: str = "bfloat16"
@@ -57,17 +81,33 @@ class DataConfig:
 
 @dataclass
 class SigmaConfig:
-    """The shifted logit-normal distribution of noise levels."""
+    """The distribution of noise levels (diffusion/sigma.py says what each number is)."""
 
+    kind: str = "shifted_logit_normal"
     std: float = 1.0
     eps: float = 1e-3
     uniform_prob: float = 0.1
+    tokens: int | None = None
+    shift_limits: list[float] = field(default_factory=list[float])
+    mean: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    high_from: float = 0.7
+    high_prob: float = 0.6
 
 
 @dataclass
 class LossConfig:
+    """balance: auto divides each modality's loss by its moving average (decay balance_decay), so that both weigh
+    alike times their weight. weighting: of noise levels, none or cosmap. token_weights: weight of the places of a
+    mask in the shards, by its name (2 doubles them, 0 leaves them out)."""
+
     video_weight: float = 1.0
     audio_weight: float = 1.0
+    balance: str = "none"
+    balance_decay: float = 0.99
+    weighting: str = "none"
+    token_weights: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass
@@ -131,23 +171,34 @@ class StrategyConfig:
 
 @dataclass
 class EvalConfig:
-    """Held-out loss on a fixed sigma grid with fixed noise; `wrong_references` draws per sample for the gap."""
+    """Held-out loss on fixed noise levels with fixed noise: at the middles of `quantiles` equally likely slices of
+    what training draws, and at `sigmas`. wrong_references: other identities' per sample for the gap; dropped: the
+    reference left out as well; wrong_caption: another clip's caption; attention: how much attention references get.
+    samples: so many held-out clips are generated and shown. patience: so many measurements in a row without a
+    better held-out loss end the run early, 0 never does."""
 
     interval: int = 250
+    quantiles: int = 9
     sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     seed: int = 1234
     batch_size: int = 1
     max_samples: int = 0
-    wrong_references: int = 1
+    wrong_references: int = 2
+    dropped: bool = True
+    wrong_caption: bool = True
+    attention: bool = True
+    samples: int = 0
+    patience: int = 0
 
 
 @dataclass
 class LoggerConfig:
-    """wandb: offline, online or disabled; every: steps between two logged lines."""
+    """wandb: offline, online or disabled; every: steps between two logged lines; also: csv, tensorboard."""
 
     wandb: str = "offline"
     project: str = "ltx-train"
     every: int = 10
+    also: list[str] = field(default_factory=list[str])
 
 
 @dataclass
@@ -297,8 +348,14 @@ class PlanConfig:
 
 @dataclass
 class Config:
+    """mixture: weights of modes that training draws from, by the name of a preset or of an entry of `modes`; `mode`
+    is then what is measured and sampled. checkpoints: what `evaluate` compares: run folders, LoRA files, patterns."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     mode: Mode = field(default_factory=Mode)
+    mixture: dict[str, float] = field(default_factory=dict[str, float])
+    modes: dict[str, Mode] = field(default_factory=dict[str, Mode])
+    checkpoints: Any = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sigma: SigmaConfig = field(default_factory=SigmaConfig)

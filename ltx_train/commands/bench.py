@@ -19,8 +19,9 @@ import torch
 from ltx_train import rng
 from ltx_train.commands import planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, Exit, Role, UserError
-from ltx_train.diffusion import conditions, objective, positions
+from ltx_train.contracts import Batch, Condition, ConditionKind, Exit, ModalityName, Role, UserError
+from ltx_train.diffusion import conditions, objective, positions, transfer
+from ltx_train.diffusion.loss import Weights
 from ltx_train.memory.cards import GIB, card_of_device
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.footprint import model_flops
@@ -83,13 +84,14 @@ def optimizer_step(
     o = config.optim
     optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
     distribution = session.sigma_distribution(config)
+    weights = Weights(config.loss.video_weight, config.loss.audio_weight, config.loss.weighting)
 
     def step(number: int) -> torch.Tensor:
         batch = random_batch(config, number)
         before(batch)
         draws = conditions.draw(batch, config.mode, distribution, config.run.seed)
-        inputs = conditions.to_device(conditions.assemble(batch, config.mode, draws), device)
-        loss = objective.losses(predict, inputs, config.loss.video_weight, config.loss.audio_weight).loss
+        inputs = transfer.to_device(conditions.assemble(batch, config.mode, draws), device)
+        loss = objective.losses(predict, inputs, weights).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, o.clip)
         optimizer.step()
@@ -107,7 +109,7 @@ def random_batch(config: Config, number: int) -> Batch:
     video = (count, sizes["in_channels"], positions.latent_frames(frames), height // 32, width // 32)
     audio_channels = sizes["audio_in_channels"] // codecs.LATENT_MEL_BINS
     audio = (count, audio_channels, positions.audio_latents(frames / config.data.fps), codecs.LATENT_MEL_BINS)
-    reference = (*audio[:2], positions.audio_latents(config.data.reference_s), audio[3])
+    voice = (*audio[:2], positions.audio_latents(config.data.reference_s), audio[3])
     text, dtype = config.model.text_tokens, session.dtype(config)
 
     def numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -122,8 +124,22 @@ def random_batch(config: Config, number: int) -> Batch:
         audio_latent=None if mode.audio is Role.absent else numbers("audio", audio),
         video_context=numbers("text", (count, text, sizes["cross_attention_dim"])).to(dtype),
         audio_context=numbers("text/audio", (count, text, sizes["audio_cross_attention_dim"])).to(dtype),
-        reference_audio=numbers("reference", reference) if mode.uses_reference else None,
+        references={
+            c.name: numbers(c.name, _smaller(video, c) if c.stream is ModalityName.video else voice)
+            for c in mode.references
+        },
+        masks={
+            c.source: torch.zeros(count, *(video if c.stream is ModalityName.video else audio[:3])[2:])
+            for c in mode.conditions
+            if c.kind is ConditionKind.mask
+        },
     )
+
+
+def _smaller(video: tuple[int, ...], condition: Condition) -> tuple[int, ...]:
+    """The shape of a reference beside a target's."""
+    scale = condition.spatial_scale or 1
+    return (*video[:2], -(-video[2] // condition.temporal_scale), video[3] // scale, video[4] // scale)
 
 
 def timed(

@@ -18,7 +18,7 @@ def run(config: Config) -> int:
     """Exit code 78 on any error, 0 otherwise (warnings included)."""
     root, index, stale = session.prepared(config)
     _print_counts(index)
-    findings = audit(root, index, config.mode, stale, config.data.silence_db)
+    findings = audit(root, index, session.asked(config), stale)
     for finding in findings:
         print(f"{'ERROR  ' if finding.error else 'warning'} {finding.text}")
     errors = sum(f.error for f in findings)
@@ -51,7 +51,7 @@ def _previews(config: Config, root: Path, index: Index) -> None:
     """Decodes what the model will see, which is not what the clip was: listen to it."""
     folder = root / "previews"
     decoder = media.open_decoder(session.weights(config), session.device(config), session.dtype(config))
-    reader = Reader(root, index, seed=0, references=False)
+    reader = Reader(root, index, seed=0)
     step = max(1, len(index.records) // config.check.previews)
     for record in index.records[::step][: config.check.previews]:
         tensors = reader.tensors(record)

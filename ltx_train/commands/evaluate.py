@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ltx_train import config as configuration
-from ltx_train.commands import planning, session, transformers
+from ltx_train.commands import logging, planning, session, transformers
 from ltx_train.commands.check import refuse_bad
 from ltx_train.commands.export import open_run
+from ltx_train.commands.measuring import Measurement
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT
-from ltx_train.evaluation import heldout, report
+from ltx_train.evaluation import report
+from ltx_train.evaluation.rows import summary
 from ltx_train.model import adapter
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.tracking import Metrics, read_rows
@@ -25,16 +27,14 @@ def run(config: Config) -> int:
     config, _ = planning.settle(configuration.continued(config, trained_with, 1), training=False)
     configuration.refuse_drift(trained_with, config, folder)
     root, index, stale = session.prepared(config)
-    refuse_bad(audit(root, index, config.mode, stale, config.data.silence_db), root)
+    refuse_bad(audit(root, index, session.asked(config), stale), root)
     if not index.split(HELDOUT):
         raise DataError(f"nothing is held out in {root}: set data.heldout_speakers and prepare again")
     transformer = transformers.trainable(config)
     adapter.load_state(transformer, checkpoint.weights)
-    rows = heldout.measure(
-        transformer, str(root), index, session.evaluation(config), session.device(config),
-        with_base=config.adapter.kind == "lora",
-    )  # fmt: skip
-    _record(config, folder, checkpoint.step, heldout.summary(rows))
+    measurement = Measurement(config, root, index)
+    rows = measurement.rows(transformer)
+    _record(config, folder, checkpoint.step, summary(rows, measurement.grid))
     page = folder / "report.html"
     facts = _facts(config, checkpoint, folder)
     report.write(
@@ -48,7 +48,7 @@ def run(config: Config) -> int:
 def _record(config: Config, folder: Path, step: int, values: dict[str, float]) -> None:
     # Only this step's row is added: rows of later steps, if any, stay.
     newest = max((int(row["step"]) for row in read_rows(folder / "metrics.jsonl")), default=step)
-    metrics = Metrics(folder, max(step, newest), config.logger.wandb, config.logger.project, {})
+    metrics = Metrics(folder, max(step, newest), logging.sinks(config, folder, max(step, newest)))
     metrics.write(step, values)
     metrics.close()
     for name, value in values.items():

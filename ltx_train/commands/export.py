@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ltx_train import config as configuration
 from ltx_train.commands import session
-from ltx_train.commands.fit import lora_metadata
+from ltx_train.commands.training import lora_metadata
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit
 from ltx_train.model import export
@@ -28,7 +28,7 @@ def run(config: Config) -> int:
     else:
         lora = session.lora(trained_with)
         base = checkpoint.notes.get("base", source.fingerprint(TRANSFORMER_PREFIX))
-        tensors = export.lora_tensors(checkpoint.weights, lora.rank, lora.alpha, session.dtype(trained_with))
+        tensors = export.lora_tensors(checkpoint.published, lora, session.dtype(trained_with))
         export.write(out, tensors, lora_metadata(trained_with, checkpoint.step, base))
     print(f"wrote {out}: {kind} weights of step {checkpoint.step}")
     return Exit.DONE

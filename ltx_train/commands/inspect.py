@@ -13,7 +13,7 @@ from ltx_train.commands.export import open_run
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit, Modality
 from ltx_train.diffusion import positions
-from ltx_train.model import adapter, export
+from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.checkpoint import TensorSource
 from ltx_train.model.loaders import TRANSFORMER_PREFIX, build_transformer, load_transformer
 from ltx_train.model.transformer import Pair, Transformer
@@ -24,9 +24,9 @@ _TOLERANCE = 1e-5
 def run(config: Config) -> int:
     """Exit code 78 with the list when a key does not bind, the base is another, or the outputs differ."""
     assert config.inspect.file is not None  # config.require has asked for it
-    tensors, metadata = export.read_lora(config.inspect.file)
+    tensors, metadata = lora_file.read_lora(config.inspect.file)
     source = session.weights(config)
-    problems = export.unbound_keys(tensors, build_transformer(source))
+    problems = lora_file.unbound_keys(tensors, build_transformer(source))
     print(f"{config.inspect.file}: {len(tensors)} tensors")
     for name, value in sorted(metadata.items()):
         print(f"  {name}: {value}")
@@ -69,11 +69,11 @@ def _rounded(
     weights: Mapping[str, torch.Tensor], exported: Mapping[str, torch.Tensor], config: Config
 ) -> dict[str, torch.Tensor]:
     """The trained weights as exact as the file's dtype can hold them, so that only binding and scale are judged."""
-    scale = config.adapter.alpha / config.adapter.rank
-    kept: dict[str, torch.Tensor] = {}
+    lora, kept = session.lora(config), dict[str, torch.Tensor]()
+    dtype = next(iter(exported.values())).dtype
     for name, tensor in weights.items():
-        factor = scale if ".lora_B." in name else 1.0
-        kept[name] = (tensor.float() * factor).to(exported[name].dtype).float() / factor
+        factor = lora.scale_of(lora_file.module_of(name)) if ".lora_B." in name else 1.0
+        kept[name] = (tensor.float() * factor).to(dtype).float() / factor
     return kept
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ltx_train import config as configuration
 from ltx_train.commands import session
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Role, UserError
+from ltx_train.contracts import ModalityName, Mode, Role, UserError
 from ltx_train.diffusion import positions
 from ltx_train.memory import plan
 from ltx_train.memory.cards import GIB, Card, card_by_name, card_of_device
@@ -197,27 +198,34 @@ def _shorter(bucket: str, share: float) -> str:
 
 def _work(config: Config, bucket: str) -> Work:
     width, height, frames = parse_bucket(bucket)
-    mode = config.mode
     video = positions.latent_frames(frames) * (width // 32) * (height // 32)
     audio = positions.audio_latents(frames / config.data.fps)
-    reference = positions.audio_latents(config.data.reference_s) if mode.uses_reference else 0
+    modes = [m for _, m in configuration.training(config)]
+    voice = positions.audio_latents(config.data.reference_s)
     return Work(
         config.optim.batch_size,
-        0 if mode.video is Role.absent else video,
-        0 if mode.audio is Role.absent else audio + reference,
+        max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes),
+        max(0 if m.audio is Role.absent else audio + _referenced(m, ModalityName.audio, voice) for m in modes),
         config.model.text_tokens,
         4 if config.adapter.kind == "full" or config.model.dtype == "float32" else 2,
     )
+
+
+def _referenced(mode: Mode, stream: ModalityName, whole: int) -> int:
+    """Tokens of a mode's references; one of the same size as the target where the configuration does not say."""
+    scales = [(c.spatial_scale or 1) ** 2 * c.temporal_scale for c in mode.references if c.stream is stream]
+    return sum(whole // scale for scale in scales)
 
 
 def _trained(config: Config, transformer: Transformer) -> Trained:
     optim = config.optim
     if config.adapter.kind == "full":
         return Trained(sum(p.numel() for p in transformer.parameters()), optim.name, _rounds(config), full=True)
-    names = set(adapter.matched_modules(transformer, config.adapter.targets))
-    layers: list[Any] = [m for n, m in transformer.named_modules() if n in names]
-    count = sum(config.adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
-    return Trained(count, optim.name, _rounds(config))
+    lora = session.lora(config)
+    names = set(adapter.matched_modules(transformer, lora.targets, lora.modes))
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in transformer.named_modules() if n in names]
+    count = sum(lora.rank_of(name) * (layer.in_features + layer.out_features) for name, layer in layers)
+    return Trained(count, optim.name, _rounds(config), averaged=config.adapter.ema > 0)
 
 
 def _rounds(config: Config) -> int:

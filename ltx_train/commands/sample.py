@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ltx_train.commands import planning, session, transformers
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, Mode, Role
+from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, ModalityName, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.media import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
 from ltx_train.diffusion import conditions, positions, sigma
-from ltx_train.model import codecs, export
+from ltx_train.model import codecs, export, lora_file
 from ltx_train.model.transformer import Transformer
 from ltx_train.sampling import media, sampler
 from ltx_train.sampling.guidance import Guidance
@@ -71,7 +71,7 @@ def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps
         video_latent=None if mode.video is Role.absent else video.to(device),
         audio_latent=None if mode.audio is Role.absent else audio.to(device),
         video_context=positive[VIDEO_CONTEXT][None].to(device), audio_context=positive[AUDIO_CONTEXT][None].to(device),
-        reference_audio=None if reference is None else reference.to(device),
+        references={} if reference is None else {_voice(config).name: reference.to(device)},
     )  # fmt: skip
     return Given(mode, batch, {k: v[None].to(device) for k, v in negative.items()}, sound)
 
@@ -82,9 +82,15 @@ def _mode(config: Config) -> Mode:
     if config.sample.image is not None:
         asked.append(Condition(ConditionKind.first_frame, 1.0))
     if config.sample.reference_audio is not None:
-        asked.append(config.mode.condition(ConditionKind.reference) or Condition(ConditionKind.reference))
+        asked.append(_voice(config))
     role = Role.freeze if config.sample.audio is not None else config.mode.audio
     return Mode(config.mode.video, role, config.mode.sigma, asked)
+
+
+def _voice(config: Config) -> Condition:
+    """How a voice was given in training, now always."""
+    voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
+    return replace(voices[0], p=1.0) if voices else Condition(ConditionKind.reference)
 
 
 def _start(config: Config, given: Given) -> sampler.Start:
@@ -103,7 +109,7 @@ def _transformer(config: Config) -> Transformer:
     settled, _ = planning.settle(replace(config, data=replace(config.data, buckets=asked)), training=False)
     transformer = transformers.opened(settled)
     if config.sample.adapter is not None:
-        tensors, _ = export.read_lora(config.sample.adapter)
+        tensors, _ = lora_file.read_lora(config.sample.adapter)
         export.bind(transformer, tensors, config.sample.strength)
     return transformer.eval()
 

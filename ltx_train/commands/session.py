@@ -5,21 +5,30 @@ The seam between the typed configuration and the rooms below, which know nothing
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ltx_train import config as configuration
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Role, UserError
+from ltx_train.contracts import Mode, Role, UserError
 from ltx_train.data import index
-from ltx_train.data.index import Index
+from ltx_train.data.audit import Asked
+from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.prepare.build import Recipe
 from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
-from ltx_train.diffusion.sigma import SigmaDistribution
+from ltx_train.data.reader import Wants
+from ltx_train.diffusion import positions, sigma
+from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
 from ltx_train.evaluation import heldout
+from ltx_train.evaluation.rows import Grid
 from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSource
+from ltx_train.model.merged import MergedSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,11 +53,14 @@ def device(config: Config, local: int | None = None) -> torch.device:
 
 
 def weights(config: Config) -> TensorSource:
-    """Where the model's tensors come from: the checkpoint file, or seeded random numbers."""
-    if config.model.weights == "random":
-        return RandomWeights(config.model.preset, config.model.seed)
-    assert config.model.path is not None  # config.require has asked for it
-    return CheckpointFile.open(config.model.path)
+    """Where the model's tensors come from: the checkpoint file or seeded random numbers, and a LoRA merged into it."""
+    model = config.model
+    if model.weights == "random":
+        source: TensorSource = RandomWeights(model.preset, model.seed)
+    else:
+        assert model.path is not None  # config.require has asked for it
+        source = CheckpointFile.open(model.path)
+    return source if model.merge is None else MergedSource.open(source, model.merge, model.merge_strength)
 
 
 def layout(config: Config) -> TensorSource:
@@ -61,7 +73,12 @@ def dtype(config: Config) -> torch.dtype:
 
 
 def sigma_distribution(config: Config) -> SigmaDistribution:
-    return SigmaDistribution(config.sigma.std, config.sigma.eps, config.sigma.uniform_prob)
+    s = config.sigma
+    limits = (s.shift_limits[0], s.shift_limits[1]) if s.shift_limits else None
+    return SigmaDistribution(
+        s.std, s.eps, s.uniform_prob, SigmaKind(s.kind), s.mean, s.tokens, limits, s.low, s.high, s.high_from,
+        s.high_prob,
+    )  # fmt: skip
 
 
 def recipe(config: Config) -> Recipe:
@@ -76,10 +93,14 @@ def recipe(config: Config) -> Recipe:
         heldout_speakers=config.data.heldout_speakers,
         seed=config.run.seed,
         samples_per_shard=config.data.samples_per_shard,
-        needs_audio=config.mode.audio is not Role.absent,
+        needs_audio=any(m.audio is not Role.absent for m in (*_modes(config), config.mode)),
         silence_db=config.data.silence_db,
         skip_bad=config.data.on_bad_clip == "skip",
     )
+
+
+def _modes(config: Config) -> list[Mode]:
+    return [mode for _, mode in configuration.training(config)]
 
 
 def encoders(config: Config) -> Encoders:
@@ -112,27 +133,56 @@ def run_dir(config: Config) -> Path:
 
 def mode_facts(config: Config) -> dict[str, Any]:
     """The mode in words, for exports and reports."""
-    conditions = ", ".join(c.kind.value for c in config.mode.conditions) or "none"
-    return {"video": config.mode.video.value, "audio": config.mode.audio.value, "conditions": conditions}
+    conditions = ", ".join(f"{c.name} p={c.p:g}" for c in config.mode.conditions) or "none"
+    facts = {"video": config.mode.video.value, "audio": config.mode.audio.value, "conditions": conditions}
+    mixed = ", ".join(f"{name} {weight:g}" for name, weight in config.mixture.items() if weight)
+    return facts | ({"mixture": mixed} if mixed else {})
 
 
 def lora(config: Config) -> Lora:
-    adapter = config.adapter
-    return Lora(adapter.rank, adapter.alpha, adapter.dropout, tuple(adapter.targets))
+    """What is attached; layers that no mode's loss reaches are left alone."""
+    a = config.adapter
+    modes = tuple(_modes(config))
+    return Lora(
+        a.rank, a.alpha, a.dropout, tuple(a.targets), dict(a.rank_pattern), dict(a.alpha_pattern), a.rslora, a.dora,
+        a.init, modes,
+    )  # fmt: skip
 
 
-def evaluation(config: Config) -> heldout.Settings:
+def wants(config: Config, modes: Iterable[Mode], *, training: bool) -> Wants:
+    """What a reader reads for modes; in training also masks of the loss, dropped and further captions."""
+    if not training:
+        return replace(Wants.of(modes), variants=False)
+    return Wants.of(modes, config.loss.token_weights, config.data.caption_dropout)
+
+
+def asked(config: Config) -> Asked:
+    """What prepared data have to serve: training and measuring."""
+    modes = tuple(_modes(config))
+    everything = wants(config, (*modes, config.mode), training=True)
+    return Asked((*modes, config.mode), everything, config.data.silence_db)
+
+
+def grid(config: Config, found: Index) -> Grid:
+    """The noise levels that held-out loss is measured at; quantiles are those of the mode's own distribution."""
+    if not config.eval.quantiles:
+        return Grid((), tuple(config.eval.sigmas))
+    tokens: Counter[int] = Counter()
+    for record in found.split(HELDOUT) or found.records:
+        width, height, frames = parse_bucket(record.bucket)
+        video = positions.latent_frames(frames) * (width // 32) * (height // 32)
+        tokens[video if config.mode.video is Role.generate else positions.audio_latents(record.seconds)] += 1
+    levels = sigma.quantiles(sigma_distribution(config), tokens, config.eval.quantiles)
+    return Grid(tuple(levels), tuple(config.eval.sigmas))
+
+
+def evaluation(config: Config, levels: Grid) -> heldout.Settings:
     """How the held-out split is measured; the same in `fit` and `evaluate`."""
+    e = config.eval
     return heldout.Settings(
-        mode=config.mode,
-        sigmas=tuple(config.eval.sigmas),
-        seed=config.eval.seed,
-        batch_size=config.eval.batch_size,
-        max_samples=config.eval.max_samples,
-        wrong_references=config.eval.wrong_references,
-        video_weight=config.loss.video_weight,
-        audio_weight=config.loss.audio_weight,
-    )
+        config.mode, levels.levels, e.seed, e.batch_size, e.max_samples, e.wrong_references, config.loss.video_weight,
+        config.loss.audio_weight, e.dropped, e.wrong_caption,
+    )  # fmt: skip
 
 
 def compiles(config: Config) -> bool:

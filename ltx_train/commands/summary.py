@@ -86,9 +86,7 @@ def _tokens(config: Config) -> str:
         audio = positions.audio_latents(frames / config.data.fps)
         counts = [f"{video} video"] if config.mode.video is not Role.absent else []
         counts += [f"{audio} audio"] if config.mode.audio is not Role.absent else []
-        counts += (
-            [f"{positions.audio_latents(config.data.reference_s)} reference"] if config.mode.uses_reference else []
-        )
+        counts += [f"reference {c.name.removeprefix('reference/')}" for c in config.mode.references]
         parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
     return "; ".join(parts)
 

@@ -12,18 +12,25 @@ from ltx_train.memory.offload import InputOffload
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
 from ltx_train.memory.stream import WeightStream
-from ltx_train.model import adapter
+from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Transformer
 
 _FLOAT8_CAPABILITY = (8, 9)
 
 
-def trainable(config: Config) -> Transformer:
-    """The configured transformer on its device, with an adapter or all weights trainable (float32)."""
+def trainable(config: Config, *, fresh: bool = True) -> Transformer:
+    """The configured transformer on its device, with an adapter or all weights trainable (float32).
+
+    fresh: the weights begin as configured; otherwise a checkpoint's are to be loaded into it.
+    """
     transformer = opened(config)
     if config.adapter.kind == "lora":
-        adapter.attach(transformer, session.lora(config), config.run.seed)
+        lora = session.lora(config)
+        adapter.attach(transformer, lora, config.run.seed)
+        if fresh and config.adapter.start_from is not None:
+            tensors, _ = lora_file.read_lora(config.adapter.start_from)
+            export.start_from(transformer, tensors, lora)
     else:
         transformer.float().requires_grad_(True)
     return transformer.train()

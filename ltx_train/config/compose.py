@@ -13,8 +13,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ltx_train.config.rules import nearest, schema_keys, validate
-from ltx_train.contracts import ConfigError
+from ltx_train.config.rules import schema_keys, validate
+from ltx_train.config.targets import settled
+from ltx_train.config.words import nearest
+from ltx_train.contracts import ConfigError, Mode
 from ltx_train.schema import Config
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -24,6 +26,10 @@ _NOT_READ = {
     "bench": ("data.root", "data.source"),
     "doctor": ("data.root", "data.source"),
 }
+# Lists and mappings whose entries the user names.
+_OPEN = (
+    "mode.conditions.", "mixture.", "modes.", "adapter.rank_pattern.", "adapter.alpha_pattern.", "loss.token_weights.",
+)  # fmt: skip
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
 
@@ -53,8 +59,25 @@ def compose_config(overrides: list[str], extra_dir: str | None = None, command: 
         raise ConfigError(f"{' and '.join(unset)} must be set: add {unset[0]}=... to the command")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    _name_modes(config, extra_dir)
     validate(config)
-    return config
+    return settled(config)
+
+
+def _name_modes(config: Config, extra_dir: str | None) -> None:
+    """Fills `modes` with the presets that the mixture names, so that a saved configuration holds all it needs."""
+    roots = [Path(extra_dir)] if extra_dir else []
+    for name in config.mixture:
+        if name in config.modes:
+            continue
+        found = [root / "mode" / f"{name}.yaml" for root in (*roots, config_dir())]
+        path = next((p for p in found if p.is_file()), None)
+        if path is None:
+            raise ConfigError(f"mixture: there is no mode {name!r}{nearest(name, _groups(extra_dir)['mode'])}")
+        merged = OmegaConf.merge(OmegaConf.structured(Mode), OmegaConf.load(path))
+        mode = OmegaConf.to_object(merged)
+        assert isinstance(mode, Mode)
+        config.modes[name] = mode
 
 
 def from_file(path: str, overrides: list[str]) -> Config:
@@ -70,8 +93,9 @@ def from_file(path: str, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_explained(error)) from error
     assert isinstance(config, Config)
+    _name_modes(config, None)
     validate(config)
-    return config
+    return settled(config)
 
 
 def to_yaml(overrides: list[str], extra_dir: str | None = None) -> str:
@@ -123,9 +147,7 @@ def _check_override(override: str, groups: dict[str, list[str]]) -> None:
         raise ConfigError(f"{override!r} is not an override: write key=value")
     key = key.lstrip("+~")
     known = sorted({*schema_keys(), *groups})
-    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith(
-        ("mode.conditions.", "hydra.", "hydra/")
-    ):
+    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith((*_OPEN, "hydra.", "hydra/")):
         raise ConfigError(f"there is no setting {key!r}{nearest(key, known)}")
     if key in groups and value and value not in (*groups[key], "null") and not value.startswith(("[", "{")):
         options = ", ".join(groups[key])

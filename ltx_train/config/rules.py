@@ -5,14 +5,15 @@ Names and numbers only; no torch.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ltx_train.contracts import Condition, ConditionKind, ConfigError, Mode, Role
+from ltx_train.config import modes, targets
+from ltx_train.config.grid import parse_bucket
+from ltx_train.config.words import nearest
+from ltx_train.contracts import ConfigError, Role
 from ltx_train.schema import Config
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -22,7 +23,11 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "adapter.kind": ("lora", "full"),
     "data.latent_dtype": ("bfloat16", "float32"),
     "data.on_bad_clip": ("error", "skip"),
-    "optim.name": ("adamw", "adamw8bit"),
+    "adapter.init": ("kaiming", "gaussian", "orthogonal"),
+    "sigma.kind": ("shifted_logit_normal", "logit_normal", "uniform", "high"),
+    "loss.balance": ("none", "auto"),
+    "loss.weighting": ("none", "cosmap"),
+    "optim.name": ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "memory.quantize": ("none", "int8", "int4", "float8", "auto"),
     "memory.compute": ("bf16", "fp8"),
@@ -37,6 +42,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _AT_LEAST = {
     "adapter.rank": 1, "adapter.dropout": 0, "data.reference_s": 0.2, "data.samples_per_shard": 1, "data.workers": 0,
     "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.global_batch": 1, "optim.warmup": 0, "optim.clip": 0,
+    "eval.quantiles": 0, "eval.samples": 0, "eval.patience": 0, "sigma.std": 0, "sigma.tokens": 1, "adapter.alpha": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
@@ -45,7 +51,15 @@ _AT_LEAST = {
     "supervise.poll_s": 0.1, "supervise.restarts": 1, "supervise.backoff_s": 0,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
 }  # fmt: skip
-_BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
+
+
+_BETWEEN = {
+    "data.heldout_speakers": (0, 1, False), "data.caption_dropout": (0, 1, True), "adapter.dropout": (0, 1, False),
+    "adapter.ema": (0, 1, False), "loss.balance_decay": (0, 1, False), "sigma.uniform_prob": (0, 1, True),
+    "sigma.eps": (0, 1, False), "sigma.low": (0, 1, True), "sigma.high": (0, 1, True), "sigma.high_from": (0, 1, True),
+    "sigma.high_prob": (0, 1, True),
+}  # fmt: skip
+_ALSO = ("csv", "tensorboard")
 
 
 def validate(config: Config) -> None:
@@ -66,8 +80,9 @@ def validate(config: Config) -> None:
     for name in (line.partition("=")[0].strip() for line in config.sweep.space):
         if name not in known:
             raise ConfigError(f"sweep.space: there is no setting {name!r}{nearest(name, known)}")
-    _validate_mode(config)
+    modes.validate(config)
     _validate_training(config)
+    _validate_shares(config)
 
 
 def require(config: Config, command: str) -> None:
@@ -107,58 +122,45 @@ def rounds(config: Config, world: int) -> int:
     return count
 
 
-def parse_bucket(text: str) -> tuple[int, int, int]:
-    """`WxHxF` -> (width, height, frames); ConfigError when off the grid."""
-    match = _BUCKET.fullmatch(text)
-    if not match:
-        raise ConfigError(f"data.buckets: {text!r} is not WIDTHxHEIGHTxFRAMES (as 512x512x121)")
-    width, height, frames = (int(g) for g in match.groups())
-    if width % 32 or height % 32 or not width or not height:
-        raise ConfigError(f"data.buckets: {text!r}: width and height must be multiples of 32")
-    if frames % 8 != 1:
-        near = max(1, round((frames - 1) / 8) * 8 + 1)
-        raise ConfigError(f"data.buckets: {text!r}: frames must be 8k + 1 (nearest: {near})")
-    return width, height, frames
-
-
-def _validate_mode(config: Config) -> None:
-    mode = config.mode
-    kinds = [condition.kind for condition in mode.conditions]
-    if len(set(kinds)) != len(kinds):
-        raise ConfigError("mode.conditions: each kind may stand once")
-    if Role.generate not in (mode.video, mode.audio):
-        raise ConfigError("mode: nothing is generated; set mode.video or mode.audio to generate")
-    for condition in mode.conditions:
-        _validate_condition(condition, mode)
-    weights = {"video": config.loss.video_weight, "audio": config.loss.audio_weight}
-    generated = [name for name in weights if getattr(mode, name) is Role.generate]
-    if all(weights[name] == 0 for name in generated):
-        raise ConfigError(f"loss: the weight of every generated modality ({', '.join(generated)}) is 0")
-
-
-def _validate_condition(condition: Condition, mode: Mode) -> None:
-    if not 0 <= condition.p <= 1:
-        raise ConfigError(f"mode.conditions: p={condition.p} of {condition.kind} must lie in [0, 1]")
-    if condition.kind is ConditionKind.first_frame and mode.video is not Role.generate:
-        raise ConfigError("mode.conditions: first_frame needs mode.video=generate")
-    if condition.kind is ConditionKind.reference and mode.audio is not Role.generate:
-        raise ConfigError("mode.conditions: a reference needs mode.audio=generate")
-    if condition.kind is ConditionKind.reference and condition.p != 1:
-        raise ConfigError("mode.conditions: the reference is always given (p=1) in this release")
-
-
 def _validate_training(config: Config) -> None:
-    adapter = config.adapter
-    if adapter.kind == "lora" and not adapter.targets:
-        raise ConfigError("adapter.targets is empty: choose adapter=attention, cross_modal or audio_only")
     _validate_memory(config)
     _validate_strategy(config)
-    if config.mode.audio is Role.absent and any("audio" in t for t in adapter.targets):
-        raise ConfigError("adapter.targets name audio modules, but mode.audio=absent gives them no loss")
-    if not 0 <= config.data.heldout_speakers < 1:
-        raise ConfigError("data.heldout_speakers must lie in [0, 1): a share of the identities")
-    if not config.eval.sigmas or not all(0 < s <= 1 for s in config.eval.sigmas):
-        raise ConfigError("eval.sigmas must be noise levels in (0, 1]")
+    _validate_adapter(config)
+    if not (config.eval.sigmas or config.eval.quantiles) or not all(0 < s <= 1 for s in config.eval.sigmas):
+        raise ConfigError("eval.sigmas must be noise levels in (0, 1]; with none, eval.quantiles must be at least 1")
+    for name in config.logger.also:
+        if name not in _ALSO:
+            raise ConfigError(f"logger.also={name!r}: choose among {', '.join(_ALSO)}{nearest(name, _ALSO)}")
+
+
+def _validate_shares(config: Config) -> None:
+    """Settings that are shares or noise levels."""
+    for name, (low, high, closed) in _BETWEEN.items():
+        value = _value(config, name)
+        if not low <= value <= high or (not closed and value == high):
+            raise ConfigError(f"{name}={value:g}: must lie in [{low:g}, {high:g}{']' if closed else ')'}")
+    sigma = config.sigma
+    if sigma.low >= sigma.high:
+        raise ConfigError(f"sigma.low={sigma.low:g} must be below sigma.high={sigma.high:g}")
+    if sigma.shift_limits and (len(sigma.shift_limits) != 2 or sigma.shift_limits[0] > sigma.shift_limits[1]):
+        raise ConfigError("sigma.shift_limits: give [lowest, highest] of the shift, as [0.95, 2.05], or nothing")
+    for name, weight in config.loss.token_weights.items():
+        if weight < 0:
+            raise ConfigError(f"loss.token_weights: {name} weighs {weight:g}, a weight is at least 0")
+
+
+def _validate_adapter(config: Config) -> None:
+    adapter = config.adapter
+    if adapter.kind == "full":
+        given = {"ema": adapter.ema, "dora": adapter.dora, "start_from": adapter.start_from, "targets": adapter.targets}
+        unread = [name for name, value in given.items() if value]
+        if unread:
+            raise ConfigError(f"adapter.{unread[0]} is for adapter.kind=lora; kind=full trains every weight")
+        return
+    targets.validate(config)
+    wrong = [f"{k}={v}" for p in (adapter.rank_pattern, adapter.alpha_pattern) for k, v in p.items() if v <= 0]
+    if wrong:
+        raise ConfigError(f"adapter.rank_pattern and alpha_pattern must be above 0: {wrong[0]}")
 
 
 def _validate_strategy(config: Config) -> None:
@@ -216,9 +218,3 @@ def schema_keys() -> Iterator[str]:
                 yield from walk(child, f"{prefix}{key}.")
 
     return walk(OmegaConf.structured(Config), "")
-
-
-def nearest(word: str, known: Any) -> str:
-    """`; did you mean ...?` for the closest known word, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""

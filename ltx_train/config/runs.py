@@ -15,6 +15,8 @@ from ltx_train.schema import Config
 _FIXED_IN_A_RUN = (
     "model.",
     "mode.",
+    "mixture.",
+    "modes.",
     "adapter.",
     "data.",
     "sigma.",

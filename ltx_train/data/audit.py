@@ -5,17 +5,17 @@ Owns the findings; reads shards, decodes nothing and prints nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import DataError, Mode, Role
+from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
-from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader
+from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, Wants
 from ltx_train.diffusion import positions
 
 
@@ -27,17 +27,32 @@ class Finding:
     text: str
 
 
-def audit(root: Path, index: Index, mode: Mode, stale: Sequence[str], silence_db: float) -> list[Finding]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the data are to serve: the modes, what a reader is told to read for them, and the quietest sound."""
+
+    modes: tuple[Mode, ...]
+    wants: Wants
+    silence_db: float
+
+    def role(self, name: ModalityName) -> bool:
+        """Whether any mode needs the modality."""
+        return any(mode.role(name) is not Role.absent for mode in self.modes)
+
+
+def audit(root: Path, index: Index, asked: Asked, stale: Sequence[str]) -> list[Finding]:
     """Everything at once, so that a user mends all in one go."""
     findings = [Finding(True, f"stale: {reason}; run prepare again") for reason in stale]
     findings += _splits(index)
     findings += _files(root, index)
+    if asked.wants.caption_dropout and not index.dropped_context:
+        findings.append(Finding(True, "prepared without a context for dropped captions: run prepare again"))
     if any(f.error for f in findings if "shard" in f.text):
         return findings
-    reader = Reader(root, index, seed=0, references=mode.uses_reference)
+    reader = Reader(root, index, seed=0, wants=asked.wants)
     for record in index.records:
         try:
-            findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, mode, silence_db)]
+            findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, asked)]
         except DataError as error:
             findings.append(Finding(True, str(error)))
     findings += [Finding(False, f"set aside by prepare: {key}: {why}") for key, why in index.quarantined.items()]
@@ -65,19 +80,21 @@ def _files(root: Path, index: Index) -> Iterator[Finding]:
             yield Finding(True, f"shard {path} is {found}: run prepare again")
 
 
-def _sample(reader: Reader, record: Record, mode: Mode, silence_db: float) -> Iterator[str]:
+def _sample(reader: Reader, record: Record, asked: Asked) -> Iterator[str]:
     tensors = reader.tensors(record)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield f"{name} holds numbers that are not finite"
-        elif tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
+        elif name not in asked.wants.masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
             yield f"{name} is constant"
-    if mode.video is not Role.absent:
+    if asked.role(ModalityName.video):
         yield from _video_fits(record, tensors.get(VIDEO))
-    if mode.audio is not Role.absent:
-        yield from _audio_fits(record, tensors.get(AUDIO), silence_db)
-    if mode.uses_reference:
-        yield from _references(reader, record, tensors)
+    if asked.role(ModalityName.audio):
+        yield from _audio_fits(record, tensors.get(AUDIO), asked.silence_db)
+    for name in sorted(asked.wants.masks):
+        yield from _mask_fits(name, tensors)
+    for condition in asked.wants.references.values():
+        yield from _reference(reader, record, condition, tensors)
 
 
 def _video_fits(record: Record, latent: Tensor | None) -> Iterator[str]:
@@ -100,12 +117,36 @@ def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Ite
         yield f"silent ({record.rms_db:.0f} dB)"
 
 
-def _references(reader: Reader, record: Record, tensors: dict[str, Tensor]) -> Iterator[str]:
-    key = reader.reference_key(Address(record.key, 0))
-    if key == record.key and AUDIO in tensors and REFERENCE in tensors:
-        reference, target = tensors[REFERENCE], tensors[AUDIO]
-        shared = min(reference.shape[1], target.shape[1])
-        if torch.allclose(reference[:, :shared], target[:, :shared], atol=1e-3):
-            yield "its reference is its own target: the model would learn to copy"
-    elif key != record.key and reader.records[key].source_sha256 == record.source_sha256:
-        yield f"its reference {key} is the same recording"
+def _mask_fits(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    mask = tensors.get(name)
+    if mask is None:
+        yield f"no {name} in the shards, which the mode or the loss reads"
+        return
+    grids = {tuple(t.shape[1:]) for k, t in tensors.items() if k == VIDEO}
+    grids |= {(t.shape[1],) for k, t in tensors.items() if k == AUDIO}
+    if tuple(mask.shape) not in grids:
+        yield f"{name} is {list(mask.shape)}, which is the grid of neither its video nor its audio"
+    elif float(mask.min()) < 0 or float(mask.max()) > 1:
+        yield f"{name} has values outside [0, 1]"
+    elif float(mask.min()) > 0.5:
+        yield f"{name} gives every place: nothing would be left to predict"
+
+
+def _reference(reader: Reader, record: Record, condition: Condition, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    key = reader.reference_key(Address(record.key, 0), condition)
+    if key != record.key:
+        if reader.records[key].source_sha256 == record.source_sha256:
+            yield f"its reference {key} is the same recording"
+        return
+    target = tensors.get(AUDIO if condition.stream is ModalityName.audio else VIDEO)
+    reference = tensors.get(REFERENCE if condition.source == SPEAKER else condition.source)
+    if reference is None:
+        yield f"no {condition.source} in the shards, which a reference of the mode reads"
+    elif target is not None and _same(reference.float(), target.float()):
+        yield "its reference is its own target: the model would learn to copy"
+
+
+def _same(reference: Tensor, target: Tensor) -> bool:
+    shared = min(reference.shape[1], target.shape[1])
+    reference, target = reference[:, :shared], target[:, :shared]
+    return reference.shape == target.shape and torch.allclose(reference, target, atol=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +17,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
         speakers=tuple(s.speaker for s in samples),
         draws=tuple(s.draw for s in samples),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
-        video_latent=_stack(samples, "video_latent"),
-        audio_latent=_stack(samples, "audio_latent"),
+        video_latent=_stack("video_latent", samples, [s.video_latent for s in samples]),
+        audio_latent=_stack("audio_latent", samples, [s.audio_latent for s in samples]),
         video_context=torch.stack([s.video_context for s in samples]),
         audio_context=torch.stack([s.audio_context for s in samples]),
-        reference_audio=_stack(samples, "reference_audio"),
+        references=_stacked(samples, [s.references for s in samples]),
+        masks=_stacked(samples, [s.masks for s in samples]),
     )
 
 
-def _stack(samples: Sequence[Sample], name: str) -> Tensor | None:
-    parts: list[Tensor | None] = [getattr(s, name) for s in samples]
+def _stacked(samples: Sequence[Sample], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    stacks = {name: _stack(name, samples, [p.get(name) for p in parts]) for p in parts for name in p}
+    return {name: stack for name, stack in stacks.items() if stack is not None}
+
+
+def _stack(name: str, samples: Sequence[Sample], parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [p for p in parts if p is not None]
     if not present:
         return None

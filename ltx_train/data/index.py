@@ -30,7 +30,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample. seconds is the length of the target; voice tells whether it holds a reference window for others."""
+    """One sample. seconds is the length of the target; voice tells whether it holds a reference window for others;
+    context and variants are digests of its captions' contexts."""
 
     key: str
     split: str
@@ -47,6 +48,7 @@ class Record:
     source: str
     source_sha256: str
     item: str
+    variants: tuple[str, ...] = ()
     shard: str = ""
     tensors: Member = Member(0, 0, "")
 
@@ -61,13 +63,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """settings and encoders are what latents depend on; a difference to the run's makes the folder stale."""
+    """settings and encoders are what latents depend on; a difference to the run's makes the folder stale.
+
+    dropped_context: what a sample sees whose caption is dropped.
+    """
 
     settings: Mapping[str, Any]
     encoders: Mapping[str, str]
     shards: tuple[Shard, ...]
     records: tuple[Record, ...]
     quarantined: Mapping[str, str] = field(default_factory=dict[str, str])
+    dropped_context: str = ""
 
     def split(self, name: str) -> tuple[Record, ...]:
         return tuple(r for r in self.records if r.split == name)
@@ -102,7 +108,8 @@ def load(root: str | Path) -> Index:
 
 def _record(raw: dict[str, Any]) -> Record:
     member = Member(**raw.pop("tensors"))
-    return Record(**raw, tensors=member)
+    variants = tuple(raw.pop("variants", ()))
+    return Record(**raw, variants=variants, tensors=member)
 
 
 def stale_reasons(index: Index, settings: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:

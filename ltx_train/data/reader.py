@@ -1,23 +1,25 @@
 """From an address to a sample: reads verified bytes out of WebDataset shards by offset.
 
-Owns random access, digest checks and the choice of references. A byte that does not match the
-index is an error that names the shard, never a silently different sample.
+Owns random access, digest checks and the choice of references and captions. A byte that does not
+match the index is an error that names the shard, never a silently different sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ltx_train import rng
-from ltx_train.contracts import DataError, Sample
+from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Sample
 from ltx_train.data.index import Index, Record
 from ltx_train.data.order import Address
 
@@ -27,28 +29,121 @@ VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
 _CONTEXTS_KEPT = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What is read of a clip besides its latents and its first caption.
+
+    references: by the name of their condition. masks: tensor names, given if the clip has them or required.
+    caption_dropout: share of draws that see the dropped caption; variants: further captions take their turns.
+    """
+
+    references: Mapping[str, Condition] = field(default_factory=dict[str, Condition])
+    masks: frozenset[str] = frozenset()
+    caption_dropout: float = 0.0
+    variants: bool = False
+
+    @classmethod
+    def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> Wants:
+        """For training in any of several modes."""
+        modes = list(modes)
+        found = {c.name: c for mode in modes for c in mode.references}
+        named = frozenset([*masks, *(name for mode in modes for name in mode.masks)])
+        return cls(found, named, caption_dropout, variants=True)
+
+
 class Reader:
     """Samples of a prepared folder by key. `seed` keys which clip of a speaker serves as the reference."""
 
-    def __init__(self, root: str | Path, index: Index, *, seed: int, references: bool) -> None:
-        self._root, self._seed, self._references = Path(root), seed, references
+    def __init__(self, root: str | Path, index: Index, *, seed: int, wants: Wants | None = None) -> None:
+        self._root, self._seed, self._wants = Path(root), seed, wants or Wants()
+        self._dropped = index.dropped_context
         self.records: Mapping[str, Record] = {r.key: r for r in index.records}
-        self._donors: dict[str, list[str]] = {}
+        self._by_speaker: dict[str, list[Record]] = {}
+        self._by_split: dict[str, list[Record]] = {}
         for record in sorted(index.records, key=lambda r: r.key):
-            if record.voice:
-                self._donors.setdefault(record.speaker, []).append(record.key)
+            self._by_speaker.setdefault(record.speaker, []).append(record)
+            self._by_split.setdefault(record.split, []).append(record)
         self._contexts: dict[str, dict[str, Tensor]] = {}
 
     def sample(self, address: Address) -> Sample:
-        """The sample, with the reference of its own speaker if the mode uses one."""
-        reference = self.reference_key(address) if self._references else None
-        return self.with_reference(address, reference)
+        """The sample, with the references that are its own and the caption of this draw."""
+        return self._made(address, None, self.caption(address))
 
-    def with_reference(self, address: Address, reference: str | None) -> Sample:
-        """The sample with the voice of a given clip (its own key: the reference prepared for it)."""
+    def with_references_of(self, address: Address, other: str) -> Sample:
+        """The sample with the references of another clip: its voice, its video, or the tensors prepared for it."""
+        return self._made(address, other, self.caption(address))
+
+    def with_caption_of(self, address: Address, other: str) -> Sample:
+        """The sample under the first caption of another clip."""
+        return self._made(address, None, self.records[other].context)
+
+    def caption(self, address: Address) -> str:
+        """The digest of the context this draw sees: dropped, or a keyed choice among the clip's captions."""
+        record, wants = self.records[address.key], self._wants
+        where = (record.key, address.draw)
+        if wants.caption_dropout and float(rng.uniform(self._seed, "caption/drop", *where)) < wants.caption_dropout:
+            return self._dropped
+        choices = (record.context, *record.variants) if wants.variants else (record.context,)
+        return choices[rng.choice(len(choices), self._seed, "caption", *where)]
+
+    def reference_key(self, address: Address, condition: Condition) -> str:
+        """The clip whose voice or video is the reference: a prepared one, else a keyed choice among the speaker's
+        others. DataError when there is none."""
         record = self.records[address.key]
-        tensors = self.tensors(record)
-        contexts = self._context(record.context)
+        if condition.source != SPEAKER or (condition.stream is ModalityName.audio and record.own_reference):
+            return record.key
+        others = [r for r in self._by_speaker.get(record.speaker, []) if r.key != record.key]
+        donors = [r.key for r in others if _gives(r, record, condition)]
+        if donors:
+            return donors[rng.choice(len(donors), self._seed, "reference", record.key, address.draw)]
+        if condition.stream is ModalityName.audio:
+            raise DataError(
+                f"{record.key}: speaker {record.speaker!r} has no other clip long enough for a reference window; "
+                "add clips or a reference_audio column, or lower data.reference_s and prepare again"
+            )
+        raise DataError(
+            f"{record.key}: speaker {record.speaker!r} has no other clip of bucket {record.bucket} as a reference; "
+            "add clips, or give references of their own and name them in the condition's source"
+        )
+
+    def others(self, address: Address, count: int) -> list[str]:
+        """Up to `count` clips of other identities of the same split whose references would fit, by keyed choice;
+        different identities as long as there are enough."""
+        record = self.records[address.key]
+        fitting: dict[str, list[str]] = {}
+        for other in self._by_split[record.split]:
+            if other.speaker != record.speaker and all(
+                _gives(other, record, c) or (c.stream is ModalityName.audio and other.own_reference)
+                for c in self._wants.references.values()
+            ):
+                fitting.setdefault(other.speaker, []).append(other.key)
+        stream = rng.generator(self._seed, "wrong-reference", record.key, address.draw)
+        lists = [fitting[speaker] for speaker in sorted(fitting)]
+        picked = [lists[i] for i in torch.randperm(len(lists), generator=stream).tolist()] if lists else []
+        turns = [picked[i % len(picked)] for i in range(count)] if picked else []
+        chosen = [keys[int(torch.randint(len(keys), (1,), generator=stream))] for keys in turns]
+        return list(dict.fromkeys(chosen))
+
+    def other_caption(self, address: Address) -> str | None:
+        """A clip of another identity of the same split that has another caption, by keyed choice; None without one."""
+        record = self.records[address.key]
+        found = [
+            r.key for r in self._by_split[record.split] if r.speaker != record.speaker and r.context != record.context
+        ]  # fmt: skip
+        if not found:
+            return None
+        return found[rng.choice(len(found), self._seed, "wrong-caption", record.key, address.draw)]
+
+    def _made(self, address: Address, donor: str | None, context: str) -> Sample:
+        record = self.records[address.key]
+        tensors, contexts = self.tensors(record), self._context(context)
+        missing = sorted(name for name in self._wants.masks if name not in tensors)
+        if missing:
+            raise DataError(f"{record.key}: the shards have no {missing[0]!r} for it, which the mode or the loss reads")
+        references = {
+            name: self._reference(donor or self.reference_key(address, condition), condition)
+            for name, condition in self._wants.references.items()
+        }
         return Sample(
             key=record.key,
             speaker=record.speaker,
@@ -58,37 +153,22 @@ class Reader:
             audio_latent=tensors.get(AUDIO),
             video_context=contexts[VIDEO_CONTEXT],
             audio_context=contexts[AUDIO_CONTEXT],
-            reference_audio=None if reference is None else self.voice(reference, own=reference == record.key),
+            references=references,
+            masks={name: tensors[name] for name in self._wants.masks},
         )
 
-    def reference_key(self, address: Address) -> str:
-        """The clip whose voice is the reference: the prepared one, else a keyed choice among the speaker's others."""
-        record = self.records[address.key]
-        if record.own_reference:
-            return record.key
-        donors = [key for key in self._donors.get(record.speaker, []) if key != record.key]
-        if not donors:
-            raise DataError(
-                f"{record.key}: speaker {record.speaker!r} has no other clip long enough for a reference window; "
-                "add clips or a reference_audio column, or lower data.reference_s and prepare again"
-            )
-        return donors[rng.choice(len(donors), self._seed, "reference", record.key, address.draw)]
-
-    def wrong_reference_key(self, address: Address) -> str | None:
-        """A clip of another identity of the same split, by keyed choice; None when there is only one identity."""
-        record = self.records[address.key]
-        others = sorted(
-            r.key for r in self.records.values()
-            if r.speaker != record.speaker and r.split == record.split and (r.voice or r.own_reference)
-        )  # fmt: skip
-        if not others:
-            return None
-        return others[rng.choice(len(others), self._seed, "wrong-reference", record.key, address.draw)]
-
-    def voice(self, key: str, *, own: bool) -> Tensor:
-        """The reference latents (c, R, f) cut from clip `key`, or prepared for it."""
+    def _reference(self, key: str, condition: Condition) -> Tensor:
+        """The reference latents that clip `key` gives."""
         tensors = self.tensors(self.records[key])
-        return tensors[REFERENCE] if own or VOICE not in tensors else tensors[VOICE]
+        names = (condition.source,)
+        if condition.source == SPEAKER:
+            own = self.records[key].own_reference
+            voice = (REFERENCE, VOICE) if own else (VOICE,)
+            names = voice if condition.stream is ModalityName.audio else (VIDEO,)
+        for name in names:
+            if name in tensors:
+                return tensors[name]
+        raise DataError(f"{key}: the shards have no {names[0]!r} for it, which a reference of the mode reads")
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
         """All tensors of a sample; DataError when its bytes are not the indexed ones."""
@@ -115,3 +195,10 @@ class Reader:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot read a text context ({error}): prepare again") from error
+
+
+def _gives(record: Record, target: Record, condition: Condition) -> bool:
+    """Whether a clip can serve as the reference of a target."""
+    if condition.source != SPEAKER:
+        return condition.stream is ModalityName.audio or record.bucket == target.bucket
+    return record.voice if condition.stream is ModalityName.audio else record.bucket == target.bucket

@@ -8,23 +8,29 @@ from torch import Tensor
 
 from ltx_train.contracts import Modality, StepResult, Velocity
 from ltx_train.diffusion.conditions import ModelInputs
-from ltx_train.diffusion.loss import masked_mse, weighted_total
+from ltx_train.diffusion.loss import Weights, level_weight, masked_mse, weighted_total
 
 Predictor = Callable[[Modality | None, Modality | None], tuple[Tensor | None, Tensor | None]]
 
 
-def losses(predict: Predictor, inputs: ModelInputs, video_weight: float, audio_weight: float) -> StepResult:
-    """Velocities of the target tokens against their targets; reference tokens are cut off."""
+def losses(predict: Predictor, inputs: ModelInputs, weights: Weights) -> StepResult:
+    """Velocities of the target tokens against their targets; reference tokens are cut off.
+
+    The losses by modality are plain; the total has all weights.
+    """
     video, audio = predict(inputs.video, inputs.audio)
-    video_loss = _loss(video, inputs.video_velocity)
-    audio_loss = _loss(audio, inputs.audio_velocity)
+    video_loss, video_part = _loss(video, inputs.video, inputs.video_velocity, weights)
+    audio_loss, audio_part = _loss(audio, inputs.audio, inputs.audio_velocity, weights)
     leading = inputs.video if inputs.video_velocity is not None else inputs.audio
     assert leading is not None
-    total = weighted_total(video_loss, audio_loss, video_weight, audio_weight)
-    return StepResult(total, video_loss, audio_loss, leading.sigma)
+    return StepResult(weighted_total(video_part, audio_part, weights), video_loss, audio_loss, leading.sigma)
 
 
-def _loss(prediction: Tensor | None, velocity: Velocity | None) -> Tensor | None:
-    if prediction is None or velocity is None:
-        return None
-    return masked_mse(prediction[:, : velocity.target.shape[1]], velocity.target, velocity.loss_mask)
+def _loss(
+    prediction: Tensor | None, modality: Modality | None, velocity: Velocity | None, weights: Weights
+) -> tuple[Tensor | None, Tensor | None]:
+    """Per sample (B,): the plain loss, and the one weighted by noise level."""
+    if prediction is None or modality is None or velocity is None:
+        return None, None
+    plain = masked_mse(prediction[:, : velocity.target.shape[1]], velocity.target, velocity.loss_mask)
+    return plain, plain * level_weight(weights.levels, modality.sigma)

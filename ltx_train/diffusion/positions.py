@@ -13,7 +13,6 @@ FRAMES_PER_LATENT, PIXELS_PER_LATENT = 8, 32
 MEL_FRAMES_PER_LATENT = 4
 MEL_HOP_S = 160 / 16000
 AUDIO_LATENTS_PER_S = 25.0
-REFERENCE_GAP_S = 0.04
 
 
 def video(latent_frames: int, latent_height: int, latent_width: int, fps: float) -> Tensor:
@@ -27,17 +26,26 @@ def video(latent_frames: int, latent_height: int, latent_width: int, fps: float)
     return bounds
 
 
+def video_reference(
+    latent_frames: int, latent_height: int, latent_width: int, fps: float, spatial_scale: int, temporal_scale: int
+) -> Tensor:
+    """(3, F * H * W, 2) on the axes of a target of `fps` frames a second.
+
+    A reference that is `spatial_scale` times smaller spans the same pixels; one with `temporal_scale` times fewer
+    frames a second spans the same time, its first frame standing where the target's first one does:
+    t * scale - (scale - 1) / fps, not below 0.
+    """
+    bounds = video(latent_frames, latent_height, latent_width, fps / temporal_scale)
+    bounds[0] = (bounds[0] - (temporal_scale - 1) / fps).clamp(min=0)
+    bounds[1:] *= spatial_scale
+    return bounds
+
+
 def audio(latents: int) -> Tensor:
     """(1, latents, 2) in seconds."""
     edges = torch.arange(latents + 1, dtype=torch.float32) * MEL_FRAMES_PER_LATENT
     seconds = (edges + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0) * MEL_HOP_S
     return torch.stack([seconds[:-1], seconds[1:]], dim=-1)[None]
-
-
-def negative_audio(latents: int, gap_s: float = REFERENCE_GAP_S) -> Tensor:
-    """(1, latents, 2): a reference that ends `gap_s` before time zero (p - end of the last latent - gap)."""
-    bounds = audio(latents)
-    return bounds - bounds[..., -1:, 1:] - gap_s
 
 
 def latent_frames(frames: int) -> int:

@@ -1,13 +1,13 @@
-"""Held-out loss on a fixed sigma grid with fixed noise, and the reference gap on the same noise.
+"""Held-out loss on fixed noise levels with fixed noise, and what changes it on the same noise.
 
 Owns which comparisons are made. Every number compared with another one is computed under the same
-noise: correct and wrong reference, adapter on and off, this checkpoint and the last.
+noise: correct, wrong and dropped reference, another caption, adapter on and off, this checkpoint
+and the last.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -15,43 +15,41 @@ import torch
 
 from ltx_train.contracts import Batch, Mode
 from ltx_train.data.collate import collate
-from ltx_train.data.index import HELDOUT, Index
+from ltx_train.data.index import HELDOUT, Index, Record
 from ltx_train.data.order import Address
-from ltx_train.data.reader import Reader
-from ltx_train.diffusion import conditions, objective
+from ltx_train.data.reader import Reader, Wants
+from ltx_train.diffusion import conditions, objective, transfer
+from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
-from ltx_train.evaluation.statistics import Interval, by_identity
+from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Row
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
-
-CORRECT, WRONG, BASE = "correct", "wrong", "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """sigmas: the grid. wrong_references: draws per sample for the gap. max_samples 0 takes all."""
+    """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether these
+    arms are measured. max_samples 0 takes all."""
 
     mode: Mode
-    sigmas: tuple[float, ...]
+    levels: tuple[float, ...]
     seed: int
     batch_size: int
     max_samples: int
     wrong_references: int
     video_weight: float
     audio_weight: float
+    dropped: bool = True
+    wrong_caption: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Losses of one sample at one noise level under one arm; nan for a modality that is not generated."""
+class Arm:
+    """One version of a batch: which arm, whose data, and whether its references are left out."""
 
-    key: str
-    speaker: str
-    sigma: float
-    arm: str
-    loss: float
-    video: float
-    audio: float
+    name: str
+    batch: Batch
+    without_references: bool = False
 
 
 def measure(
@@ -62,96 +60,72 @@ def measure(
 
     Leaves training mode and torch's random state as they were.
     """
-    with _evaluation_mode(transformer):
-        return list(_rows(transformer, Reader(root, index, seed=settings.seed, references=settings.mode.uses_reference),
-                          index, settings, device, with_base, share))  # fmt: skip
+    reader = Reader(root, index, seed=settings.seed, wants=wants(settings))
+    rows: list[Row] = []
+    with undisturbed(transformer):
+        for addresses in batches(index, settings)[share[0] :: share[1]]:
+            for arm in arms(reader, addresses, settings, with_base):
+                off = adapter.disabled(transformer) if arm.name == BASE else nullcontext()
+                with off:
+                    rows += _losses(transformer, arm, settings, device)
+    return rows
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The documented names (docs/architecture.md) for metrics.jsonl and W&B.
-
-    Rows are put in one order first, so that several ranks' shares give the very numbers of one process.
-    """
-    rows = sorted(rows, key=lambda r: (r.key, r.sigma, r.arm, r.loss))
-    values = {"val/loss": _mean(rows, CORRECT, "loss")}
-    values |= {f"val/loss_{m}": _mean(rows, CORRECT, m) for m in ("video", "audio")}
-    for sigma in sorted({row.sigma for row in rows}):
-        at = [row for row in rows if row.sigma == sigma]
-        values[f"val/loss_sigma/{sigma:g}"] = _mean(at, CORRECT, "loss")
-        if any(row.arm == WRONG for row in at):
-            values[f"val/reference_gap_sigma/{sigma:g}"] = paired(at, CORRECT, WRONG).mean
-    if any(row.arm == WRONG for row in rows):
-        gap = paired(rows, CORRECT, WRONG)
-        values |= {"val/reference_gap": gap.mean, "val/reference_gap_ci95": gap.half}
-    if any(row.arm == BASE for row in rows):
-        values["val/adapter_gain"] = paired(rows, CORRECT, BASE).mean
-    return {name: value for name, value in values.items() if not math.isnan(value)}
+def wants(settings: Settings) -> Wants:
+    """What a reader reads: first captions, never dropped."""
+    return replace(Wants.of([settings.mode]), variants=False)
 
 
-def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> Interval:
-    """Interval of arm - other over identities; pairs share sample, noise level and noise."""
-    first: dict[tuple[str, float], float] = {}
-    second: dict[tuple[str, float], list[float]] = {}
-    speakers: dict[str, str] = {}
-    for row in rows:
-        speakers[row.key] = row.speaker
-        if row.arm == arm:
-            first[row.key, row.sigma] = getattr(row, column)
-        elif row.arm == other:
-            second.setdefault((row.key, row.sigma), []).append(getattr(row, column))
-    differences: dict[str, list[float]] = {}
-    for place, values in second.items():
-        difference = first[place] - sum(values) / len(values)
-        differences.setdefault(speakers[place[0]], []).append(difference)
-    return by_identity(differences)
-
-
-def _rows(
-    transformer: Transformer, reader: Reader, index: Index, settings: Settings, device: torch.device, with_base: bool,
-    share: tuple[int, int],
-) -> Iterator[Row]:  # fmt: skip
+def heldout_records(index: Index, settings: Settings) -> list[Record]:
+    """The clips that are measured, always the same ones."""
     records = sorted(index.split(HELDOUT), key=lambda r: (r.bucket, r.key))
-    records = records[: settings.max_samples] if settings.max_samples else records
-    batches: list[list[Address]] = []
+    return records[: settings.max_samples] if settings.max_samples else records
+
+
+def batches(index: Index, settings: Settings) -> list[list[Address]]:
+    """The held-out clips in batches of one bucket."""
+    records = heldout_records(index, settings)
+    found: list[list[Address]] = []
     for bucket in sorted({r.bucket for r in records}):
         keys = [Address(r.key, 0) for r in records if r.bucket == bucket]
-        batches += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
-    for addresses in batches[share[0] :: share[1]]:
-        for arm, batch in _arms(reader, addresses, settings, with_base):
-            off = adapter.disabled(transformer) if arm == BASE else nullcontext()
-            with off:
-                yield from _losses(transformer, batch, arm, settings, device)
+        found += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
+    return found
 
 
-def _arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[tuple[str, Batch]]:
+def arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[Arm]:
+    """A batch as it is, and every version of it that is compared with it."""
     correct = collate([reader.sample(a) for a in addresses])
-    yield CORRECT, correct
+    yield Arm(CORRECT, correct)
     if with_base:
-        yield BASE, correct
-    for number in range(settings.wrong_references if settings.mode.uses_reference else 0):
-        wrong = [(a, reader.wrong_reference_key(replace(a, draw=number))) for a in addresses]
-        if all(key is not None for _, key in wrong):
-            yield WRONG, collate([reader.with_reference(a, key) for a, key in wrong])
+        yield Arm(BASE, correct)
+    if settings.mode.references:
+        if settings.dropped:
+            yield Arm(DROPPED, correct, without_references=True)
+        others = [reader.others(a, settings.wrong_references) for a in addresses]
+        # One that has fewer others than asked for meets them again, so that a sample's numbers do not depend on
+        # its batch.
+        for number in range(settings.wrong_references if all(others) else 0):
+            pairs = zip(addresses, others, strict=True)
+            yield Arm(WRONG, collate([reader.with_references_of(a, keys[number % len(keys)]) for a, keys in pairs]))
+    if settings.wrong_caption:
+        captions = [reader.other_caption(a) for a in addresses]
+        named = [(a, key) for a, key in zip(addresses, captions, strict=True) if key is not None]
+        if len(named) == len(addresses):
+            yield Arm(CAPTION, collate([reader.with_caption_of(a, key) for a, key in named]))
 
 
-def _losses(
-    transformer: Transformer, batch: Batch, arm: str, settings: Settings, device: torch.device
-) -> Iterator[Row]:
-    for sigma in settings.sigmas:
-        # The distribution is irrelevant here: the level is given; the noise is keyed by sample alone.
-        draws = conditions.draw(batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
-        inputs = conditions.to_device(conditions.assemble(batch, settings.mode, draws), device)
-        result = objective.losses(transformer, inputs, settings.video_weight, settings.audio_weight)
-        nan = torch.full((len(batch.keys),), float("nan"))
-        video = nan if result.video is None else result.video.cpu()
-        audio = nan if result.audio is None else result.audio.cpu()
-        total = torch.nan_to_num(video) * settings.video_weight + torch.nan_to_num(audio) * settings.audio_weight
-        columns = zip(batch.keys, batch.speakers, total.tolist(), video.tolist(), audio.tolist(), strict=True)
-        yield from (Row(key, speaker, sigma, arm, t, v, a) for key, speaker, t, v, a in columns)
+def inputs(arm: Arm, settings: Settings, sigma: float, device: torch.device) -> conditions.ModelInputs:
+    """The arm's batch at one noise level; the noise is keyed by sample alone."""
+    # The distribution is irrelevant here: the level is given.
+    draws = conditions.draw(arm.batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
+    if arm.without_references:
+        draws = conditions.without_references(settings.mode, draws)
+    return transfer.to_device(conditions.assemble(arm.batch, settings.mode, draws), device)
 
 
 @contextmanager
-def _evaluation_mode(transformer: Transformer) -> Generator[None]:
+def undisturbed(transformer: Transformer) -> Generator[None]:
+    """Evaluation mode without gradients; afterwards training mode and torch's random state are as before."""
     training = transformer.training
     state = torch.get_rng_state()
     transformer.eval()
@@ -163,8 +137,15 @@ def _evaluation_mode(transformer: Transformer) -> Generator[None]:
         torch.set_rng_state(state)
 
 
-def _mean(rows: Iterable[Row], arm: str, column: str) -> float:
-    values: Mapping[str, list[float]] = {}
-    kept = [(row.speaker, getattr(row, column)) for row in rows if row.arm == arm]
-    values = {s: [v for speaker, v in kept if speaker == s] for s in {speaker for speaker, _ in kept}}
-    return by_identity(values).mean
+def _losses(transformer: Transformer, arm: Arm, settings: Settings, device: torch.device) -> Sequence[Row]:
+    rows: list[Row] = []
+    for sigma in settings.levels:
+        result = objective.losses(transformer, inputs(arm, settings, sigma, device), Weights())
+        nan = torch.full((len(arm.batch.keys),), float("nan"))
+        video = nan if result.video is None else result.video.cpu()
+        audio = nan if result.audio is None else result.audio.cpu()
+        total = torch.nan_to_num(video) * settings.video_weight + torch.nan_to_num(audio) * settings.audio_weight
+        names = zip(arm.batch.keys, arm.batch.speakers, strict=True)
+        values = zip(total.tolist(), video.tolist(), audio.tolist(), strict=True)
+        rows += [Row(*who, sigma, arm.name, *numbers) for who, numbers in zip(names, values, strict=True)]
+    return rows

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from ltx_train.evaluation.heldout import BASE, CORRECT, WRONG, Row, paired
+from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Row, paired
 from ltx_train.evaluation.statistics import Interval, by_identity
 
 _INK = {CORRECT: "#1f6f8b", WRONG: "#c8553d", BASE: "#8d8d8d"}

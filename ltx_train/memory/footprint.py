@@ -28,7 +28,8 @@ _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
 _BLOCK_OVERHEAD_S = 1.6e-3
 _STREAM_OVERHEAD = 0.05
 _BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
-_MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
+_EIGHT_BITS = 2 * (1 + 4 / 256)
+_MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": _EIGHT_BITS, "paged_adamw8bit": _EIGHT_BITS, "prodigy": 16.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What is optimized: how many parameters (float32), by what, and over how many micro-batches."""
+    """What is optimized: how many parameters (float32), by what, over how many micro-batches, and whether a moving
+    average is kept."""
 
     parameters: int
     optimizer: str
     accumulate: int = 1
     full: bool = False
+    averaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     streamed = min(choice.stream_blocks, size.layers)
     block = _block_bytes(size, choice, 4 if trained.full else work.dtype_bytes)
     frozen = 0.0 if trained.full else (size.layers - streamed) * block + size.outside * work.dtype_bytes
-    states = trained.parameters * (4 + _MOMENT_BYTES[trained.optimizer])
+    states = trained.parameters * ((8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
     gradients = 4.0 * trained.parameters
     unit = _unit(size, work)
     here = 2 + choice.keep_everything if choice.offload_inputs else size.layers

@@ -7,7 +7,8 @@ the compiler sees recomputation and backward as one graph and drops what backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -27,6 +28,7 @@ from ltx_train.memory.stream import WeightStream
 from ltx_train.model.transformer import Block, Pair
 
 Call = Callable[..., Pair]
+Probe = Callable[..., None]
 
 
 class Keep(StrEnum):
@@ -51,6 +53,17 @@ class BlockRunner:
         self._keep, self.stream, self._offload = list(keep), stream, offload
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
+        self._probe: Probe | None = None
+
+    @contextmanager
+    def probed(self, probe: Probe) -> Generator[None]:
+        """Within the context, `probe` is called with every block's arguments in passes without gradient, while the
+        block's weights are on the device."""
+        self._probe = probe
+        try:
+            yield
+        finally:
+            self._probe = None
 
     def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
         streamed = self.stream is not None and index in self.stream
@@ -68,6 +81,8 @@ class BlockRunner:
         """Validation and sampling."""
         if streamed and self.stream is not None:
             self.stream.begin(index, backward=False, training=False)
+        if self._probe is not None:
+            self._probe(index, block, *arguments)
         result = self._calls[Keep.everything](block, *arguments)
         if streamed and self.stream is not None:
             self.stream.end(index)

@@ -7,9 +7,10 @@ must not know files or optimizers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ltx_train import rng
-from ltx_train.contracts import UserError
+from ltx_train.contracts import Mode, UserError
 from ltx_train.model.linear import LowRankLinear, frobenius, mix
+from ltx_train.model.reach import sees_loss
 
 _NAME = "default"
 
@@ -30,49 +32,104 @@ class AdapterError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Rank, alpha (scale = alpha / rank), dropout and target module names (suffixes at a dot)."""
+    """What is attached: rank, alpha (scale = alpha / rank), dropout and target module names (suffixes at a dot).
+
+    rank_pattern, alpha_pattern: other values by suffix. rslora: scale = alpha / sqrt(rank), after Kalajdzievski 2023.
+    dora: a trained magnitude per output channel, after Liu et al. 2024. init: how A begins (B is zero). modes: layers
+    that the loss of none of them reaches are left alone; empty: all are taken.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    modes: tuple[Mode, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        return next((r for suffix, r in self.rank_pattern.items() if _hits(module, suffix)), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What B A is multiplied by."""
+        alpha = next((a for suffix, a in self.alpha_pattern.items() if _hits(module, suffix)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def matched_modules(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Full names of the linear layers a list of targets hits, in model order.
+def matched_modules(model: nn.Module, targets: Iterable[str], modes: tuple[Mode, ...] = ()) -> list[str]:
+    """Full names of the linear layers a list of targets hits, in model order; of these, the ones that the loss of
+    one of the modes reaches.
 
     AdapterError names every target that hits nothing: a mistyped one must not shrink the adapter silently.
     """
     names = [name for name, module in model.named_modules() if _is_linear(module) and "lora_" not in name]
     names = [name.removesuffix(".base_layer") for name in names]
     wanted = list(targets)
+    if modes:
+        layers = 1 + max((int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")), default=-1)
+        alive = {name for name in names if sees_loss(name, modes, layers)}
+    else:
+        alive = set(names)
     dead = [t for t in wanted if not any(_hits(name, t) for name in names)]
     if dead:
         raise AdapterError(f"adapter.targets match no linear layer of the transformer: {', '.join(dead)}")
-    return [name for name in names if any(_hits(name, t) for t in wanted)]
+    unreached = [t for t in wanted if not any(_hits(name, t) for name in alive)]
+    if unreached:
+        raise AdapterError(f"adapter.targets name layers that the mode's loss never reaches: {', '.join(unreached)}")
+    return [name for name in names if name in alive and any(_hits(name, t) for t in wanted)]
 
 
 def attach(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Adds trainable float32 LoRA weights in place: A from a keyed Kaiming draw, B zero, so the output is unchanged."""
-    modules = matched_modules(model, lora.targets)
+    """Adds trainable float32 LoRA weights in place: A from a keyed draw, B zero, so the output is unchanged."""
+    modules = matched_modules(model, lora.targets, lora.modes)
+    other = {re.escape(m): lora.rank_of(m) for m in modules if lora.rank_of(m) != lora.rank}
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         target_modules=modules,
+        rank_pattern=other,
     )
     config._register_custom_module({nn.Linear: LowRankLinear})
     inject_adapter_in_model(config, model, adapter_name=_NAME)
+    for module in modules:
+        layer = model.get_submodule(module)
+        assert isinstance(layer, LowRankLinear)
+        layer.scaling[_NAME] = lora.scale_of(module)
+        if lora.dora:
+            layer.add_magnitude(_NAME)
     for name, parameter in lora_parameters(model).items():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
         if ".lora_A." in name and not parameter.is_meta:
-            stream = torch.Generator(parameter.device).manual_seed(rng.key_seed(seed, "lora", name))
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=stream)
+            _begin(
+                parameter, lora.init, torch.Generator(parameter.device).manual_seed(rng.key_seed(seed, "lora", name))
+            )
+
+
+def _begin(parameter: nn.Parameter, init: str, stream: torch.Generator) -> None:
+    """kaiming: U(+-1 / sqrt(inputs)). gaussian: standard deviation 1 / rank. orthogonal: orthonormal rows."""
+    if init == "gaussian":
+        nn.init.normal_(parameter, std=1 / parameter.shape[0], generator=stream)
+    elif init == "orthogonal":
+        nn.init.orthogonal_(parameter, generator=stream)
+    else:
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=stream)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the adapter off again: every layer is the base's."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear)]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Adapter parameters as `<module>.lora_A.weight` / `<module>.lora_B.weight`."""
+    """Adapter parameters as `<module>.lora_A.weight`, `<module>.lora_B.weight` and, with DoRA,
+    `<module>.lora_magnitude_vector.weight`."""
     found = ((plain_name(name), p) for name, p in model.named_parameters() if ".lora_" in name)
     return dict(found)
 
@@ -149,23 +206,38 @@ def disabled(model: nn.Module) -> Generator[None]:
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Scales the adapter's contribution: output = base + strength * (alpha / rank) * B(A(x))."""
-    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.set_scale(_NAME, strength)
+    """Scales the adapter's contribution once: output = base + strength * scale * B(A(x))."""
+    for layer in (m for m in model.modules() if isinstance(m, LowRankLinear)):
+        layer.scaling[_NAME] *= strength
 
 
-def norm_ratio(model: nn.Module) -> float:
-    """|dW| / |W| over all targeted layers, Frobenius norms: how far the adapter has moved the weights.
+def norm_ratios(model: nn.Module) -> dict[str, float]:
+    """|dW| / |W| by part of the block and over all targeted layers ("", the last one), Frobenius norms: how far the
+    adapter has moved the weights.
 
-    |B A|^2 = sum((A A^T) * (B^T B)) needs only rank x rank matrices.
+    |B A|^2 = sum((A A^T) * (B^T B)) needs only rank x rank matrices. A magnitude of DoRA is not counted.
     """
-    delta = base = 0.0
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for layer in layers:
-        a, b = layer.lora_A[_NAME].weight.float(), layer.lora_B[_NAME].weight.float()
-        delta += float(((a @ a.T) * (b.T @ b)).sum().detach()) * layer.scaling[_NAME] ** 2
-        base += frobenius(layer.get_base_layer()) ** 2
-    return math.sqrt(max(delta, 0.0) / base) if base else 0.0
+    moved: dict[str, list[Tensor]] = {}
+    base: dict[str, float] = {}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    for name, layer in layers.items():
+        a, b = layer.lora_A[_NAME].weight.detach().float(), layer.lora_B[_NAME].weight.detach().float()
+        group = module_group(name)
+        moved.setdefault(group, []).append(((a @ a.T) * (b.T @ b)).sum() * layer.scaling[_NAME] ** 2)
+        base[group] = base.get(group, 0.0) + frobenius(layer.get_base_layer()) ** 2
+    squares = {group: max(0.0, float(torch.stack(parts).sum())) for group, parts in moved.items()}
+    ratios = {group: math.sqrt(square / base[group]) if base[group] else 0.0 for group, square in squares.items()}
+    total = sum(base.values())
+    return {**ratios, "": math.sqrt(sum(squares.values()) / total) if total else 0.0}
+
+
+def unmoved(model: nn.Module) -> list[str]:
+    """Targeted layers whose B is still exactly zero: after the first steps, layers that never learn."""
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if not layers:
+        return []
+    largest = torch.stack([layer.lora_B[_NAME].weight.detach().abs().amax() for layer in layers.values()])
+    return [name for name, value in zip(layers, largest.tolist(), strict=True) if value == 0]
 
 
 def module_group(name: str) -> str:

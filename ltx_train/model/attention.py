@@ -70,6 +70,18 @@ def _weighted(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
+def key_mass(module: Any, hidden: Tensor, rotary: Rotary, bias: Tensor | None, rows: Tensor, first_key: int) -> float:
+    """The share of attention that the queries at `rows` give to the keys from `first_key` on: mean over batch, heads
+    and queries, of self-attention over hidden (B, T, D)."""
+    query = _heads(module, module.norm_q(module.to_q(hidden)))
+    key = _heads(module, module.norm_k(module.to_k(hidden)))
+    query, key = (rotated(x, rotary).transpose(1, 2).float() for x in (query, key))
+    logits = query[:, :, rows] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if bias is not None:
+        logits = logits + (bias[:, :, rows] if bias.shape[2] > 1 else bias).float()
+    return float(logits.softmax(dim=-1)[..., first_key:].sum(dim=-1).mean())
+
+
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """x (B, T, H, D) turned by the angles whose (cos, sin) are (B, H, T, D / 2), in float32; pairs are (i, i + D / 2).
 

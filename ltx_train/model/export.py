@@ -1,7 +1,7 @@
 """Trained weights as files others can load: a LoRA for ComfyUI and diffusers, or a full checkpoint.
 
-Owns the exported names and metadata, and the proof that a file binds to a base. It must not know
-runs or training.
+Owns the exported names and metadata, and how a LoRA file is put on a model. It must not know runs
+or training.
 """
 
 from __future__ import annotations
@@ -14,25 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ltx_train.contracts import DataError
 from ltx_train.model import adapter
+from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import CheckpointFile, TensorSource
 from ltx_train.model.loaders import expected_tensors, transformer_original_name
+from ltx_train.model.lora_file import DORA, LORA_PREFIX, merged_weight, module_of, refuse_unbound
+from ltx_train.model.merged import MergedSource
 
-LORA_PREFIX = "diffusion_model."
 
+def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`diffusion_model.<module>.lora_A/B.weight`; the scale is folded into B, so that the file needs no alpha.
 
-def lora_tensors(parameters: Mapping[str, Tensor], rank: int, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`diffusion_model.<module>.lora_A/B.weight`; alpha / rank is folded into B, so that the file needs no alpha."""
-    scale = alpha / rank
+    DoRA's magnitudes become `<module>.dora_scale` (out, 1).
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        value = parameter.detach().float() * (scale if ".lora_B." in name else 1.0)
-        tensors[LORA_PREFIX + name] = value.to(dtype).cpu().contiguous()
+        module, _, part = name.rpartition(".lora_")
+        value, exported = parameter.detach().float(), name
+        if part.startswith("B"):
+            value = value * lora.scale_of(module)
+        elif part.startswith("magnitude"):
+            value, exported = value[:, None], f"{module}.{DORA}"
+        tensors[LORA_PREFIX + exported] = value.to(dtype).cpu().contiguous()
     return tensors
 
 
@@ -52,73 +60,55 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise DataError(f"{path} could not be written ({error})") from error
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by module name (`<module>.lora_A.weight`) and metadata; DataError if it is not a whole LoRA."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no LoRA at {path}")
-    try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a readable safetensors file ({error}): it may be cut short") from error
-    foreign = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
-    if foreign or not tensors:
-        raise DataError(f"{path} is not a LoRA: {foreign[0] if foreign else 'it holds no tensors'}")
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise DataError(f"{path}: {len(broken)} tensors are not finite (first: {broken[0]})")
-    return {name.removeprefix(LORA_PREFIX): tensor for name, tensor in tensors.items()}, metadata
-
-
-def unbound_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Every reason why a LoRA does not fit a model (on the meta device will do): unknown modules, halves, shapes."""
-    linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    problems: list[str] = []
-    for name, tensor in tensors.items():
-        module, _, half = name.rpartition(".lora_")
-        other = f"{module}.lora_{'B' if half.startswith('A') else 'A'}.weight"
-        if module not in linears:
-            problems.append(f"{name}: the base has no such module")
-        elif other not in tensors:
-            problems.append(f"{name}: its other half is missing")
-        else:
-            layer = linears[module]
-            rank = tensors[f"{module}.lora_A.weight"].shape[0]
-            wanted = (rank, layer.in_features) if half.startswith("A") else (layer.out_features, rank)
-            if tuple(tensor.shape) != wanted:
-                problems.append(f"{name}: shape {list(tensor.shape)}, the base needs {list(wanted)}")
-    return problems
-
-
 def bind(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
     """Attaches a LoRA read from a file to a model, at a strength. DataError lists what does not bind."""
-    problems = unbound_keys(tensors, model)
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        listed = "\n  ".join(problems[:10])
-        raise DataError(f"{len(problems)} of {len(tensors)} keys do not bind to the base:\n  {listed}{more}")
-    modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    ranks = {m: tensors[f"{m}.lora_A.weight"].shape[0] for m in modules}
-    if len(set(ranks.values())) != 1:
-        raise DataError(f"the LoRA mixes ranks ({sorted(set(ranks.values()))}), which this release does not load")
-    rank = next(iter(ranks.values()))
-    adapter.attach(model, adapter.Lora(rank, rank, 0.0, tuple(modules)), seed=0)
-    adapter.load_state(model, {name: tensor.float() for name, tensor in tensors.items()})
+    refuse_unbound(tensors, model)
+    ranks = {module_of(name): tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    dora = any(name.endswith(DORA) for name in tensors)
+    lora = Lora(1, 1, 0.0, tuple(ranks), rank_pattern=ranks, alpha_pattern=ranks, dora=dora)
+    adapter.attach(model, lora, seed=0)
+    adapter.load_state(model, {_trained_name(n): _trained_shape(n, t) for n, t in tensors.items()})
     adapter.set_strength(model, strength)
 
 
+def start_from(model: nn.Module, tensors: Mapping[str, Tensor], lora: Lora) -> list[str]:
+    """Sets the attached adapter to a file's weights, its own scale taken out of B; returns the layers without any.
+
+    DataError when the file holds layers that are not trained, or of another rank: nothing of it may be lost.
+    """
+    parameters = adapter.lora_parameters(model)
+    given = {_trained_name(n): _trained_shape(n, t) for n, t in tensors.items()}
+    extra = sorted({module_of(n) for n in given if n not in parameters})
+    if extra:
+        raise DataError(
+            f"adapter.start_from: the file has {len(extra)} layers that this run does not train (first: {extra[0]}); "
+            "set adapter.targets and adapter.dora as it was trained"
+        )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            if parameters[name].shape != tensor.shape:
+                ours, theirs = list(parameters[name].shape), list(tensor.shape)
+                raise DataError(f"adapter.start_from: {name} is {theirs} in the file and {ours} here: set adapter.rank")
+            scale = lora.scale_of(module_of(name)) if ".lora_B." in name else 1.0
+            parameters[name].copy_(tensor / scale)
+    return sorted({module_of(n) for n in parameters if n not in given})
+
+
+def _trained_name(name: str) -> str:
+    return f"{module_of(name)}.lora_magnitude_vector.weight" if name.endswith(DORA) else name
+
+
+def _trained_shape(name: str, tensor: Tensor) -> Tensor:
+    return tensor.float()[:, 0] if name.endswith(DORA) else tensor.float()
+
+
 def merge(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
-    """Adds strength * B A to the weights in place, as a loader without adapters does; sums in float32."""
-    for name in tensors:
-        module, _, half = name.rpartition(".lora_")
-        if half.startswith("A"):
-            layer = model.get_submodule(module)
-            assert isinstance(layer, nn.Linear)
-            delta = tensors[f"{module}.lora_B.weight"].float() @ tensors[name].float()
-            weight = layer.weight.float() + strength * delta.to(layer.weight.device)
-            layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    """Adds the LoRA to the weights in place, as a loader without adapters does; sums in float32."""
+    for module in sorted({module_of(name) for name in tensors}):
+        layer = model.get_submodule(module)
+        assert isinstance(layer, nn.Linear)
+        weight = merged_weight(layer.weight, tensors, module, strength)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -127,12 +117,13 @@ def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dt
     dtype: of the trained tensors; the others keep theirs. Written tensor by tensor: host memory holds one
     beside `trained`.
     """
-    shapes = base.shapes if isinstance(base, CheckpointFile) else expected_tensors(base)
+    file = base.inner if isinstance(base, MergedSource) else base
+    shapes = file.shapes if isinstance(file, CheckpointFile) else expected_tensors(base)
     replaced = {transformer_original_name(name): tensor for name, tensor in trained.items()}
     unknown = sorted(replaced.keys() - shapes.keys())
     if unknown:
         raise DataError(f"{len(unknown)} trained tensors are not in the base checkpoint (first: {unknown[0]})")
-    kept = base.dtypes if isinstance(base, CheckpointFile) else {}
+    kept = file.dtypes if isinstance(file, CheckpointFile) else {}
     types = {name: _NAMES[dtype] if name in replaced else kept.get(name, "F32") for name in shapes}
 
     def value(name: str) -> Tensor:

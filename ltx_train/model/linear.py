@@ -34,8 +34,36 @@ class LowRankLinear(PeftLinear):
         for name in self.active_adapters:
             layers: Any = (self.lora_A[name], self.lora_B[name])
             down, up = (layer.weight.to(x.dtype) for layer in layers)
-            result = result + F.linear(F.linear(self._dropped(x, name), down), up) * self.scaling[name]
+            added = F.linear(F.linear(self._dropped(x, name), down), up) * self.scaling[name]
+            stretched = name in self.lora_magnitude_vector
+            result = self._stretched(result, added, name) if stretched else result + added
         return result
+
+    def add_magnitude(self, name: str) -> None:
+        """DoRA's magnitudes, beginning as the norms of the base's rows, so that the output is unchanged."""
+        layer: Any = self.get_base_layer()
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(dense_weight(layer), dim=1)
+        self.lora_magnitude_vector[name] = Magnitude(norms)
+
+    def _stretched(self, result: Tensor, added: Tensor, name: str) -> Tensor:
+        """m / |W + s B A| (W x + s B A x) + bias; the norm's own gradient is left out (DoRA, section 4.3)."""
+        base: Any = self.get_base_layer()
+        magnitude: Any = self.lora_magnitude_vector[name]
+        factor = (magnitude.weight / self._row_norms(name, result.dtype)).to(result.dtype)
+        if base.bias is None:
+            return (result + added) * factor
+        bias = base.bias.to(result.dtype)
+        return (result - bias + added) * factor + bias
+
+    @torch.no_grad()
+    def _row_norms(self, name: str, dtype: torch.dtype) -> Tensor:
+        """(out,) float32 norms of the rows of W + s B A, formed in `dtype`."""
+        layers: Any = (self.lora_A[name], self.lora_B[name])
+        down, up = (layer.weight.to(dtype) for layer in layers)
+        layer: Any = self.get_base_layer()
+        base = layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)
+        return torch.linalg.vector_norm(base + self.scaling[name] * (up @ down), dim=1, dtype=torch.float32)
 
     def dropout_rate(self, name: str) -> float:
         layer = self.lora_dropout[name]
@@ -49,6 +77,14 @@ class LowRankLinear(PeftLinear):
             raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
         kept = keyed_mask(self.mask_keys, x.shape[1:], rate)
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
+
+
+class Magnitude(nn.Module):
+    """weight (out,) float32: what DoRA multiplies the normalized rows with."""
+
+    def __init__(self, norms: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norms)
 
 
 def keyed_mask(keys: Tensor, shape: torch.Size, rate: float) -> Tensor:

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor, nn
 
 from ltx_train.contracts import Modality
-from ltx_train.diffusion import conditions
+from ltx_train.diffusion import transfer
 from ltx_train.model.attention import Rotary, attend, bias_from_strength
 from ltx_train.model.spec import Section
 
@@ -41,6 +41,8 @@ class Stream(NamedTuple):
     context: Tensor
     context_bias: Tensor | None
     self_bias: Tensor | None
+    cross_bias: Tensor | None  # on this modality's tokens, for the other's queries
+    text_scale: Tensor | None  # (B, T, 1)
     rotary: Rotary
     cross_rotary: Rotary
     embedded: Tensor  # (U, D)
@@ -87,6 +89,11 @@ class Block(LTX2VideoTransformerBlock):
             audio = audio + self.audio_ff(_scaled(self.audio_norm3(audio), a_mod[3], a_mod[4])) * a_mod[5]
         return video, audio
 
+    def attended(self, hidden: Tensor, stream: Stream, name: str) -> Tensor:
+        """What self-attention reads of hidden (B, T, D): normalized and modulated; name is "" or "audio_"."""
+        mod = _modulation(getattr(self, f"{name}scale_shift_table"), stream.modulation, stream.level)
+        return _scaled(getattr(self, f"{name}norm1")(hidden), mod[0], mod[1])
+
     def _own_and_text(self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool) -> Tensor:
         layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
         own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
@@ -96,7 +103,8 @@ class Block(LTX2VideoTransformerBlock):
         prompt_shift, prompt_scale = _prompt_modulation(table, stream)
         query = _scaled(layers["norm2"](hidden), mod[6], mod[7])
         context = stream.context * (1 + prompt_scale) + prompt_shift
-        return hidden + attend(layers["attn2"], query, context, bias=stream.context_bias) * mod[8]
+        read = attend(layers["attn2"], query, context, bias=stream.context_bias) * mod[8]
+        return hidden + (read if stream.text_scale is None else read * stream.text_scale)
 
     def _across(self, video: Tensor, audio: Tensor, v: Stream, a: Stream) -> tuple[Tensor, Tensor]:
         """Audio to video and video to audio, both from the state before either."""
@@ -110,11 +118,11 @@ class Block(LTX2VideoTransformerBlock):
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
         to_video = attend(
             self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), _scaled(a_norm, a_mod[1], a_mod[0]),
-            rotary=v.cross_rotary, key_rotary=a.cross_rotary,
+            bias=a.cross_bias, rotary=v.cross_rotary, key_rotary=a.cross_rotary,
         )  # fmt: skip
         to_audio = attend(
             self.video_to_audio_attn, _scaled(a_norm, a_mod[3], a_mod[2]), _scaled(v_norm, v_mod[3], v_mod[2]),
-            rotary=a.cross_rotary, key_rotary=v.cross_rotary,
+            bias=v.cross_bias, rotary=a.cross_rotary, key_rotary=v.cross_rotary,
         )  # fmt: skip
         video = video + (v_table[4] + v.cross_gate) * to_video
         return video, audio + (a_table[4] + a.cross_gate) * to_audio
@@ -179,7 +187,7 @@ class Transformer(nn.Module):
             return None
         kind = "audio" if name else "video"
         scale, gate_scale = self.config["timestep_scale_multiplier"], self.config["av_ca_timestep_scale_multiplier"]
-        distinct = own.levels or conditions.distinct(own.timesteps)
+        distinct = own.levels or transfer.distinct(own.timesteps)
         levels = distinct.values.to(own.latent.device)
         modulation, embedded = self._embed(f"{name}adaln_single", levels * scale)
         prompt = f"{name}prompt_adaln_single"
@@ -198,6 +206,8 @@ class Transformer(nn.Module):
             context=own.context.to(self.dtype),
             context_bias=bias_from_strength(own.context_mask, self.dtype),
             self_bias=bias_from_strength(own.attention_mask, self.dtype),
+            cross_bias=bias_from_strength(own.cross_mask, self.dtype),
+            text_scale=None if own.reads_text is None else own.reads_text.to(self.dtype)[..., None],
             rotary=self._rotary[kind](positions),
             cross_rotary=self._rotary[f"{kind}_cross"](positions[:, :1]),
             embedded=embedded,

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,28 @@ from ltx_train.contracts import DataError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """step: optimizer steps done. weights by plain name; optimizer as `optimizer.state_dict()`; notes: JSON values."""
+    """step: optimizer steps done. weights by plain name; optimizer as `optimizer.state_dict()`; notes: JSON values.
+    average: the moving average of the weights, empty when there is none."""
 
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     notes: Mapping[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def published(self) -> Mapping[str, Tensor]:
+        """The weights that are measured and exported."""
+        return self.average or self.weights
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Commits a checkpoint and removes the oldest committed ones beyond `keep`.
+def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None = None) -> Path:
+    """Commits a checkpoint and removes the oldest committed ones beyond `keep`, the protected step never.
 
     DataError when the disk refuses; nothing half written stays and earlier checkpoints are untouched.
     """
@@ -59,7 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise DataError(
             f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({error})"
         ) from error
-    _prune(folder, keep)
+    _prune(folder, keep, protected)
     return final
 
 
@@ -78,17 +86,25 @@ def verify(path: Path) -> None:
             raise DataError(f"{path / name} is damaged: remove {path} to continue from the checkpoint before it")
 
 
+def notes(path: Path) -> Mapping[str, Any]:
+    """What the run noted with a checkpoint, without its tensors."""
+    return json.loads((path / _STATE).read_text())["notes"]
+
+
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint that `verify` finds whole."""
     verify(path)
     state = json.loads((path / _STATE).read_text())
     tensors = load_file(path / _OPTIMIZER)
     optimizer = {"state": _nested(tensors, state["optimizer"]["state"]), "param_groups": state["optimizer"]["groups"]}
-    return Checkpoint(state["step"], load_file(path / _WEIGHTS), optimizer, state["notes"])
+    average = load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {}
+    return Checkpoint(state["step"], load_file(path / _WEIGHTS), optimizer, state["notes"], average)
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, folder / _WEIGHTS)
+    if checkpoint.average:
+        save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.average.items()}, folder / _AVERAGE)
     flat = dict(_flat(checkpoint.optimizer["state"]))
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / _OPTIMIZER)
@@ -139,8 +155,10 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, protected: int | None) -> None:
     for old in committed(folder)[:-keep]:
+        if old.name == f"step-{protected or 0:06d}":
+            continue
         shutil.rmtree(old)
     for half in folder.glob("step-*.tmp-*"):
         shutil.rmtree(half, ignore_errors=True)

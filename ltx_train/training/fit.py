@@ -24,12 +24,14 @@ from ltx_train.data.module import ShardData
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.training import checkpointing
+from ltx_train.training.console import ConsoleProgress
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.preemption import Preemption
 from ltx_train.training.ranks import AgreedError, Ranks
 from ltx_train.training.saving import Publish, Saver
+from ltx_train.training.selection import Selection
 from ltx_train.training.task import Task
-from ltx_train.training.tracking import ConsoleProgress, Metrics
+from ltx_train.training.tracking import Metrics
 from ltx_train.training.watchdog import Watchdog
 
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -40,6 +42,7 @@ class Plan:
     """When things happen, in optimizer steps; an interval of 0 means only at the end.
 
     failures: so many saves in a row may fail before the run ends. restarts: how often this machine has started it.
+    dead_after: from this step on, adapter layers that have not moved are reported.
     """
 
     folder: Path
@@ -51,6 +54,11 @@ class Plan:
     failures: int
     restarts: int
     notes: Mapping[str, Any]
+    dead_after: int = 20
+
+    def logs(self, step: int) -> bool:
+        """Whether a row of training numbers is written after this step."""
+        return step % self.log_every == 0 or step >= self.steps
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,17 @@ class Outside:
 class Edge(Callback):
     """The work at the edge of a step, the same on every rank; files are rank 0's."""
 
-    def __init__(self, plan: Plan, monitor: Monitor, outside: Outside, preemption: Preemption, ranks: Ranks) -> None:
-        self._plan, self._monitor, self._outside = plan, monitor, outside
+    def __init__(
+        self, plan: Plan, monitor: Monitor, outside: Outside, preemption: Preemption, ranks: Ranks,
+        selection: Selection,
+    ) -> None:  # fmt: skip
+        self._plan, self._monitor, self._outside, self._selection = plan, monitor, outside, selection
         self._preemption, self._ranks = preemption, ranks
         self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish)
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
         self._failed = 0
+        self._told_dead = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = _task(pl_module)
@@ -85,8 +97,8 @@ class Edge(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         task = _task(pl_module)
-        assert task.result is not None
-        self._monitor.add(task.result)
+        for result in task.results:
+            self._monitor.add(result)
         if task.step != self._seen:
             self._seen = task.step
             self._at_edge(trainer, task)
@@ -106,25 +118,31 @@ class Edge(Callback):
         stop = self._ranks.any(self._preemption.requested)
         if self._progress is not None:
             self._progress.advance(step)
-        row = self._training_row(task) if step % self._plan.log_every == 0 or last else {}
+        row = self._training_row(task) if self._plan.logs(step) else {}
+        better = False
         if self._outside.evaluate is not None and (_due(step, self._plan.evaluate_every) or last):
-            row |= self._outside.evaluate(step)
+            measured = self._outside.evaluate(step)
+            better = self._selection.saw(step, measured)
+            row |= measured
+        ended = self._selection.ended
         if row and self._outside.metrics is not None and self._progress is not None:
             self._outside.metrics.write(step, row)
             self._progress.row(step, self._plan.steps, row)
-        if _due(step, self._plan.save_every) or last or stop:
-            self._save(task, must=last or stop)
+        if _due(step, self._plan.save_every) or last or stop or better or ended:
+            self._save(task, must=bool(last or stop or ended))
         if stop:
             self._preemption.settled()
-        trainer.should_stop = stop or last
+        trainer.should_stop = bool(stop or last or ended)
         self._outside.watchdog.beat()
 
     def _training_row(self, task: Task) -> dict[str, float]:
         assert task.grad_norm is not None
         row = self._monitor.row(self._ranks)
         row |= {"train/grad_norm": float(task.grad_norm), "optim/lr": task.schedule.at(task.step - 1)}
+        row |= {f"train/grad_norm/{group}": float(norm) for group, norm in task.grad_norms.items()}
+        row |= task.balance.row()
         if adapter.lora_parameters(task.transformer):
-            row["train/adapter_norm_ratio"] = adapter.norm_ratio(task.transformer)
+            row |= self._adapter_row(task)
         runner = task.transformer.run_block
         if isinstance(runner, BlockRunner) and runner.stream is not None:
             row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, task.step - self._rowed)
@@ -139,17 +157,34 @@ class Edge(Callback):
         self._rowed = task.step
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
+    def _adapter_row(self, task: Task) -> dict[str, float]:
+        """How far the adapter has moved, and which of its layers never did."""
+        ratios = adapter.norm_ratios(task.transformer)
+        row = {f"train/adapter_norm_ratio/{group}".rstrip("/"): ratio for group, ratio in ratios.items()}
+        if task.step < self._plan.dead_after:
+            return row
+        dead = adapter.unmoved(task.transformer)
+        if dead and not self._told_dead and self._ranks.leads:
+            print(f"ltx-train: {len(dead)} adapter layers have not moved since the start: {dead[0]}", file=sys.stderr)
+        self._told_dead = True
+        return {**row, "train/dead_adapters": len(dead)}
+
     def _save(self, task: Task, *, must: bool) -> None:
         """Starts to save the step; one that `must` succeed is waited for."""
         if task.step == self._saved:
             return
         task.guard.check()
         self._settle(must=False)
-        notes = {**self._plan.notes, "monitor": self._monitor.state(self._ranks)}
+        notes = {
+            **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
+            "selection": self._selection.state(), "ended": self._selection.ended,
+        }  # fmt: skip
         if self._ranks.leads:
             optimizer: Any = task.optimizers(use_pl_optimizer=False)
             weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}
-            self._saver.start(checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes))
+            average = task.average.tensors if task.average is not None else {}
+            live = checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes, average)
+            self._saver.start(live, self._selection.best_step)
         self._saved = task.step
         if must:
             self._settle(must=True)
@@ -177,11 +212,13 @@ class Edge(Callback):
 
 
 def fit(
-    plan: Plan, task: Task, data: ShardData, monitor: Monitor, device: torch.device, outside: Outside, ranks: Ranks
-) -> Exit:
-    """Trains from the task's first step to the plan's last; DONE, or PREEMPTED after a signal and a save."""
+    plan: Plan, task: Task, data: ShardData, monitor: Monitor, device: torch.device, outside: Outside, ranks: Ranks,
+    selection: Selection,
+) -> Exit:  # fmt: skip
+    """Trains from the task's first step to the plan's last, or until measuring says so; DONE, or PREEMPTED after a
+    signal and a save."""
     preemption = Preemption()
-    edge = Edge(plan, monitor, outside, preemption, ranks)
+    edge = Edge(plan, monitor, outside, preemption, ranks, selection)
     _quiet()
     # One device per process and our own collectives: Lightning must not look for other processes by itself.
     trainer = Trainer(
@@ -197,7 +234,9 @@ def fit(
         preemption.leave()
         if outside.metrics is not None:
             outside.metrics.close()
-    return Exit.PREEMPTED if task.step < plan.steps else Exit.DONE
+    if task.step < plan.steps and selection.ended and ranks.leads:
+        print(f"ended at step {task.step}: {selection.ended}")
+    return Exit.PREEMPTED if task.step < plan.steps and not selection.ended else Exit.DONE
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,13 +17,14 @@ from ltx_train.contracts import StepResult
 from ltx_train.training.ranks import ALONE, Ranks
 
 _BUCKETS = 4
+_BINS = 10
 
 
 class Monitor:
     """Collects step results; `row` averages and clears them. Tensors stay on their device until then."""
 
     def __init__(self, video_weight: float, audio_weight: float, planned_gib: float | None = None) -> None:
-        self._weights = (video_weight, audio_weight)
+        self._weights = {"video": video_weight, "audio": audio_weight}
         self._planned_gib = planned_gib
         self._parts: dict[str, list[Tensor]] = {}
         self._steps = 0
@@ -31,12 +32,13 @@ class Monitor:
         self._waited = 0.0
 
     def add(self, result: StepResult) -> None:
-        """One micro-batch."""
+        """One micro-batch, or the part of it that is in one mode."""
         total = torch.zeros_like(result.sigma)
-        for name, weight, loss in zip(("video", "audio"), self._weights, (result.video, result.audio), strict=True):
+        for name, loss in (("video", result.video), ("audio", result.audio)):
+            # Where modes are mixed, samples without a modality have no number for it.
+            self._keep(name, torch.full_like(total, torch.nan) if loss is None else loss)
             if loss is not None:
-                self._keep(name, loss)
-                total = total + weight * loss.detach()
+                total = total + self._weights[name] * loss.detach()
         self._keep("total", total)
         self._keep("sigma", result.sigma)
 
@@ -57,12 +59,10 @@ class Monitor:
         finite = torch.isfinite(values["total"])
         values = {name: numbers[finite] for name, numbers in values.items()}
         row = {"train/loss": float(values["total"].mean())}
-        row |= {f"train/loss_{name}": float(values[name].mean()) for name in ("video", "audio") if name in values}
-        place = (values["sigma"] * _BUCKETS).long().clamp(0, _BUCKETS - 1)
-        for bucket in range(_BUCKETS):
-            if bool((place == bucket).any()):
-                name = f"train/loss_sigma/{bucket / _BUCKETS:.2f}-{(bucket + 1) / _BUCKETS:.2f}"
-                row[name] = float(values["total"][place == bucket].mean())
+        for name in ("video", "audio"):
+            known = values[name][values[name].isfinite()] if name in values else values["total"][:0]
+            row |= {f"train/loss_{name}": float(known.mean())} if len(known) else {}
+        row |= _by_level(values["sigma"], values["total"])
         now = time.perf_counter()
         row["perf/step_s"] = (now - self._started) / max(1, self._steps)
         row["perf/data_wait_s"] = self._waited / max(1, self._steps)
@@ -92,3 +92,16 @@ class Monitor:
 
     def _keep(self, name: str, values: Tensor) -> None:
         self._parts.setdefault(name, []).append(values.detach())
+
+
+def _by_level(sigma: Tensor, total: Tensor) -> dict[str, float]:
+    """The loss in four slices of the noise level, and the histogram of the levels in ten."""
+    row: dict[str, float] = {}
+    place = (sigma * _BUCKETS).long().clamp(0, _BUCKETS - 1)
+    for bucket in range(_BUCKETS):
+        if bool((place == bucket).any()):
+            name = f"train/loss_sigma/{bucket / _BUCKETS:.2f}-{(bucket + 1) / _BUCKETS:.2f}"
+            row[name] = float(total[place == bucket].mean())
+    counts = torch.bincount((sigma * _BINS).long().clamp(0, _BINS - 1), minlength=_BINS).double()
+    shares = (counts / max(1, len(sigma))).tolist()
+    return row | {f"train/sigma_share/{i / _BINS:.1f}-{(i + 1) / _BINS:.1f}": share for i, share in enumerate(shares)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +37,30 @@ class Schedule:
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`adamw` (torch) or `adamw8bit` (bitsandbytes)."""
+    """`adamw` (torch), `adamw8bit` and `paged_adamw8bit` (bitsandbytes; the latter's moments may leave a full GPU), or
+    `prodigy` (prodigyopt), whose learning rate is a factor on its own estimate: 1 is the usual one."""
     parameters = list(parameters)
     if name == "adamw":
         fused = parameters[0].is_cuda
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    if name == "prodigy":
+        return _prodigy(parameters, lr, betas, weight_decay)
     import bitsandbytes  # a second's import, for runs that use it
 
     optimizers: Any = bitsandbytes.optim
-    return optimizers.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    # Only a GPU's memory can be paged.
+    paged = name == "paged_adamw8bit" and parameters[0].is_cuda
+    kind = optimizers.PagedAdamW8bit if paged else optimizers.AdamW8bit
+    return kind(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def _prodigy(
+    parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    import prodigyopt
+
+    kind: Any = prodigyopt.Prodigy
+    with redirect_stdout(io.StringIO()):  # it announces its weight decay
+        return kind(
+            parameters, lr=lr, betas=betas, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ class Saver:
         self._running: Future[None] | None = None
         self.blocked_s = 0.0
 
-    def start(self, live: Checkpoint) -> None:
-        """Copies the state to host memory and returns; `settle` must have been called before."""
+    def start(self, live: Checkpoint, protected: int | None = None) -> None:
+        """Copies the state to host memory and returns; `settle` must have been called before.
+
+        protected: a step whose checkpoint outlives the newest ones, the best so far.
+        """
         assert self._running is None
         started = time.perf_counter()
-        still = Checkpoint(live.step, _copied(live.weights), _copied(live.optimizer), live.notes)
-        self._running = self._writer.submit(self._write, still)
+        still = replace(
+            live, weights=_copied(live.weights), optimizer=_copied(live.optimizer), average=_copied(live.average)
+        )  # fmt: skip
+        self._running = self._writer.submit(self._write, still, protected)
         self.blocked_s = time.perf_counter() - started
 
     def settle(self) -> None:
@@ -46,9 +52,9 @@ class Saver:
         """Lets the save in flight come to its end."""
         self._writer.shutdown(wait=True)
 
-    def _write(self, checkpoint: Checkpoint) -> None:
-        checkpointing.save(self._folder, checkpoint, self._keep)
-        self._publish(checkpoint.step, checkpoint.weights)
+    def _write(self, checkpoint: Checkpoint, protected: int | None) -> None:
+        checkpointing.save(self._folder, checkpoint, self._keep, protected)
+        self._publish(checkpoint.step, checkpoint.published)
 
 
 def _copied(value: Any) -> Any:

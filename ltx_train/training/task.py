@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import Batch, Mode, StepResult
-from ltx_train.diffusion import conditions, objective
+from ltx_train.diffusion import conditions, mixture, objective, transfer
+from ltx_train.diffusion.conditions import TokenWeights
+from ltx_train.diffusion.mixture import Weighted
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
+from ltx_train.training.average import Average
+from ltx_train.training.balance import Balance
 from ltx_train.training.guard import NonFiniteGuard, step_if_finite
 from ltx_train.training.optim import Schedule
 from ltx_train.training.ranks import Ranks
@@ -21,12 +26,11 @@ from ltx_train.training.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised: mode, noise levels, weights of the modalities, and the seed of all draws."""
+    """What is minimised: the modes with their weights, noise levels, weights of tokens, and the seed of all draws."""
 
-    mode: Mode
+    modes: Weighted
     sigma: SigmaDistribution
-    video_weight: float
-    audio_weight: float
+    token_weights: TokenWeights
     seed: int
 
 
@@ -34,22 +38,26 @@ class Task(LightningModule):
     """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on.
 
     rounds: micro-batches of this rank per optimizer step. Optimization is manual: gradients are averaged over
-    the ranks once a step, and a step whose gradient is not finite changes nothing.
+    the ranks once a step, and a step whose gradient is not finite changes nothing. detailed: at which steps the
+    gradient's norm is wanted by part of the block.
     """
 
     def __init__(
         self, transformer: Transformer, goal: Objective, schedule: Schedule, optimizer: torch.optim.Optimizer,
-        clip: float, first_step: int, rounds: int, ranks: Ranks,
+        clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
+        detailed: Callable[[int], bool] = lambda _step: False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.transformer = transformer
         self.goal, self.schedule, self.clip, self.first_step = goal, schedule, clip, first_step
+        self.balance, self.average = balance, average
         self.guard = NonFiniteGuard(ranks.rank)
-        self.result: StepResult | None = None
+        self.results: list[StepResult] = []
         self.grad_norm: Tensor | None = None
-        self._optimizer, self._rounds, self._ranks = optimizer, rounds, ranks
-        self._parameters_in_training = list(adapter.trainable_parameters(transformer).values())
+        self.grad_norms: dict[str, Tensor] = {}
+        self._optimizer, self._rounds, self._ranks, self._detailed = optimizer, rounds, ranks, detailed
+        self._trained = adapter.trainable_parameters(transformer)
         self._dropout = adapter.DropoutKeys(transformer)
         self._keys: tuple[str, ...] = ()
         self._round = self._done = 0
@@ -60,20 +68,20 @@ class Task(LightningModule):
         return self.first_step + self._done
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One micro-batch: a forward and a backward pass for each mode that its samples are in."""
         self.guard.check(pending=1)
         self._keys += batch.keys
-        pairs = zip(batch.keys, batch.draws, strict=True)
-        self._dropout.set([rng.key_seed(self.goal.seed, "dropout", key, draw) for key, draw in pairs])
-        draws = conditions.draw(batch, self.goal.mode, self.goal.sigma, self.goal.seed)
-        inputs = conditions.to_device(conditions.assemble(batch, self.goal.mode, draws), self.device)
-        self.result = self.losses(inputs)
-        self.manual_backward(self.result.loss / self._rounds)
+        self.results = []
+        for mode, part in mixture.parts(batch, self.goal.modes, self.goal.seed):
+            result = self._backward(mode, part, len(part.keys) / len(batch.keys))
+            self.balance.add(result)
+            self.results.append(result)
         self._round += 1
         if self._round == self._rounds:
             self._update()
 
     def losses(self, inputs: conditions.ModelInputs) -> StepResult:
-        return objective.losses(self.transformer, inputs, self.goal.video_weight, self.goal.audio_weight)
+        return objective.losses(self.transformer, inputs, self.balance.weights)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._optimizer
@@ -82,13 +90,25 @@ class Task(LightningModule):
         """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
         return batch
 
+    def _backward(self, mode: Mode, batch: Batch, share: float) -> StepResult:
+        goal = self.goal
+        pairs = zip(batch.keys, batch.draws, strict=True)
+        self._dropout.set([rng.key_seed(goal.seed, "dropout", key, draw) for key, draw in pairs])
+        draws = conditions.draw(batch, mode, goal.sigma, goal.seed)
+        inputs = conditions.assemble(batch, mode, draws, goal.token_weights)
+        result = self.losses(transfer.to_device(inputs, self.device))
+        self.manual_backward(result.loss * share / self._rounds)
+        return result
+
     def _update(self) -> None:
         """One optimizer step on the gradients of all rounds and ranks."""
-        parameters = self._parameters_in_training
+        parameters = list(self._trained.values())
         for parameter in parameters if self._ranks.world > 1 else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._ranks.average([p.grad for p in parameters if p.grad is not None])
+        if self._detailed(self.step + 1):
+            self.grad_norms = _norms_by_group(self._trained)
         limit = self.clip if self.clip > 0 else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         for group in self._optimizer.param_groups:
@@ -96,5 +116,17 @@ class Task(LightningModule):
         self.guard.saw(self.step + 1, self._keys, self.grad_norm)
         step_if_finite(self._optimizer, self.grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
+        self.balance.step(self._ranks)
         self._done += 1
+        if self.average is not None:
+            self.average.update(self.step)
         self._round, self._keys = 0, ()
+
+
+def _norms_by_group(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The gradient's norm by part of the block, before clipping."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            groups.setdefault(adapter.module_group(name), []).append(parameter.grad)
+    return {group: torch.nn.utils.get_total_norm(grads) for group, grads in groups.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ltx_train import config
+from ltx_train.contracts import Condition, ConditionKind, ModalityName
 from ltx_train.schema import Config
 from tests.conftest import REPOSITORY
 
@@ -23,12 +24,14 @@ COMMON = {
     "adapter.kind": "lora", "adapter.rank": 32, "adapter.alpha": 32.0, "optim.batch_size": 1,
     "optim.global_batch": None,
     "optim.betas": [0.9, 0.999], "optim.clip": 1.0, "mode.sigma": "shared",
-    "sigma": {"std": 1.0, "eps": 1e-3, "uniform_prob": 0.1}, "loss": {"video_weight": 1.0, "audio_weight": 1.0},
+    "sigma.kind": "shifted_logit_normal", "sigma.std": 1.0, "sigma.eps": 1e-3, "sigma.uniform_prob": 0.1,
+    "sigma.tokens": None, "sigma.shift_limits": [], "loss.video_weight": 1.0, "loss.audio_weight": 1.0,
+    "loss.balance": "none", "loss.weighting": "none", "loss.token_weights": {}, "mixture": {},
     "sample.steps": 30, "data.fps": 25.0,
 }  # fmt: skip
 R1 = {
     "mode.video": "generate", "mode.audio": "generate", "adapter.targets": ATTENTION, "adapter.dropout": 0.0,
-    "mode.conditions": [{"kind": "first_frame", "p": 0.5, "position": "negative", "gap_s": 0.04}],
+    "mode.conditions": [asdict(Condition(ConditionKind.first_frame, 0.5))],
     "optim.name": "adamw", "optim.lr": 1e-4, "optim.final_lr": 1e-5, "optim.schedule": "linear", "optim.warmup": 0,
     "optim.steps": 2000, "memory.quantize": "none", "data.buckets": ["1280x704x153"], "data.trigger": "OHWXPERSON",
     "eval.interval": 250, "sample.video_cfg": 4.0, "sample.audio_cfg": 4.0, "sample.strength": 1.0,
@@ -36,7 +39,7 @@ R1 = {
 }  # fmt: skip
 R2 = {
     "mode.video": "generate", "mode.audio": "generate", "adapter.dropout": 0.05,
-    "mode.conditions": [{"kind": "reference", "p": 1.0, "position": "negative", "gap_s": 0.04}],
+    "mode.conditions": [asdict(Condition(ConditionKind.reference, modality=ModalityName.audio))],
     "optim.name": "adamw8bit", "optim.lr": 2e-4, "optim.final_lr": 2e-5, "optim.schedule": "cosine",
     "optim.warmup": 50, "optim.steps": 1000, "memory.quantize": "int8", "data.buckets": ["512x512x121"],
     "data.reference_s": 3.5, "data.caption": "a person is speaking", "data.heldout_speakers": 0.1,

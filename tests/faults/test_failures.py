@@ -143,7 +143,7 @@ def test_every_flipped_bit_in_a_sample_is_found(share: float, prepared: Path, tm
     data[place] ^= 1 << place % 8
     shard.write_bytes(data)
     with pytest.raises(DataError, match="do not match the index"):
-        Reader(tmp_path / "data", found, seed=0, references=False).tensors(record)
+        Reader(tmp_path / "data", found, seed=0).tensors(record)
 
 
 def test_a_full_disk_while_preparing_loses_nothing(

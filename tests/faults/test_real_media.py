@@ -82,7 +82,7 @@ def test_real_recordings_train(recordings: Path, tmp_path: Path, capsys: pytest.
     assert {r.key for r in found.records} == {"bigbuckbunny", "movie-hello"}
     assert set(found.quarantined) == {"world"}
     assert {r.bucket for r in found.records} == {"96x64x49"}
-    reader = Reader(tmp_path / "data", found, seed=0, references=False)
+    reader = Reader(tmp_path / "data", found, seed=0)
     assert {reader.tensors(r)[AUDIO].shape[1] for r in found.records} == {51}
     assert all(r.rms_db > -60 for r in found.records)
     assert command("check", *where, "check.previews=1") == 0

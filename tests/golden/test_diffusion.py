@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from ltx_train.contracts import Batch, Condition, ConditionKind, Mode, Role
-from ltx_train.diffusion import conditions, positions, sigma
+from ltx_train.contracts import Batch, Condition, ConditionKind, ModalityName, Mode, Placement, Role
+from ltx_train.diffusion import conditions, positions, references, sigma
 from ltx_train.model import codecs
 from tests.conftest import GOLDEN
 from tests.golden.support import assert_close, read
@@ -28,8 +29,10 @@ def test_video_positions(entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize("key", sorted(k for k in read("positions") if k.startswith("audio")))
 def test_audio_positions(key: str) -> None:
     wanted = read("positions")[key]
-    made = positions.negative_audio if key.startswith("audio_reference") else positions.audio
-    torch.testing.assert_close(made(wanted.shape[1]), wanted, atol=4e-6, rtol=0)
+    found = positions.audio(wanted.shape[1])
+    if key.startswith("audio_reference"):
+        found = references.bounds(REFERENCE, torch.zeros(1, 2, wanted.shape[1], 16), torch.zeros(()), torch.zeros(1))[0]
+    torch.testing.assert_close(found, wanted, atol=4e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", SAMPLER["cases"], ids=lambda c: f"{c['tokens']} tokens")
@@ -59,43 +62,54 @@ def test_inference_schedule(entry: dict[str, Any]) -> None:
     torch.testing.assert_close(found, torch.tensor(entry["sigmas"]), atol=1e-6, rtol=0)
 
 
-def _batch(tensors: dict[str, torch.Tensor], fps: float, references: int) -> Batch:
-    """The golden's clean tokens as a prepared batch."""
-    targets = {name: tensors[f"{name}.latent"].shape[1] for name in ("video", "audio")}
-    audio = tensors["audio.x0"]
-    target = targets["audio"] - references
+FIRST, REFERENCE = Condition(ConditionKind.first_frame), Condition(ConditionKind.reference)
+VIDEO = Condition(ConditionKind.reference, source="reference_video_latent", position=Placement.overlap)
+
+
+def _batch(tensors: dict[str, torch.Tensor], fps: float, mode: Mode, shape: tuple[int, int, int]) -> Batch:
+    """The golden's clean tokens as a prepared batch; shape is that of a video reference."""
+    video, audio = tensors["video.x0"], tensors["audio.x0"]
+    beside = {}
+    for condition in mode.references:
+        if condition.stream is ModalityName.audio:
+            beside[condition.name] = codecs.audio_grid(audio[:, -7:], 2)
+            audio = audio[:, :-7]
+        else:
+            count = math.prod(shape)
+            beside[condition.name] = codecs.video_grid(video[:, -count:], *shape)
+            video = video[:, :-count]
     return Batch(
         keys=("a", "b"), speakers=("", ""), draws=(0, 0), fps=torch.full((2,), fps),
-        video_latent=codecs.video_grid(tensors["video.x0"], 3, 2, 3),
-        audio_latent=codecs.audio_grid(audio[:, :target], 2),
+        video_latent=codecs.video_grid(video, 3, 2, video.shape[1] // 6), audio_latent=codecs.audio_grid(audio, 2),
         video_context=tensors["video.context"], audio_context=tensors["audio.context"],
-        reference_audio=codecs.audio_grid(audio[:, target:], 2) if references else None,
+        references=beside,
     )  # fmt: skip
 
 
-FIRST, REFERENCE = Condition(ConditionKind.first_frame), Condition(ConditionKind.reference)
-
-
 @pytest.mark.parametrize(
-    ("case", "mode", "references"),
+    ("case", "mode", "shape"),
     [
-        ("a_t2v", Mode(), 0),
-        ("b_first_frame", Mode(conditions=[FIRST]), 0),
-        ("c_audio_ref_negative", Mode(conditions=[REFERENCE]), 7),
-        ("e_frozen_audio", Mode(audio=Role.freeze), 0),
-        ("e2_frozen_video", Mode(video=Role.freeze), 0),
+        ("a_t2v", Mode(), (0, 0, 0)),
+        ("b_first_frame", Mode(conditions=[FIRST]), (0, 0, 0)),
+        ("c_audio_ref_negative", Mode(conditions=[REFERENCE]), (0, 0, 0)),
+        ("d_video_ref", Mode(conditions=[VIDEO]), (3, 2, 3)),
+        ("d2_video_ref_half_resolution", Mode(conditions=[VIDEO]), (3, 1, 2)),
+        ("e_frozen_audio", Mode(audio=Role.freeze), (0, 0, 0)),
+        ("e2_frozen_video", Mode(video=Role.freeze), (0, 0, 0)),
     ],
 )
-def test_assembled_inputs(case: str, mode: Mode, references: int) -> None:
+def test_assembled_inputs(case: str, mode: Mode, shape: tuple[int, int, int]) -> None:
     """From clean latents, sigma and noise to the very tensors that went into the reference model."""
     tensors = read(f"transformer_{case}")
-    first = (
-        tensors["video.denoise_mask"][:, 0] == 0 if mode.condition(ConditionKind.first_frame) else torch.zeros(2) > 0
-    )
+    batch = _batch(tensors, 30.0 if case.startswith("d2") else 24.0, mode, shape)
+    noise = {name: tensors.get(f"{name}.noise") for name in ("video", "audio")}
+    first = tensors["video.denoise_mask"][:, 0] == 0 if "video.denoise_mask" in tensors else torch.ones(2) > 0
+    chosen = tuple(first if c.kind is ConditionKind.first_frame else torch.ones(2) > 0 for c in mode.conditions)
     draws = conditions.Draws(
-        tensors["video.sigma"], tensors["audio.sigma"], tensors.get("video.noise"), tensors.get("audio.noise"), first
-    )
-    inputs = conditions.assemble(_batch(tensors, 24.0, references), mode, draws)
+        tensors["video.sigma"], tensors["audio.sigma"], noise["video"], noise["audio"], chosen,
+        tuple(torch.zeros(2, 4) for _ in chosen),
+    )  # fmt: skip
+    inputs = conditions.assemble(batch, mode, draws)
     for name, modality, velocity in (
         ("video", inputs.video, inputs.video_velocity),
         ("audio", inputs.audio, inputs.audio_velocity),

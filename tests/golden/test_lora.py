@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ltx_train.model import adapter, export, load_transformer
+from ltx_train.model import adapter, export, load_transformer, lora_file
 from tests.conftest import GOLDEN, TINY
 from tests.golden.support import assert_close, losses, modality, read
 
@@ -17,7 +17,7 @@ ADAPTERS = {"audio": 30, "cross_modal": 24, "default": 72}
 @pytest.mark.parametrize("merged", [False, True])
 def test_outputs(name: str, strength: float, merged: bool) -> None:
     case, wanted = read("transformer_c_audio_ref_negative"), read(f"lora_{name}_expected")
-    tensors, _ = export.read_lora(GOLDEN / f"lora_{name}.safetensors")
+    tensors, _ = lora_file.read_lora(GOLDEN / f"lora_{name}.safetensors")
     assert len(tensors) == 2 * ADAPTERS[name]
     model = load_transformer(TINY)
     if merged:
@@ -35,7 +35,7 @@ def test_outputs(name: str, strength: float, merged: bool) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_loss_and_gradients(name: str) -> None:
     case, wanted = read("transformer_c_audio_ref_negative"), read(f"lora_{name}_expected")
-    tensors, _ = export.read_lora(GOLDEN / f"lora_{name}.safetensors")
+    tensors, _ = lora_file.read_lora(GOLDEN / f"lora_{name}.safetensors")
     model = load_transformer(TINY)
     export.bind(model, tensors)
     video, audio = model(modality(case, "video"), modality(case, "audio"))

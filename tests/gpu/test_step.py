@@ -10,7 +10,8 @@ import torch
 from ltx_train import config, rng
 from ltx_train.commands import bench, planning, session, transformers
 from ltx_train.config import Config
-from ltx_train.diffusion import conditions, objective
+from ltx_train.diffusion import conditions, objective, transfer
+from ltx_train.diffusion.loss import Weights
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
@@ -47,8 +48,8 @@ def step_of(made: Config, transformer: Transformer) -> Callable[[int], torch.Ten
         batch = bench.random_batch(made, number)
         keys.set([rng.key_seed(0, "dropout", "", number)])
         draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
-        inputs = conditions.to_device(conditions.assemble(batch, made.mode, draws), device)
-        loss = objective.losses(transformer, inputs, 1.0, 1.0).loss
+        inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), device)
+        loss = objective.losses(transformer, inputs, Weights()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

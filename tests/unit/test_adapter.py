@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from ltx_train import config
 from ltx_train.contracts import DataError
 from ltx_train.memory.recompute import BlockRunner, Keep
-from ltx_train.model import adapter, export, load_transformer, loaders
+from ltx_train.model import adapter, export, load_transformer, loaders, lora_file
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.linear import keyed_mask
 from ltx_train.model.transformer import Transformer
@@ -25,7 +25,13 @@ def model() -> Transformer:
     return load_transformer(TINY)
 
 
-@pytest.mark.parametrize(("name", "tensors"), [("cross_modal", 1728), ("audio_only", 960), ("attention", 2304)])
+SETS = {
+    "attention": 2304, "attention_ff": 2688, "all": 3264, "video_only": 768, "video_ff": 960, "audio_only": 960,
+    "video_to_audio": 1344, "cross_modal": 1728, "id_lora": 1728,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "tensors"), SETS.items())
 def test_tensor_counts_on_the_real_model(name: str, tensors: int) -> None:
     real = loaders.build_transformer(RandomWeights("ltx2_3_22b"))
     targets = config.compose_config([f"adapter={name}"]).adapter.targets
@@ -77,7 +83,7 @@ def test_alpha_is_folded_so_that_any_loader_keeps_the_strength(model: Transforme
     """alpha / rank = 2: merging the file at strength 1 gives the trainer's own output."""
     case = read("transformer_c_audio_ref_negative")
     weights = _trained(model)
-    exported = export.lora_tensors(weights, 4, 8.0, torch.float32)
+    exported = export.lora_tensors(weights, LORA, torch.float32)
     plain = load_transformer(TINY)
     export.merge(plain, {k.removeprefix(export.LORA_PREFIX): v for k, v in exported.items()})
     with torch.no_grad():
@@ -95,7 +101,7 @@ def test_alpha_is_folded_so_that_any_loader_keeps_the_strength(model: Transforme
 def test_diffusers_reads_the_exported_names(model: Transformer) -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers as convert
 
-    exported = export.lora_tensors(_trained(model), 4, 8.0, torch.bfloat16)
+    exported = export.lora_tensors(_trained(model), LORA, torch.bfloat16)
     assert all(k.startswith("diffusion_model.transformer_blocks.") for k in exported)
     converted = convert(dict(exported))
     assert set(converted) == {k.replace("diffusion_model.", "transformer.") for k in exported}
@@ -121,7 +127,9 @@ def test_disabled_and_norm_ratio(model: Transformer) -> None:
     assert len(by_hand) == 6
     moved = float(torch.cat([d.flatten() for d in by_hand]).norm().detach())
     weights = [base.get_submodule(f"transformer_blocks.{i}.{n}").weight for i in range(3) for n in LORA.targets]
-    assert adapter.norm_ratio(model) == pytest.approx(moved / float(torch.cat([w.flatten() for w in weights]).norm()))
+    assert adapter.norm_ratios(model)[""] == pytest.approx(
+        moved / float(torch.cat([w.flatten() for w in weights]).norm())
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ def test_disabled_and_norm_ratio(model: Transformer) -> None:
     ],
 )  # fmt: skip
 def test_a_lora_that_does_not_bind_is_explained(model: Transformer, spoil: object, message: str) -> None:
-    tensors = export.lora_tensors(_trained(load_transformer(TINY)), 4, 8.0, torch.float32)
+    tensors = export.lora_tensors(_trained(load_transformer(TINY)), LORA, torch.float32)
     spoil(tensors)  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         export.bind(model, {k.removeprefix(export.LORA_PREFIX): v for k, v in tensors.items()})
@@ -147,14 +155,14 @@ def test_files_that_are_no_whole_lora(tmp_path: Path) -> None:
     for content, message in ((whole[:-4], "not a readable"), (b"", "not a readable")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
-            export.read_lora(path)
+            lora_file.read_lora(path)
     save_file({"a.weight": torch.zeros(1)}, path)
     with pytest.raises(DataError, match="is not a LoRA"):
-        export.read_lora(path)
+        lora_file.read_lora(path)
     good["diffusion_model.a.lora_B.weight"] = torch.full((2, 2), float("nan"))
     save_file(good, path)
     with pytest.raises(DataError, match="not finite"):
-        export.read_lora(path)
+        lora_file.read_lora(path)
     with pytest.raises(DataError, match="not finite"):
         export.write(tmp_path / "y.safetensors", good, {})
     assert not (tmp_path / "y.safetensors").exists()

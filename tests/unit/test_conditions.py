@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ltx_train.contracts import Batch, Condition, ConditionKind, Coupling, Mode, Placement, Role
+from ltx_train.contracts import Batch, Condition, ConditionKind, Coupling, DataError, Mode, Placement, Role
 from ltx_train.diffusion import conditions
-from ltx_train.diffusion.loss import masked_mse, weighted_total
+from ltx_train.diffusion.loss import Weights, masked_mse, weighted_total
 from ltx_train.diffusion.sigma import SigmaDistribution
 
 DISTRIBUTION = SigmaDistribution()
+VOICE = Condition(ConditionKind.reference).name
 
 
 def batch(size: int = 3, frames: int = 2, reference: bool = False) -> Batch:
@@ -21,7 +22,7 @@ def batch(size: int = 3, frames: int = 2, reference: bool = False) -> Batch:
         video_latent=torch.randn(size, 16, frames, 2, 2, generator=stream),
         audio_latent=torch.randn(size, 2, 9, 16, generator=stream),
         video_context=torch.zeros(size, 4, 8), audio_context=torch.zeros(size, 4, 8),
-        reference_audio=torch.randn(size, 2, 5, 16, generator=stream) if reference else None,
+        references={VOICE: torch.randn(size, 2, 5, 16, generator=stream)} if reference else {},
     )  # fmt: skip
 
 
@@ -79,20 +80,20 @@ def test_first_frame(p: float) -> None:
 
 def test_first_frame_frequency() -> None:
     mode = Mode(conditions=[Condition(ConditionKind.first_frame, 0.5)])
-    share = conditions.draw(batch(400, 1), mode, DISTRIBUTION, 3).first_frame.float().mean()
+    share = conditions.draw(batch(400, 1), mode, DISTRIBUTION, 3).chosen[0].float().mean()
     assert 0.4 < float(share) < 0.6
 
 
 def test_one_frame_clips_with_a_clean_first_frame_leave_nothing() -> None:
     data = replace(batch(2, 1), audio_latent=None)
-    with pytest.raises(ValueError, match="nothing to predict"):
+    with pytest.raises(DataError, match="clip0, clip1: every token is given clean, there is nothing to predict"):
         inputs(data, Mode(audio=Role.absent, conditions=[Condition(ConditionKind.first_frame, 1.0)]))
 
 
 @pytest.mark.parametrize("placement", list(Placement))
 def test_reference_tokens(placement: Placement) -> None:
     data = batch(reference=True)
-    made = inputs(data, Mode(conditions=[Condition(ConditionKind.reference, 1.0, placement)]))
+    made = inputs(data, Mode(conditions=[Condition(ConditionKind.reference, position=placement)]))
     assert made.audio is not None
     assert made.audio_velocity is not None
     assert made.audio.latent.shape[1] == 9 + 5
@@ -122,7 +123,7 @@ def test_loss_by_hand() -> None:
 
 def test_weighted_total() -> None:
     video, audio = torch.tensor([1.0, 3.0]), torch.tensor([10.0, 20.0])
-    assert float(weighted_total(video, audio, 1.0, 0.5)) == 2.0 + 7.5
-    assert float(weighted_total(None, audio, 1.0, 1.0)) == 15.0
+    assert float(weighted_total(video, audio, Weights(1.0, 0.5))) == 2.0 + 7.5
+    assert float(weighted_total(None, audio, Weights())) == 15.0
     with pytest.raises(ValueError, match="no modality"):
-        weighted_total(None, None, 1.0, 1.0)
+        weighted_total(None, None, Weights())

@@ -24,8 +24,7 @@ from ltx_train.contracts import ConfigError
         ("optim.steps=0", "optim.steps=0: must be at least 1"),
         ("mode.video=maybe", "mode.video"),
         ("eval.sigmas=[0.0]", "eval.sigmas"),
-        ("adapter.targets=[]", "adapter.targets is empty"),
-        ("data.heldout_speakers=1", "share of the identities"),
+        ("data.heldout_speakers=1", "data.heldout_speakers=1: must lie in [0, 1)"),
     ],
 )
 def test_mistakes_are_named_with_the_mend(override: str, expected: str) -> None:
@@ -41,9 +40,12 @@ def test_mistakes_are_named_with_the_mend(override: str, expected: str) -> None:
         (["mode.video=freeze", "mode.audio=freeze"], "nothing is generated"),
         (["mode=a2v", "loss.video_weight=0"], "weight of every generated modality"),
         (["mode=av_i2v", "mode.video=freeze"], "first_frame needs mode.video=generate"),
-        (["mode=audio_reference", "mode.audio=freeze"], "a reference needs mode.audio=generate"),
+        (["mode=audio_reference", "mode.audio=freeze"], "reference needs mode.audio=generate"),
         (["adapter=full", "memory=int8"], "memory.quantize=none"),
-        (["adapter=audio_only", "mode.audio=absent"], "adapter.targets name audio modules"),
+        (
+            ["adapter=audio_only", "mode.audio=absent"],
+            "audio_only names layers that mode.audio=absent gives no loss",
+        ),
         (["mode.conditions=[{kind: first_frame}, {kind: first_frame}]"], "each kind may stand once"),
         (["mode=av_i2v", "mode.conditions.0.p=2"], "must lie in [0, 1]"),
     ],

@@ -9,7 +9,7 @@ import torch
 from ltx_train.contracts import Condition, ConditionKind, Mode
 from ltx_train.data import index
 from ltx_train.evaluation import heldout, report
-from ltx_train.evaluation.heldout import BASE, CORRECT, WRONG, Row
+from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, paired, summary
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.model import adapter, load_transformer
 from tests.conftest import TINY
@@ -38,10 +38,10 @@ def row(key: str, arm: str, loss: float, sigma: float = 0.5) -> Row:
 def test_pairs_share_sample_and_noise_level() -> None:
     rows = [row("a1", CORRECT, 1.0), row("a1", WRONG, 1.5), row("a1", WRONG, 2.5)]
     rows += [row("b1", CORRECT, 2.0), row("b1", WRONG, 4.0)]
-    gap = heldout.paired(rows, CORRECT, WRONG)
+    gap = paired(rows, CORRECT, WRONG)
     assert gap.mean == pytest.approx(-1.5)
     assert gap.identities == 2
-    assert "val/loss_audio" not in heldout.summary(rows)
+    assert "val/loss_audio" not in summary(rows, Grid((), (0.5,)))
 
 
 SETTINGS = heldout.Settings(
@@ -61,7 +61,7 @@ def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
     torch.manual_seed(99)
     assert heldout.measure(model, str(prepared), data, SETTINGS, torch.device("cpu"), with_base=True) == first
     clips, sigmas = len(data.split("heldout")), 2
-    assert len(first) == clips * sigmas * (1 + 1 + 2)
+    assert len(first) == clips * sigmas * (1 + 1 + 1 + 2)
 
 
 def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
@@ -70,8 +70,8 @@ def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
     rows = heldout.measure(
         model, str(prepared), index.load(prepared), SETTINGS, torch.device("cpu"), with_base=True
     )  # fmt: skip
-    assert heldout.paired(rows, CORRECT, BASE).mean == 0
-    assert heldout.paired(rows, CORRECT, WRONG).mean != 0
+    assert paired(rows, CORRECT, BASE).mean == 0
+    assert paired(rows, CORRECT, WRONG).mean != 0
 
 
 def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:

@@ -12,15 +12,16 @@ import pytest
 import torch
 import webdataset
 
-from ltx_train.contracts import DataError
+from ltx_train.contracts import Condition, ConditionKind, DataError, Mode
 from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import media, sources
 from ltx_train.data.prepare.encode import loudest_window, rms_db
-from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader
+from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader, Wants
 from ltx_train.model import loaders
 from tests.conftest import REPOSITORY, command, settings
 
+A_VOICE = Condition(ConditionKind.reference)
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
 
 
@@ -163,7 +164,7 @@ def test_loudness() -> None:
 
 def test_the_index_addresses_every_tensor(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, references=True)
+    reader = Reader(prepared, found, seed=1, wants=Wants.of([Mode(conditions=[A_VOICE])]))
     assert {r.split for r in found.records} == {"train", "heldout"}
     for record in found.records:
         tensors = reader.tensors(record)
@@ -186,17 +187,17 @@ def test_webdataset_reads_our_shards(prepared: Path) -> None:
 
 def test_references_come_from_other_clips_of_the_speaker(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, references=True)
+    reader = Reader(prepared, found, seed=1, wants=Wants.of([Mode(conditions=[A_VOICE])]))
     chosen: set[str] = set()
     for draw in range(12):
         for record in found.records:
-            key = reader.reference_key(Address(record.key, draw))
+            key = reader.reference_key(Address(record.key, draw), A_VOICE)
             assert key != record.key
             assert reader.records[key].speaker == record.speaker
-            wrong = reader.wrong_reference_key(Address(record.key, draw))
-            assert wrong is not None
-            assert reader.records[wrong].speaker != record.speaker
-            assert reader.records[wrong].split == record.split
+            others = reader.others(Address(record.key, draw), 3)
+            assert others
+            assert all(reader.records[k].speaker != record.speaker for k in others)
+            assert all(reader.records[k].split == record.split for k in others)
             chosen.add(key)
     assert chosen == {r.key for r in found.records}
 

@@ -96,7 +96,7 @@ def test_int8_weights_stream_and_video_alone_does_too() -> None:
 def test_norm_ratio_knows_the_weights_that_are_elsewhere() -> None:
     resident, _ = model([], 0, Keep.inputs)
     made, _ = model([0, 1, 2], 2, Keep.inputs)
-    assert adapter.norm_ratio(made) == pytest.approx(adapter.norm_ratio(resident), rel=1e-6)
+    assert adapter.norm_ratios(made)[""] == pytest.approx(adapter.norm_ratios(resident)[""], rel=1e-6)
 
 
 def test_a_wrong_copy_is_found() -> None:

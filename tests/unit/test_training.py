@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltx_train import config
 from ltx_train.commands import bench, planning, session, transformers
 from ltx_train.contracts import DataError, StepResult, UserError
-from ltx_train.diffusion import conditions, objective
+from ltx_train.diffusion import conditions, objective, transfer
+from ltx_train.diffusion.loss import Weights
 from ltx_train.model import adapter
-from ltx_train.training import checkpointing, tracking
+from ltx_train.training import checkpointing, console, tracking
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.lock import FolderLock
 from ltx_train.training.monitor import Monitor
@@ -88,13 +89,13 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_rows_of_steps_to_be_done_again_are_dropped(tmp_path: Path) -> None:
-    metrics = tracking.Metrics(tmp_path, 0, "disabled", "p", {})
+    metrics = tracking.Metrics(tmp_path, 0)
     for step in (1, 2, 3):
         metrics.write(step, {"x": float(step)})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "x"')
-    tracking.Metrics(tmp_path, 2, "disabled", "p", {}).close()
+    tracking.Metrics(tmp_path, 2).close()
     assert tracking.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]
 
 
@@ -138,7 +139,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    progress = tracking.ConsoleProgress(4, 0)
+    progress = console.ConsoleProgress(4, 0)
     progress.advance(2)
     progress.row(2, 4, {"train/loss": 1.25, "val/loss": 2.5, "perf/data_wait_s": 9.0})
     progress.close()
@@ -189,11 +190,11 @@ def test_nothing_in_a_step_waits_for_the_device(mode: str, dropout: float) -> No
     batch = bench.random_batch(made, 0)
     adapter.DropoutKeys(transformer).set([1])
     draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
-    inputs = conditions.to_device(conditions.assemble(batch, made.mode, draws), torch.device("cpu"))
+    inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), torch.device("cpu"))
     with Waits() as waits:
-        objective.losses(transformer, inputs, 1.0, 1.0).loss.backward()
+        objective.losses(transformer, inputs, Weights()).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     assert waits.found == []
     with Waits() as waits:
-        conditions.distinct(torch.zeros(1, 3))
+        transfer.distinct(torch.zeros(1, 3))
     assert waits.found == ["aten::_unique2"]

@@ -1,0 +1,36 @@
+"""The trackers that a configuration asks for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltx_train.config import Config
+from ltx_train.training.sinks import Csv, Sink, TensorBoard, WandB
+
+_LIBRARIES = ("ltx-train", "torch", "diffusers", "peft", "lightning", "optimum-quanto", "bitsandbytes")
+
+
+def sinks(config: Config, folder: Path, first_step: int) -> list[Sink]:
+    """W&B first: it is the one that may refuse."""
+    found: list[Sink] = []
+    if config.logger.wandb != "disabled":
+        described = {**asdict(config), "system": _system()}
+        found.append(WandB(folder, config.logger.wandb, config.logger.project, described))
+    if "csv" in config.logger.also:
+        found.append(Csv(folder))
+    if "tensorboard" in config.logger.also:
+        found.append(TensorBoard(folder, first_step))
+    return found
+
+
+def _system() -> dict[str, Any]:
+    """What a curve depends on beside its configuration."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), "cuda": torch.version.cuda, "devices": devices, **versions}

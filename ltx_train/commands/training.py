@@ -1,0 +1,155 @@
+"""The objects of a training run, put together from its configuration and its start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ltx_train import config as configuration
+from ltx_train.commands import logging, measuring, session, summary, transformers
+from ltx_train.config import Config
+from ltx_train.contracts import Exit
+from ltx_train.data.index import Index
+from ltx_train.data.module import ShardData, training_order
+from ltx_train.data.reader import Reader
+from ltx_train.memory.plan import Planned
+from ltx_train.model import adapter, export
+from ltx_train.model.loaders import TRANSFORMER_PREFIX
+from ltx_train.model.transformer import Transformer
+from ltx_train.training import checkpointing
+from ltx_train.training.average import Average
+from ltx_train.training.balance import Balance
+from ltx_train.training.fit import Outside, Plan, fit
+from ltx_train.training.monitor import Monitor
+from ltx_train.training.optim import Schedule, build_optimizer
+from ltx_train.training.ranks import Ranks
+from ltx_train.training.selection import Selection
+from ltx_train.training.task import Objective, Task
+from ltx_train.training.tracking import Metrics
+from ltx_train.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its folder, its data, and the checkpoint it continues from."""
+
+    folder: Path
+    root: Path
+    index: Index
+    checkpoint: Path | None
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
+
+
+def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, watchdog: Watchdog) -> Exit:
+    """Trains to the end, or to a signal."""
+    transformer = transformers.trainable(config, fresh=start.checkpoint is None)
+    monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
+    selection = Selection(config.eval.patience)
+    base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
+    plan = _plan(config, start, base)
+    task = _task(config, start, transformer, plan, ranks)
+    if start.checkpoint is not None:
+        _restore(checkpointing.load(start.checkpoint), task, monitor, selection, ranks)
+    if ranks.leads:
+        summary.show(config, transformer, start.index, start.folder, start.step, planned)
+    outside = _outside(config, start, task, base, ranks, watchdog)
+    device = session.device(config, ranks.local)
+    return fit(plan, task, _data(config, start, ranks), monitor, device, outside, ranks, selection)
+
+
+def _plan(config: Config, start: Start, base: str) -> Plan:
+    return Plan(
+        start.folder, config.optim.steps, config.logger.every, config.eval.interval, config.checkpoint.interval,
+        config.checkpoint.keep, config.checkpoint.failures, int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
+        {"base": base},
+    )  # fmt: skip
+
+
+def _task(config: Config, start: Start, transformer: Transformer, plan: Plan, ranks: Ranks) -> Task:
+    optim, loss = config.optim, config.loss
+    parameters = adapter.trainable_parameters(transformer)
+    optimizer = build_optimizer(
+        optim.name, parameters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
+    )
+    decay = loss.balance_decay if loss.balance == "auto" else None
+    device = session.device(config, ranks.local)
+    goal = Objective(
+        configuration.training(config), session.sigma_distribution(config), dict(loss.token_weights), config.run.seed
+    )
+    return Task(
+        transformer, goal, Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps), optimizer,
+        optim.clip, start.step, configuration.rounds(config, ranks.world), ranks,
+        Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
+        Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs,
+    )  # fmt: skip
+
+
+def _restore(
+    checkpoint: checkpointing.Checkpoint, task: Task, monitor: Monitor, selection: Selection, ranks: Ranks
+) -> None:
+    adapter.load_state(task.transformer, checkpoint.weights)
+    task.configure_optimizers().load_state_dict(dict(checkpoint.optimizer))
+    notes = checkpoint.notes
+    monitor.restore(notes["monitor"], ranks)
+    # Checkpoints of releases before these existed have none of them.
+    if "balance" in notes:
+        task.balance.restore(notes["balance"])
+    if "selection" in notes:
+        selection.restore(notes["selection"])
+    if task.average is not None:
+        task.average.restore(checkpoint.average or checkpoint.weights)
+
+
+def _outside(config: Config, start: Start, task: Task, base: str, ranks: Ranks, watchdog: Watchdog) -> Outside:
+    metrics = None
+    if ranks.leads:
+        metrics = Metrics(start.folder, start.step, logging.sinks(config, start.folder, start.step))
+    published = nullcontext if task.average is None else task.average.applied
+    return Outside(
+        metrics, measuring.evaluator(config, start.root, start.index, task.transformer, ranks, published),
+        lambda step, weights: publish(config, weights, start.folder, step, base), watchdog,
+    )  # fmt: skip
+
+
+def publish(config: Config, weights: Mapping[str, Tensor], folder: Path, step: int, base: str) -> None:
+    """Every committed step of an adapter is at once a file other programs load."""
+    if config.adapter.kind == "lora":
+        lora = session.lora(config)
+        tensors = export.lora_tensors(weights, lora, session.dtype(config))
+        export.write(folder / "adapters" / f"step-{step:06d}.safetensors", tensors, lora_metadata(config, step, base))
+
+
+def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
+    """What a LoRA file says of itself; values are strings, as safetensors wants them."""
+    facts = session.mode_facts(config)
+    scales = {
+        c.name: f"{c.spatial_scale or 'as prepared'}x, {c.temporal_scale}x in time" for c in config.mode.references
+    }
+    return {
+        "rank": str(config.adapter.rank), "alpha": f"{config.adapter.alpha:g}",
+        "alpha_folded": "true", "targets": ",".join(config.adapter.targets), "base_fingerprint": base,
+        "step": str(step), "mode": ";".join(f"{k}={v}" for k, v in facts.items()),
+        "trigger": config.data.trigger or "", "merged_before": Path(config.model.merge or "").name,
+        "reference_scales": ";".join(f"{k}={v}" for k, v in scales.items()), "trainer": "ltx-train",
+    }  # fmt: skip
+
+
+def _data(config: Config, start: Start, ranks: Ranks) -> ShardData:
+    optim = config.optim
+    assert optim.global_batch is not None
+    order = training_order(start.index, optim.global_batch, config.run.seed)
+    modes = [mode for _, mode in configuration.training(config)]
+    wants = session.wants(config, modes, training=True)
+    reader = Reader(start.root, start.index, seed=config.run.seed, wants=wants)
+    return ShardData(
+        reader, order, micro_batch=optim.batch_size, first_step=start.step, last_step=optim.steps,
+        workers=config.data.workers, rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip

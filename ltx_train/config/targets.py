@@ -1,0 +1,95 @@
+"""Which linear layers an adapter trains: named sets, what a mode asks for, and patterns that can never learn.
+
+Names only; no torch. The model has the last word on names that no block has (model/adapter.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ltx_train.config.modes import training
+from ltx_train.config.words import nearest
+from ltx_train.contracts import ConditionKind, ConfigError, ModalityName, Mode, Placement, Role
+from ltx_train.schema import Config
+
+_HEADS = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED = ("net.0.proj", "net.2")
+_VIDEO = ("attn1", "attn2")
+_AUDIO = ("audio_attn1", "audio_attn2")
+_BRIDGES = ("audio_to_video_attn", "video_to_audio_attn")
+
+
+def _of(parts: tuple[str, ...], layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{part}.{layer}" for part in parts for layer in layers)
+
+
+_AUDIO_STACK = (*_of(_AUDIO, _HEADS), *_of(("audio_ff",), _FEED))
+_CROSS_MODAL = (*_AUDIO_STACK, *_of(_BRIDGES, _HEADS))
+_ATTENTION_FF = (*_HEADS, *_of(("ff", "audio_ff"), _FEED))
+
+SETS: dict[str, tuple[str, ...]] = {
+    "attention": _HEADS,
+    "attention_ff": _ATTENTION_FF,
+    "all": (*_ATTENTION_FF, "to_gate_logits"),
+    "video_only": _of(_VIDEO, _HEADS),
+    "video_ff": (*_of(_VIDEO, _HEADS), *_of(("ff",), _FEED)),
+    "audio_only": _AUDIO_STACK,
+    "video_to_audio": (*_AUDIO_STACK, *_of(("video_to_audio_attn",), _HEADS)),
+    "cross_modal": _CROSS_MODAL,
+    "id_lora": _CROSS_MODAL,
+}
+_BLOCK = (
+    *_of((*_VIDEO, *_AUDIO, *_BRIDGES), (*_HEADS, "to_gate_logits")),
+    *_of(("ff", "audio_ff"), _FEED),
+)
+
+
+def settled(config: Config) -> Config:
+    """The configuration with its targets as name endings: sets spelled out, or the mode's own set."""
+    if config.adapter.kind == "full":
+        return config
+    return replace(config, adapter=replace(config.adapter, targets=list(chosen(config))))
+
+
+def chosen(config: Config) -> tuple[str, ...]:
+    """Name endings; each stands once."""
+    listed = list(config.adapter.targets) or [of_mode(config.mode)]
+    return tuple(dict.fromkeys(ending for entry in listed for ending in SETS.get(entry, (entry,))))
+
+
+def of_mode(mode: Mode) -> str:
+    """The set that a mode is trained with when none is named."""
+    references = [c for c in mode.conditions if c.kind is ConditionKind.reference]
+    if mode.audio is Role.absent:
+        return "video_ff" if references else "video_only"
+    if mode.video is Role.absent:
+        return "audio_only"
+    if mode.video is Role.freeze:
+        return "video_to_audio"
+    voices = [c for c in references if c.stream is ModalityName.audio and c.position is Placement.negative]
+    return "cross_modal" if voices else "attention"
+
+
+def validate(config: Config) -> None:
+    """ConfigError for a target none of whose layers ever sees a loss, naming it."""
+    modes = [mode for _, mode in training(config)]
+    for target in config.adapter.targets:
+        for ending in SETS.get(target, (target,)):
+            hit = [name for name in _BLOCK if name == ending or name.endswith(f".{ending}")]
+            if hit and not any(_runs(name, mode) for name in hit for mode in modes):
+                absent = "audio" if all(m.audio is Role.absent for m in modes) else "video"
+                raise ConfigError(
+                    f"adapter.targets: {target} names layers that mode.{absent}=absent gives no loss ({hit[0]}); "
+                    f"leave adapter.targets empty for this mode's own set, {of_mode(config.mode)}"
+                )
+    for pattern in (*config.adapter.rank_pattern, *config.adapter.alpha_pattern):
+        if not any(name == pattern or name.endswith(f".{pattern}") for name in _BLOCK):
+            raise ConfigError(
+                f"adapter.rank_pattern, alpha_pattern: no layer's name ends with {pattern!r}{nearest(pattern, _BLOCK)}"
+            )
+
+
+def _runs(name: str, mode: Mode) -> bool:
+    part = name.partition(".")[0]
+    video, audio = mode.video is not Role.absent, mode.audio is not Role.absent
+    return video and audio if part in _BRIDGES else audio if part.startswith("audio_") else video

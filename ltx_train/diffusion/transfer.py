@@ -1,0 +1,64 @@
+"""Model inputs on their way to a device: what goes there, through pinned memory, and timesteps as distinct levels.
+
+Owns the copies; knows nothing of modes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import Levels, Modality, Velocity
+from ltx_train.diffusion.conditions import ModelInputs
+
+
+def distinct(timesteps: Tensor) -> Levels:
+    """The distinct timesteps of (B, T), padded to one level per sample and the clean one: compiled graphs
+    then see one shape. Looking for them costs a GPU a stall, so call it on the CPU."""
+    values, index = torch.unique(timesteps.float(), return_inverse=True)
+    missing = timesteps.shape[0] + 1 - values.numel()
+    return Levels(torch.cat([values, values[-1:].expand(max(0, missing))]), index)
+
+
+def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
+    """Everything on `device` except timesteps, which go there as distinct levels."""
+    return ModelInputs(
+        video=_moved(inputs.video, device),
+        audio=_moved(inputs.audio, device),
+        video_velocity=_moved_velocity(inputs.video_velocity, device),
+        audio_velocity=_moved_velocity(inputs.audio_velocity, device),
+    )
+
+
+def _moved(modality: Modality | None, device: torch.device) -> Modality | None:
+    if modality is None:
+        return None
+    names = (
+        "latent",
+        "sigma",
+        "positions",
+        "context",
+        "context_mask",
+        "attention_mask",
+        "cross_mask",
+        "reads_text",
+    )
+    tensors: dict[str, Tensor | None] = {name: getattr(modality, name) for name in names}
+    levels = distinct(modality.timesteps)
+    sent = Levels(_sent(levels.values, device), _sent(levels.index, device))
+    return replace(modality, levels=sent, **{k: _sent(t, device) for k, t in tensors.items() if t is not None})
+
+
+def _moved_velocity(velocity: Velocity | None, device: torch.device) -> Velocity | None:
+    if velocity is None:
+        return None
+    return Velocity(_sent(velocity.target, device), _sent(velocity.loss_mask, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory when it goes to a GPU: only then does the copy run beside the computation."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

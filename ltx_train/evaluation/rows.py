@@ -1,0 +1,107 @@
+"""Measured rows, and the numbers made of them: means and paired differences with their intervals.
+
+Owns the arithmetic of comparisons and the documented metric names. Pure; knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ltx_train.evaluation.statistics import Interval, by_identity
+
+CORRECT, WRONG, DROPPED, CAPTION, BASE = "correct", "wrong", "dropped", "caption", "base"
+ARMS = (CORRECT, WRONG, DROPPED, CAPTION, BASE)
+_DIFFERENCES = {
+    WRONG: "val/reference_gap", DROPPED: "val/reference_gap_dropped", CAPTION: "val/caption_gap",
+    BASE: "val/adapter_gain",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Losses of one sample at one noise level under one arm; nan for a modality that is not generated."""
+
+    key: str
+    speaker: str
+    sigma: float
+    arm: str
+    loss: float
+    video: float
+    audio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Noise levels by what they stand for: quantiles of what training draws, and a grid of their own."""
+
+    quantiles: tuple[float, ...]
+    uniform: tuple[float, ...]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return tuple(sorted({*self.quantiles, *self.uniform}))
+
+    @property
+    def main(self) -> tuple[float, ...]:
+        """The levels whose mean is the held-out loss."""
+        return self.quantiles or self.uniform
+
+
+def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
+    """The documented names (docs/architecture.md) for metrics.jsonl and W&B.
+
+    Rows are put in one order first, so that several ranks' shares give the very numbers of one process.
+    """
+    rows = sorted(rows, key=lambda r: (r.key, r.sigma, r.arm, r.loss))
+    main = [row for row in rows if row.sigma in grid.main]
+    values: dict[str, float] = {}
+    for name, column in (("val/loss", "loss"), ("val/loss_video", "video"), ("val/loss_audio", "audio")):
+        values |= _named(name, mean(main, CORRECT, column))
+    if grid.quantiles and grid.uniform:
+        values["val/loss_uniform"] = mean([r for r in rows if r.sigma in grid.uniform], CORRECT).mean
+    for sigma in sorted({row.sigma for row in rows}):
+        at = [row for row in rows if row.sigma == sigma]
+        values[f"val/loss_sigma/{sigma:g}"] = mean(at, CORRECT).mean
+        if any(row.arm == WRONG for row in at):
+            values[f"val/reference_gap_sigma/{sigma:g}"] = paired(at, CORRECT, WRONG).mean
+    for arm, name in _DIFFERENCES.items():
+        if any(row.arm == arm for row in main):
+            values |= _named(name, paired(main, CORRECT, arm))
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def mean(rows: Iterable[Row], arm: str, column: str = "loss") -> Interval:
+    """The mean over identities of one arm."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.arm == arm:
+            values.setdefault(row.speaker, []).append(getattr(row, column))
+    return by_identity(values)
+
+
+def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> Interval:
+    """Interval of arm - other over identities; pairs share sample, noise level and noise."""
+    return by_identity(differences(rows, arm, other, column))
+
+
+def differences(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> dict[str, list[float]]:
+    """arm - other by identity; several rows of `other` for one sample and level count as their mean."""
+    first: dict[tuple[str, float], float] = {}
+    second: dict[tuple[str, float], list[float]] = {}
+    speakers: dict[str, str] = {}
+    for row in rows:
+        speakers[row.key] = row.speaker
+        if row.arm == arm:
+            first[row.key, row.sigma] = getattr(row, column)
+        elif row.arm == other:
+            second.setdefault((row.key, row.sigma), []).append(getattr(row, column))
+    found: dict[str, list[float]] = {}
+    for place, values in second.items():
+        found.setdefault(speakers[place[0]], []).append(first[place] - sum(values) / len(values))
+    return found
+
+
+def _named(name: str, value: Interval) -> dict[str, float]:
+    return {name: value.mean, f"{name}_ci95": value.half}

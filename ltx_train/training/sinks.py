@@ -1,0 +1,140 @@
+"""Trackers beside metrics.jsonl: W&B, CSV, TensorBoard.
+
+Owns how each of them is fed and continued; knows names and numbers only. A tracker that fails may
+cost its own record, never a step.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ltx_train.contracts import UserError
+
+Values = Mapping[str, float]
+_INIT_TIMEOUT_S = 10
+
+
+class Sink(Protocol):
+    """What rows, pages and clips are handed to."""
+
+    def write(self, step: int, values: Values) -> None: ...
+
+    def page(self, path: Path) -> None: ...
+
+    def media(self, step: int, path: Path, caption: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Csv:
+    """metrics.csv, one column per name: rewritten from metrics.jsonl when a new name comes up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._rows = folder / "metrics.csv", folder / "metrics.jsonl"
+        self._columns: list[str] = []
+
+    def write(self, step: int, values: Values) -> None:
+        row = {"step": step, **values}
+        if not set(row) <= set(self._columns):
+            self._rewrite()
+            return
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def page(self, path: Path) -> None: ...
+
+    def media(self, step: int, path: Path, caption: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _rewrite(self) -> None:
+        rows = [json.loads(line) for line in self._rows.read_text(encoding="utf-8").splitlines()]
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self._path)
+
+
+class TensorBoard:
+    """tensorboard/ in the run's folder; steps that are done again replace the ones before."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # imports tensorboard, for runs that use it
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def page(self, path: Path) -> None: ...
+
+    def media(self, step: int, path: Path, caption: str) -> None: ...
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A W&B run whose id depends on the run's folder alone, so that a restart continues it."""
+
+    def __init__(self, folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
+        self._run = _start_wandb(folder, mode, project, config)
+
+    def write(self, step: int, values: Values) -> None:
+        self._run.log({"trainer/global_step": step, **values}, step=step)
+
+    def page(self, path: Path) -> None:
+        import wandb
+
+        self._run.log({"report": wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
+
+    def media(self, step: int, path: Path, caption: str) -> None:
+        import wandb
+
+        self._run.log({f"samples/{caption}": wandb.Video(str(path), caption=caption, format="mp4")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> Any:
+    """UserError when W&B refuses the key; a server that does not answer costs its timeout and nothing else."""
+    import wandb
+
+    name = "/".join(folder.parts[-2:])
+    common: dict[str, Any] = {
+        "project": project, "id": hashlib.sha256(name.encode()).hexdigest()[:12], "dir": folder, "name": name,
+        "config": dict(config), "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, console="off"),
+    }  # fmt: skip
+    try:
+        return wandb.init(resume="allow", mode=mode, **common)  # pyright: ignore[reportArgumentType]
+    except (wandb.Error, OSError, ValueError) as error:
+        if _is_refusal(error):
+            raise UserError(
+                "logger=wandb: W&B does not accept the API key; run `wandb login`, set WANDB_API_KEY, or take "
+                "logger=wandb_offline"
+            ) from error
+        print(
+            f"ltx-train: W&B is not reachable ({error}); recording offline, `wandb sync {folder}/wandb`",
+            file=sys.stderr,
+        )
+        return wandb.init(mode="offline", **common)
+
+
+def _is_refusal(error: Exception) -> bool:
+    text = str(error).lower()
+    return type(error).__name__ in ("AuthenticationError", "UsageError") or any(
+        part in text for part in ("api key", "api_key", "401", "unauthorized")
+    )

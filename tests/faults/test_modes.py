@@ -1,0 +1,127 @@
+"""Every mode through the commands: prepared shards in, two training steps, a measurement, an adapter out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from ltx_train.contracts import Exit
+from ltx_train.data import index
+from ltx_train.data.index import Record
+from ltx_train.data.prepare import pack
+from ltx_train.data.reader import VIDEO, Reader
+from tests.conftest import REPOSITORY, command, settings
+
+PRESETS = sorted(p.stem for p in (REPOSITORY / "conf/mode").glob("*.yaml"))
+Tensors = dict[str, torch.Tensor]
+
+
+def repacked(prepared: Path, root: Path, change: object) -> Path:
+    """A copy of prepared data whose tensors `change(record, tensors)` has altered."""
+    shutil.copytree(prepared, root)
+    found = index.load(root)
+    reader = Reader(prepared, found, seed=0)
+
+    def data(record: Record) -> bytes:
+        tensors = reader.tensors(reader.records[record.key])
+        change(record, tensors)  # type: ignore[operator]
+        return save({k: v.contiguous() for k, v in tensors.items()})
+
+    shards, placed = pack.write_shards(found.records, data, root / "shards", 256)
+    index.save(replace(found, shards=tuple(shards), records=tuple(placed)), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def rich(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared clips with controls, subjects and masks beside their latents."""
+
+    def add(record: Record, tensors: Tensors) -> None:
+        video = tensors[VIDEO]
+        tensors["reference_video_latent"] = video.flip(-1) * 0.9
+        tensors["subject_video_latent"] = video[:, :1, :1, :1].clone()
+        tensors["video_mask"] = torch.zeros(video.shape[1:])
+        tensors["video_mask"][:2] = 1
+        tensors["audio_mask"] = (torch.arange(33) % 4 == 0).float()
+
+    return repacked(prepared, tmp_path_factory.mktemp("rich") / "data", add)
+
+
+def overrides(root: Path, runs: Path, clips: Path, *more: str) -> list[str]:
+    return [
+        *settings(root, clips), f"run.root={runs}", "optim.steps=2", "optim.batch_size=2", "optim.name=adamw",
+        "memory=none", "eval.interval=2", "eval.quantiles=2", "eval.sigmas=[]", "eval.max_samples=2",
+        "logger.every=1", "checkpoint.interval=2", *more,
+    ]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains_and_is_measured(name: str, rich: Path, clips: Path, tmp_path: Path) -> None:
+    asked = [f"mode={name}", "adapter=auto", f"run.experiment={name}"]
+    assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
+    folder = tmp_path / name / "main"
+    last = rows(folder)[-1]
+    assert last["val/loss"] > 0
+    assert last["train/grad_norm"] > 0
+    with safe_open(folder / "adapters/step-000002.safetensors", "pt") as file:
+        names = list(file.keys())
+        moved = [n for n in names if ".lora_B." in n and bool(file.get_tensor(n).any())]
+    # Every layer that was given an adapter has learned: none of them is out of the loss's reach.
+    assert len(moved) == len(names) // 2
+    assert ("val/reference_gap_dropped" in last) == (name.endswith(("_ic", "reference")) or name == "id_lora")
+    assert ("val/reference_attention" in last) == ("val/reference_gap_dropped" in last)
+
+
+@pytest.mark.slow
+def test_a_mixture_trains_all_its_modes(rich: Path, clips: Path, tmp_path: Path) -> None:
+    asked = ["mode=t2av", "adapter=auto", "mixture={t2av: 1, a2v: 1, t2a: 1}", "run.experiment=mixed", "optim.steps=6"]
+    assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
+    found = rows(tmp_path / "mixed/main")
+    seen = [("train/loss_video" in row, "train/loss_audio" in row) for row in found if "train/loss" in row]
+    assert len(set(seen)) > 1
+    saved = (tmp_path / "mixed/main/config.yaml").read_text()
+    assert "modes:" in saved
+    # The same command finds the run complete: the saved mixture compares equal to the one asked for.
+    assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
+
+
+@pytest.mark.slow
+def test_a_full_fine_tune_of_any_mode(rich: Path, clips: Path, tmp_path: Path) -> None:
+    asked = ["mode=v2v_ic", "adapter=full", "run.experiment=full"]
+    assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
+    assert (tmp_path / "full/main/checkpoints/step-000002/weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda _r, t: t.pop("video_mask"), ["mode=inpaint"], "no video_mask in the shards"),
+        (lambda _r, t: t["video_mask"].fill_(1), ["mode=inpaint"], "video_mask gives every place"),
+        (lambda _r, t: t["video_mask"].fill_(3), ["mode=inpaint"], "outside [0, 1]"),
+        (lambda _r, t: t.update(video_mask=torch.zeros(1, 2, 2)), ["mode=inpaint"], "grid of neither"),
+        (lambda _r, t: t.update(reference_video_latent=t[VIDEO]), ["mode=v2v_ic"], "its reference is its own target"),
+        (lambda _r, t: t.pop("reference_video_latent"), ["mode=v2v_ic"], "no 'reference_video_latent' for it"),
+        (lambda _r, t: t.pop("audio_latent"), ["mode=t2a"], "no audio, but the mode needs it"),
+        (lambda _r, t: t.pop("video_mask"), ["mode=t2v", "loss.token_weights={video_mask: 2}"], "no video_mask in the"),
+    ],
+)  # fmt: skip
+def test_data_that_do_not_serve_the_mode_are_refused(
+    change: object, more: list[str], message: str, rich: Path, clips: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    root = repacked(rich, tmp_path / "data", change)
+    assert command("fit", *overrides(root, tmp_path / "runs", clips, "adapter=auto", *more)) == Exit.DATA
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs/audio_reference/main/checkpoints").exists()
