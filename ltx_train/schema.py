@@ -60,6 +60,7 @@ class DataConfig:
     """source: what `prepare` reads; root: the prepared folder it writes and `fit` reads.
 
     caption_dropout: share of draws without their caption; keep_trigger: the trigger word alone stays then.
+    reference_scale: how many times smaller control videos (column reference_video) are prepared.
     """
 
     root: str = MISSING
@@ -70,6 +71,7 @@ class DataConfig:
     trigger: str | None = None
     caption_dropout: float = 0.0
     keep_trigger: bool = True
+    reference_scale: int = 1
     reference_s: float = 3.5
     heldout_speakers: float = 0.1
     latent_dtype: str = "bfloat16"

@@ -16,7 +16,7 @@ from ltx_train.commands.training import Start
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.data.audit import audit
-from ltx_train.evaluation import ranking
+from ltx_train.evaluation import history, ranking, verdicts
 from ltx_train.memory.plan import Planned
 from ltx_train.training import checkpointing
 from ltx_train.training.lock import FolderLock
@@ -58,7 +58,7 @@ def _run(config: Config, ranks: Ranks) -> int:
     if ranks.leads and code is Exit.PREEMPTED:
         print("stopped after a save; the same command continues", file=sys.stderr)
     elif ranks.leads:
-        _rank(folder)
+        _conclude(folder)
     return code
 
 
@@ -72,9 +72,13 @@ def _complete(config: Config, start: Start) -> str | None:
     return f"step {start.step}, {ended}; eval.patience=0 would go on" if ended and config.eval.patience else None
 
 
-def _rank(folder: Path) -> None:
-    """Which of the run's checkpoints to take, printed and linked."""
-    entries = ranking.ranked(read_rows(folder / "metrics.jsonl"), folder)
+def _conclude(folder: Path) -> None:
+    """What the run's course says, and which of its checkpoints to take, printed and linked."""
+    metrics = read_rows(folder / "metrics.jsonl")
+    training_loss = {int(row["step"]): row["train/loss"] for row in metrics if "train/loss" in row}
+    for verdict in verdicts.of_history(history.read(folder), training_loss):
+        print(verdict.text)
+    entries = ranking.ranked(metrics, folder)
     if entries:
         print(ranking.table(entries))
         ranking.link(entries, folder)

@@ -12,9 +12,10 @@ import torch
 from ltx_train.commands import session
 from ltx_train.config import Config
 from ltx_train.data.index import HELDOUT, Index
-from ltx_train.evaluation import attention_mass, heldout
+from ltx_train.data.reader import Reader
+from ltx_train.evaluation import attention_mass, heldout, history, likeness
 from ltx_train.evaluation.attention_mass import Mass
-from ltx_train.evaluation.rows import BASE, Grid, Row, summary
+from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, summary
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.ranks import ALONE, Ranks
 
@@ -34,9 +35,9 @@ class Measurement:
         self._settings = session.evaluation(self.config, self.grid)
         self._share = (self.ranks.rank, self.ranks.world)
 
-    def rows(self, transformer: Transformer) -> list[Row]:
+    def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Of the whole split, on every rank."""
-        with_base = self._base is None and self.config.adapter.kind == "lora"
+        with_base = with_base and self._base is None and self.config.adapter.kind == "lora"
         own = heldout.measure(
             transformer, str(self.root), self.index, self._settings, self._device, with_base=with_base,
             share=self._share,
@@ -58,9 +59,16 @@ class Measurement:
         )
         return [mass for masses in self.ranks.gather(own) for mass in masses]
 
-    def values(self, transformer: Transformer) -> dict[str, float]:
-        """By their documented names."""
-        return summary(self.rows(transformer), self.grid) | attention_mass.summary(self.masses(transformer))
+    def likeness(self) -> float | None:
+        """How alike references and their own targets are beyond chance; None without references."""
+        settings = self._settings
+        if not settings.mode.references:
+            return None
+        reader = Reader(self.root, self.index, seed=settings.seed, wants=heldout.wants(settings))
+        found = [arm for batch in heldout.batches(self.index, settings)
+                 for arm in heldout.arms(reader, batch, settings, with_base=False)]  # fmt: skip
+        batches = {name: [arm.batch for arm in found if arm.name == name] for name in (CORRECT, WRONG)}
+        return likeness.of_batches(settings.mode, batches[CORRECT], batches[WRONG])
 
     @property
     def _device(self) -> torch.device:
@@ -68,17 +76,20 @@ class Measurement:
 
 
 def evaluator(
-    config: Config, root: Path, index: Index, transformer: Transformer, ranks: Ranks,
+    config: Config, folder: Path, root: Path, index: Index, transformer: Transformer, ranks: Ranks,
     published: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[[int], Mapping[str, float]] | None:  # fmt: skip
-    """What training calls to measure, or None when nothing is to be measured. published: puts the weights in place
-    that would be published."""
+    """What training calls to measure, or None when nothing is to be measured; every identity's loss goes into the
+    run's folder. published: puts the weights in place that would be published."""
     if config.eval.interval == 0 or not index.split(HELDOUT):
         return None
     measurement = Measurement(config, root, index, ranks)
 
-    def evaluate(_step: int) -> Mapping[str, float]:
+    def evaluate(step: int) -> Mapping[str, float]:
         with published():
-            return measurement.values(transformer)
+            rows, masses = measurement.rows(transformer), measurement.masses(transformer)
+        if ranks.leads:
+            history.record(folder, history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main]))
+        return summary(rows, measurement.grid) | attention_mass.summary(masses)
 
     return evaluate

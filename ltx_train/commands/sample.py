@@ -14,7 +14,7 @@ from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.media import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
-from ltx_train.diffusion import conditions, positions, sigma
+from ltx_train.diffusion import conditions, positions, references, sigma
 from ltx_train.model import codecs, export, lora_file
 from ltx_train.model.transformer import Transformer
 from ltx_train.sampling import media, sampler
@@ -95,8 +95,10 @@ def _voice(config: Config) -> Condition:
 
 def _start(config: Config, given: Given) -> sampler.Start:
     draws = conditions.draw(given.batch, given.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
-    inputs = conditions.assemble(given.batch, given.mode, draws)
-    return sampler.Start(inputs.video, inputs.audio, given.negative[VIDEO_CONTEXT], given.negative[AUDIO_CONTEXT])
+    inputs = conditions.assemble(given.batch, references.always_open(given.mode), draws)
+    negative = given.negative
+    gates = references.gates(given.mode, given.batch)
+    return sampler.Start(inputs.video, inputs.audio, negative[VIDEO_CONTEXT], negative[AUDIO_CONTEXT], gates)
 
 
 def _guidance(config: Config) -> Guidance:

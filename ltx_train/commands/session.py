@@ -96,6 +96,9 @@ def recipe(config: Config) -> Recipe:
         needs_audio=any(m.audio is not Role.absent for m in (*_modes(config), config.mode)),
         silence_db=config.data.silence_db,
         skip_bad=config.data.on_bad_clip == "skip",
+        reference_scale=config.data.reference_scale,
+        drops_captions=config.data.caption_dropout > 0,
+        keep_trigger=config.data.keep_trigger,
     )
 
 

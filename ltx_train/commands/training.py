@@ -114,7 +114,9 @@ def _outside(config: Config, start: Start, task: Task, base: str, ranks: Ranks, 
         metrics = Metrics(start.folder, start.step, logging.sinks(config, start.folder, start.step))
     published = nullcontext if task.average is None else task.average.applied
     return Outside(
-        metrics, measuring.evaluator(config, start.root, start.index, task.transformer, ranks, published),
+        metrics, measuring.evaluator(
+            config, start.folder, start.root, start.index, task.transformer, ranks, published
+        ),
         lambda step, weights: publish(config, weights, start.folder, step, base), watchdog,
     )  # fmt: skip
 

@@ -23,13 +23,13 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 _NOT_READ = {
     "plan": ("data.root", "data.source"),
+    "evaluate": ("data.root", "data.source"),
     "bench": ("data.root", "data.source"),
     "doctor": ("data.root", "data.source"),
 }
 # Lists and mappings whose entries the user names.
-_OPEN = (
-    "mode.conditions.", "mixture.", "modes.", "adapter.rank_pattern.", "adapter.alpha_pattern.", "loss.token_weights.",
-)  # fmt: skip
+_MAPPINGS = ("mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights")
+_OPEN = ("mode.conditions.", *(f"{name}." for name in _MAPPINGS))
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
 
@@ -127,9 +127,15 @@ def _composed(overrides: list[str], extra_dir: str | None) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose("config", overrides=[*overrides, *search])
+            return compose("config", overrides=[*(_adding(o) for o in overrides), *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explained(error)) from error
+
+
+def _adding(override: str) -> str:
+    """Hydra wants to be told that an entry of a mapping may be new."""
+    name = override.partition("=")[0]
+    return f"++{override}" if any(name == m or name.startswith(f"{m}.") for m in _MAPPINGS) else override
 
 
 def _groups(extra_dir: str | None) -> dict[str, list[str]]:

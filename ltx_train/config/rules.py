@@ -42,7 +42,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _AT_LEAST = {
     "adapter.rank": 1, "adapter.dropout": 0, "data.reference_s": 0.2, "data.samples_per_shard": 1, "data.workers": 0,
     "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.global_batch": 1, "optim.warmup": 0, "optim.clip": 0,
-    "eval.quantiles": 0, "eval.samples": 0, "eval.patience": 0, "sigma.std": 0, "sigma.tokens": 1, "adapter.alpha": 0,
+    "eval.quantiles": 0, "data.reference_scale": 1, "eval.samples": 0, "eval.patience": 0, "sigma.std": 0,
+    "sigma.tokens": 1, "adapter.alpha": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
@@ -92,6 +93,8 @@ def require(config: Config, command: str) -> None:
     needs = {
         "model.path": (command not in ("export", "plan", "doctor"), weights,
                        "give the single-file checkpoint, or model.weights=random for a trial"),
+        "data.root": (command == "evaluate" and config.checkpoints is None, bool(config.data.root),
+                      "give the prepared folder of the run"),
         "data.source": (command == "prepare", config.data.source is not None, "give the folder or table of clips"),
         "data.buckets": (command not in ("export", "inspect", "doctor"), buckets,
                          "give at least one WIDTHxHEIGHTxFRAMES"),

@@ -25,6 +25,7 @@ from ltx_train.data.order import Address
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
+CONTROL, VIDEO_MASK, AUDIO_MASK = "reference_video_latent", "video_mask", "audio_mask"
 # 12.6 MB each on the 22B; a constant caption needs one, a set of a few dozen captions is read once.
 _CONTEXTS_KEPT = 64
 

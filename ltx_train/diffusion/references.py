@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import Condition, Modality, ModalityName, Placement
+from ltx_train.contracts import Batch, Condition, Modality, ModalityName, Mode, Placement
 from ltx_train.diffusion import positions
 
 
@@ -29,6 +29,50 @@ def visible(condition: Condition, chosen: Tensor, sigma: Tensor) -> Tensor:
     """(B,) bool: where it was drawn and the noise level lies within the condition's gate."""
     low, high = condition.sigmas
     return chosen & (sigma >= low) & (sigma <= high)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Tokens [first, last) of a modality that are there at noise levels in [low, high] only."""
+
+    modality: ModalityName
+    first: int
+    last: int
+    low: float
+    high: float
+
+
+def gates(mode: Mode, batch: Batch) -> tuple[Gate, ...]:
+    """The gates of a batch's references, for sampling, where the noise level changes under one set of tokens."""
+    found: list[Gate] = []
+    for name in ModalityName:
+        latent = batch.video_latent if name is ModalityName.video else batch.audio_latent
+        place = 0 if latent is None else tokens(latent[:1]).shape[1]
+        for condition in (c for c in mode.references if c.stream is name and c.name in batch.references):
+            count = tokens(batch.references[condition.name][:1]).shape[1]
+            low, high = condition.sigmas
+            found.append(Gate(name, place, place + count, low, high))
+            place += count
+    return tuple(gate for gate in found if (gate.low, gate.high) != (0.0, 1.0))
+
+
+def always_open(mode: Mode) -> Mode:
+    """The mode whose references are there at every noise level."""
+    return replace(mode, conditions=[replace(c, sigmas=[0.0, 1.0]) for c in mode.conditions])
+
+
+def closed(modality: Modality, name: ModalityName, found: Sequence[Gate], sigma: float) -> Modality:
+    """The modality with the tokens hidden whose gate is closed at a noise level."""
+    hidden = [g for g in found if g.modality is name and not g.low <= sigma <= g.high]
+    if not hidden:
+        return modality
+    shown = torch.ones(modality.latent.shape[:2], device=modality.latent.device)
+    for gate in hidden:
+        shown[:, gate.first : gate.last] = 0
+    own, cross = modality.attention_mask, modality.cross_mask
+    return replace(
+        modality, attention_mask=shown if own is None else own * shown, cross_mask=shown if cross is None else cross * shown
+    )  # fmt: skip
 
 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:

@@ -5,12 +5,13 @@ Owns the copies; knows nothing of modes.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import Levels, Modality, Velocity
+from ltx_train.contracts import Batch, Levels, Modality, Velocity
 from ltx_train.diffusion.conditions import ModelInputs
 
 
@@ -30,6 +31,18 @@ def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
         video_velocity=_moved_velocity(inputs.video_velocity, device),
         audio_velocity=_moved_velocity(inputs.audio_velocity, device),
     )
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on a device, for what is computed there step by step."""
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+        elif isinstance(value, dict):
+            moved[field.name] = {name: tensor.to(device) for name, tensor in value.items()}
+    return replace(batch, **moved)
 
 
 def _moved(modality: Modality | None, device: torch.device) -> Modality | None:

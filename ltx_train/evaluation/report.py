@@ -1,40 +1,55 @@
-"""report.html: one file, no network, plots and tables of a run a person can read.
+"""report.html: one file, no network, what a run or several adapters do and do not do, for a person to read.
 
-Owns presentation. Gets rows and numbers, computes only what a plot needs.
+Owns the page. Gets rows and numbers, computes only what a table needs; `plots` draws.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import io
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+from ltx_train.evaluation import plots
+from ltx_train.evaluation.attention_mass import Mass
+from ltx_train.evaluation.history import Measured, difference, of_rows
+from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, WRONG, Grid, Row, mean, paired
+from ltx_train.evaluation.verdicts import Verdict
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
-from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Row, paired
-from ltx_train.evaluation.statistics import Interval, by_identity
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A generated clip to play: an mp4 with video, sound or both."""
 
-_INK = {CORRECT: "#1f6f8b", WRONG: "#c8553d", BASE: "#8d8d8d"}
-_TITLES = {CORRECT: "adapter, correct reference", WRONG: "adapter, wrong reference", BASE: "base (adapter off)"}
+    caption: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One measured adapter (or full weights). step: of its run, None for a file from elsewhere."""
+
+    name: str
+    step: int | None
+    rows: Sequence[Row]
+    masses: Sequence[Mass] = ()
+    clips: Sequence[Clip] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown: facts of the run, rows of the metrics file, rows of the held-out measurement."""
+    """What is shown. subjects: what was measured now, best first when there are several; the first is shown whole."""
 
     title: str
     facts: Mapping[str, str]
     metrics: Sequence[Mapping[str, float]]
-    rows: Sequence[Row]
+    subjects: Sequence[Subject]
+    grid: Grid
+    verdicts: Sequence[Verdict] = ()
+    ranking: str = ""
+    references: Sequence[Clip] = field(default_factory=list[Clip])
 
 
 def write(path: Path, report: Report) -> None:
@@ -46,54 +61,63 @@ def write(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as text."""
-    sections = [_verdict(report.rows), _facts(report.facts), _curves(report.metrics)]
-    if report.rows:
-        sections += [_by_sigma(report.rows), _gap(report.rows), _table(report.rows)]
-    body = "\n".join(s for s in sections if s)
-    return _PAGE.format(title=html.escape(report.title), body=body)
+    sections = [_verdicts(report.verdicts), _facts(report.facts)]
+    if len(report.subjects) > 1:
+        sections.append(_compared(report))
+    sections += [_section("Curves", plots.curves(report.metrics), plots.levels_of_training(report.metrics))]
+    if report.ranking:
+        sections.append(f"<h2>Checkpoints</h2><pre>{html.escape(report.ranking)}</pre>")
+    if report.subjects and report.subjects[0].rows:
+        sections += _whole(report.subjects[0], many=len(report.subjects) > 1)
+    sections.append(_players(report))
+    return _PAGE.format(title=html.escape(report.title), body="\n".join(s for s in sections if s))
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
-    """What the numbers say, and what they cannot say, in sentences."""
-    if not rows:
-        return ["Nothing is held out, so nothing about new identities can be said."]
-    lines: list[str] = []
-    if any(row.arm == BASE for row in rows):
-        gain = paired(rows, CORRECT, BASE)
-        lines.append(
-            _sentence(
-                "Adapter on minus off", gain, "the adapter lowers the held-out loss", "it raises the held-out loss"
-            )
-        )
-    if any(row.arm == WRONG for row in rows):
-        gap = paired(rows, CORRECT, WRONG)
-        lines.append(
-            _sentence(
-                "Reference gap (correct minus wrong)",
-                gap,
-                "the model uses the reference",
-                "the wrong reference serves better",
-            )
-        )
-        lines.append(
-            "A gap near zero does not prove that the reference is ignored: where the noised target still shows the "
-            "identity, nothing is left for the reference to tell. Generation with the reference swapped decides then."
-        )
-    return lines or [
-        "Held-out loss was measured; this mode has neither an adapter to switch off nor a reference to swap."
-    ]
+def _whole(subject: Subject, *, many: bool) -> list[str]:
+    """Everything about one subject."""
+    rows = subject.rows
+    of = f" of {subject.name}" if many else ""
+    found = [_section(f"Held-out loss by noise level{html.escape(of)}", plots.by_level(rows))]
+    if any(row.arm != CORRECT for row in rows):
+        found.append(_section("What changes the loss", plots.differences_by_level(rows)))
+        found.append(_section("By identity", plots.differences_by_identity(rows)))
+    if subject.masses:
+        said = "<p>Attention says that something is looked at, not that it is used.</p>"
+        found.append(_section("Attention on the reference", said, plots.attention(subject.masses)))
+    return [*found, _table(rows)]
 
 
-def _sentence(name: str, value: Interval, good: str, bad: str) -> str:
-    if math.isnan(value.half):
-        return f"{name}: {value.mean:+.4f} from {value.identities} identity: no interval, no conclusion."
-    if not value.excludes_zero:
-        return f"{name}: {value}, 95 %. The interval contains zero: no effect is shown."
-    return f"{name}: {value}, 95 %. The interval excludes zero: {good if value.mean < 0 else bad}."
+def _compared(report: Report) -> str:
+    """Several adapters side by side: a table of paired differences, and curves by step, level and identity."""
+    subjects = list(report.subjects)
+    main = {s.name: [r for r in s.rows if r.sigma in report.grid.main] for s in subjects}
+    best = of_rows(0, main[subjects[0].name])
+    body = ""
+    for subject in subjects:
+        rows = main[subject.name]
+        loss = mean(rows, CORRECT)
+        apart = _apart(of_rows(0, rows), best) if subject is not subjects[0] else "the best"
+        cells = [f"{loss.mean:.4f} ± {loss.half:.4f}", apart]
+        cells += [str(paired(rows, CORRECT, arm)) if any(r.arm == arm for r in rows) else "" for arm in (BASE, WRONG)]
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        body += f"<tr><th>{html.escape(subject.name)}</th>{row}</tr>"
+    head = "<th>held-out loss</th><th>minus the best, paired</th><th>minus the base</th><th>reference gap</th>"
+    stepped = {s.step: mean(main[s.name], CORRECT) for s in sorted(subjects, key=lambda s: s.step or 0) if s.step}
+    base = mean(main[subjects[0].name], BASE)
+    pictures = [plots.compared_by_step(stepped, base)] if len(stepped) > 1 else []
+    named = {s.name: s.rows for s in subjects}
+    pictures += [plots.compared_by_level(named), plots.compared_by_identity(main)]
+    return _section("Compared", f"<table><tr><th>adapter</th>{head}</tr>{body}</table>", *pictures)
 
 
-def _verdict(rows: Sequence[Row]) -> str:
-    return "<h2>What the numbers say</h2>" + "".join(f"<p class=verdict>{html.escape(v)}</p>" for v in verdict(rows))
+def _apart(one: Measured, best: Measured) -> str:
+    found = difference(one, best)
+    return f"{found}{'' if found.excludes_zero else ', not to be told apart'}"
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    said = "".join(f'<p class="verdict" data-kind="{v.kind.value}">{html.escape(v.text)}</p>' for v in verdicts)
+    return f"<h2>What the numbers say</h2>{said}"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -101,89 +125,40 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f"<h2>The run</h2><table>{cells}</table>"
 
 
-def _curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    if not any("train/loss" in row for row in metrics):
-        return ""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
-    for axis, names in zip(axes, (("train/loss", "val/loss"), ("val/reference_gap", "val/adapter_gain")), strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in metrics if name in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="." if name.startswith("val") else "")
-        _dress(axis, "step", "")
-    gaps = [
-        (r["step"], r["val/reference_gap"], r["val/reference_gap_ci95"])
-        for r in metrics
-        if "val/reference_gap_ci95" in r
-    ]
-    if gaps:
-        steps, means, halves = zip(*gaps, strict=True)
-        low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-        axes[1].fill_between(steps, low, high, alpha=0.2)
-    axes[1].axhline(0, color="black", lw=0.7)
-    return f"<h2>Curves</h2>{_picture(figure, 'training and held-out curves')}"
-
-
-def _by_sigma(rows: Sequence[Row]) -> str:
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
-    sigmas = sorted({row.sigma for row in rows})
-    for arm in (CORRECT, WRONG, BASE):
-        points = [_mean(rows, arm, s) for s in sigmas]
-        if points[0].identities:
-            halves = [0 if math.isnan(p.half) else p.half for p in points]
-            axis.errorbar(sigmas, [p.mean for p in points], halves, label=_TITLES[arm], color=_INK[arm], capsize=3)
-    _dress(axis, "noise level", "held-out loss")
-    return f"<h2>Held-out loss by noise level</h2>{_picture(figure, 'held-out loss by noise level, 95 % intervals')}"
-
-
-def _gap(rows: Sequence[Row]) -> str:
-    if not any(row.arm == WRONG for row in rows):
-        return ""
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
-    sigmas = sorted({row.sigma for row in rows})
-    points = [paired([r for r in rows if r.sigma == s], CORRECT, WRONG) for s in sigmas]
-    halves = [0 if math.isnan(p.half) else p.half for p in points]
-    axis.errorbar(
-        sigmas, [p.mean for p in points], halves, color=_INK[CORRECT], capsize=3, marker="o", label="gap, 95 %"
-    )
-    axis.axhline(0, color="black", lw=0.7)
-    _dress(axis, "noise level", "loss(correct) - loss(wrong)")
-    return f"<h2>Reference gap by noise level</h2>{_picture(figure, 'reference gap by noise level')}"
-
-
 def _table(rows: Sequence[Row]) -> str:
-    arms = [arm for arm in (CORRECT, WRONG, BASE) if any(row.arm == arm for row in rows)]
-    head = "".join(f"<th>{_TITLES[arm]}</th>" for arm in arms)
+    arms = [arm for arm in ARMS if any(row.arm == arm for row in rows)]
+    head = "".join(f"<th>{plots.TITLES[arm]}</th>" for arm in arms)
     body = ""
     for sigma in sorted({row.sigma for row in rows}):
-        cells = "".join(f"<td>{_mean(rows, arm, sigma).mean:.4f}</td>" for arm in arms)
+        found = [mean([r for r in rows if r.sigma == sigma], arm) for arm in arms]
+        cells = "".join(f"<td>{value.mean:.4f} ± {value.half:.4f}</td>" for value in found)
         body += f"<tr><th>{sigma:g}</th>{cells}</tr>"
     return f"<h2>Table</h2><table><tr><th>noise level</th>{head}</tr>{body}</table>"
 
 
-def _mean(rows: Sequence[Row], arm: str, sigma: float) -> Interval:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if row.arm == arm and row.sigma == sigma:
-            values.setdefault(row.speaker, []).append(row.loss)
-    return by_identity(values)
+def _players(report: Report) -> str:
+    """Clips inside the page, by subject."""
+    groups = [("references", report.references), *((s.name, s.clips) for s in report.subjects)]
+    body = ""
+    for name, clips in groups:
+        if clips:
+            players = "".join(_player(clip) for clip in clips)
+            body += f"<h3>{html.escape(name)}</h3><div class=clips>{players}</div>"
+    return f"<h2>Listen and look</h2>{body}" if body else ""
 
 
-def _dress(axis: Any, x: str, y: str) -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.25)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+def _player(clip: Clip) -> str:
+    data = base64.b64encode(clip.path.read_bytes()).decode()
+    source = f"data:video/mp4;base64,{data}"
+    caption = html.escape(clip.caption)
+    return (
+        f"<figure><video controls preload=metadata src='{source}'></video><figcaption>{caption}</figcaption></figure>"
+    )
 
 
-def _picture(figure: Any, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=130)
-    pyplot.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+def _section(title: str, *parts: str) -> str:
+    body = "".join(parts)
+    return f"<h2>{title}</h2>{body}" if body else ""
 
 
 _PAGE = """<!doctype html>
@@ -191,8 +166,11 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; }}
-img {{ max-width: 100%; }} .verdict {{ background: #f3f6f7; padding: 0.5rem 0.8rem; border-left: 4px solid #1f6f8b; }}
+h3 {{ font-size: 1rem; }} table {{ border-collapse: collapse; font-size: 0.9rem; }}
+th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; }} pre {{ overflow-x: auto; }}
+img {{ max-width: 100%; }} figure {{ margin: 0.5rem 0; }} figcaption {{ font-size: 0.8rem; color: #666; }}
+.clips {{ display: flex; flex-wrap: wrap; gap: 1rem; }} video {{ width: 16rem; background: #eee; }}
+.verdict {{ background: #f3f6f7; padding: 0.5rem 0.8rem; border-left: 4px solid #1f6f8b; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>

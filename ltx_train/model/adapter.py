@@ -125,6 +125,8 @@ def detach(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear)]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,13 +6,14 @@ as they are. Noise, contexts and decoding are the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import Modality
+from ltx_train.contracts import Modality, ModalityName
+from ltx_train.diffusion.references import Gate, closed
 from ltx_train.model.transformer import UNPERTURBED, Pair, Perturbation, Transformer
 from ltx_train.sampling.guidance import Guidance, combine
 
@@ -21,13 +22,15 @@ from ltx_train.sampling.guidance import Guidance, combine
 class Start:
     """Both modalities at sigma 1: noised tokens hold noise and timestep 1, given tokens their values and timestep 0.
 
-    negative_*: contexts of the negative prompt, (1, S, D), when guidance needs them.
+    negative_*: contexts of the negative prompt, (1, S, D), when guidance needs them. gates: references that are there
+    at some noise levels only.
     """
 
     video: Modality | None
     audio: Modality | None
     negative_video: Tensor | None = None
     negative_audio: Tensor | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @torch.no_grad()
@@ -39,27 +42,37 @@ def sample(transformer: Transformer, start: Start, sigmas: Tensor, guidance: Gui
     masks = [None if m is None else m.timesteps for m in (start.video, start.audio)]
     video, audio = start.video, start.audio
     for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        now = [_at(m, mask, sigma) for m, mask in zip((video, audio), masks, strict=True)]
+        now = [
+            _at(m, mask, sigma, name, start.gates)
+            for m, mask, name in zip((video, audio), masks, ModalityName, strict=True)
+        ]
         clean = _guided(transformer, now[0], now[1], start, guidance)
-        video, audio = (_stepped(m, x, mask, sigma, following) for m, x, mask in zip(now, clean, masks, strict=True))
+        video, audio = (
+            _stepped(begun, m, x, mask, sigma, following)
+            for begun, m, x, mask in zip((start.video, start.audio), now, clean, masks, strict=True)
+        )
     return (None if video is None else video.latent), (None if audio is None else audio.latent)
 
 
-def _at(modality: Modality | None, mask: Tensor | None, sigma: float) -> Modality | None:
+def _at(
+    modality: Modality | None, mask: Tensor | None, sigma: float, name: ModalityName, gates: Sequence[Gate]
+) -> Modality | None:
     """The modality with timesteps and sigma of this step; a fully given one keeps sigma 0."""
     if modality is None or mask is None:
         return None
     level = mask.amax(dim=1) * sigma
-    return replace(modality, timesteps=mask * sigma, sigma=level)
+    return closed(replace(modality, timesteps=mask * sigma, sigma=level), name, gates, sigma)
 
 
 def _stepped(
-    modality: Modality | None, clean: Tensor | None, mask: Tensor | None, sigma: float, following: float
-) -> Modality | None:
-    if modality is None or clean is None or mask is None:
+    begun: Modality | None, modality: Modality | None, clean: Tensor | None, mask: Tensor | None, sigma: float,
+    following: float,
+) -> Modality | None:  # fmt: skip
+    """The next step's tokens in what the sampling began with: masks of this step's noise level are left behind."""
+    if modality is None or clean is None or mask is None or begun is None:
         return None
     velocity = (modality.latent - clean) / sigma
-    return replace(modality, latent=modality.latent + (following - sigma) * velocity * mask[..., None])
+    return replace(begun, latent=modality.latent + (following - sigma) * velocity * mask[..., None])
 
 
 def _guided(

@@ -22,7 +22,8 @@ from tests.conftest import REPOSITORY, TINY, command, settings
         ("av_lora", (), 144),
         ("audio_reference", ("adapter=cross_modal",), 108),
         ("audio_reference", ("adapter=audio_only",), 60),
-        ("audio_to_video", (), 144),
+        # Less than the 144 of all attentions: the last block's bridge into the frozen audio never sees a loss.
+        ("audio_to_video", (), 136),
     ],
 )
 def test_experiments_run(

@@ -68,7 +68,7 @@ def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
 
 
 def clip(key: str, speaker: str, split: str = "") -> sources.Clip:
-    return sources.Clip(key, CLIP, "", speaker, None, split)
+    return sources.Clip(key, CLIP, "", speaker, split)
 
 
 def test_the_split_is_by_identity_and_stable() -> None:

@@ -45,10 +45,16 @@ class Recipe:
     needs_audio: bool
     silence_db: float
     skip_bad: bool
+    reference_scale: int = 1
+    drops_captions: bool = False
+    keep_trigger: bool = True
 
     def settings(self) -> dict[str, Any]:
         """The part that makes prepared data stale when it changes."""
-        return {
+        # What earlier releases did not know is named only where it is used: their folders are not stale otherwise.
+        newer = {"reference_scale": self.reference_scale} if self.reference_scale != 1 else {}
+        newer |= {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
+        return newer | {
             "buckets": ["x".join(map(str, b)) for b in self.buckets],
             "fps": self.fps,
             "reference_s": self.reference_s,
@@ -57,6 +63,11 @@ class Recipe:
             "trigger": self.trigger,
             "heldout_speakers": self.heldout_speakers,
         }
+
+    @property
+    def dropped_caption(self) -> str:
+        """What stands for a caption that is dropped: the trigger alone, or nothing."""
+        return self.trigger if self.trigger and self.keep_trigger else ""
 
     def final_caption(self, caption: str) -> str:
         """The constant caption if there is one; otherwise the clip's, led by the trigger unless it holds it already."""
@@ -82,7 +93,8 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
         for half in folder.glob("*.tmp-*"):
             half.unlink()
     splits = split_by_identity(clips, recipe.heldout_speakers, recipe.seed)
-    digests = {clip.key: _context(recipe.final_caption(clip.caption), recipe, encoders, contexts) for clip in clips}
+    digests = {clip.key: _contexts(clip, recipe, encoders, contexts) for clip in clips}
+    dropped = _context(recipe.dropped_caption, recipe, encoders, contexts)
     encoders.release_text()
     records: list[Record] = []
     bad: dict[str, str] = {}
@@ -91,7 +103,7 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
         report(number, len(clips), clip.key)
         try:
             record, new = _item(clip, splits[clip.key], recipe, encoders, items)
-            records.append(replace(record, context=digests[clip.key]))
+            records.append(replace(record, context=digests[clip.key][0], variants=digests[clip.key][1:]))
             encoded += new
         except DataError as error:
             if not recipe.skip_bad:
@@ -104,7 +116,7 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
     shards, placed = pack.write_shards(
         records, lambda r: (items / f"{r.item}.safetensors").read_bytes(), root / "shards", recipe.samples_per_shard
     )
-    result = Index(recipe.settings(), encoders.fingerprints, tuple(shards), tuple(placed), bad)
+    result = Index(recipe.settings(), encoders.fingerprints, tuple(shards), tuple(placed), bad, dropped)
     index.save(result, root)
     pack.prune(root / "shards", shards)
     return Outcome(encoded, len(records) - encoded, bad, result)
@@ -132,7 +144,8 @@ def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Pat
 
 def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note: Path) -> None:
     media = read_clip(clip.video, list(recipe.buckets), recipe.fps)
-    done = encoders.clip(media, clip.reference_audio, recipe.reference_s, recipe.fps)
+    done = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
+    done.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
     facts = {
         "bucket": "x".join(map(str, media.bucket)),
         "seconds": media.bucket[2] / recipe.fps,
@@ -143,6 +156,12 @@ def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note:
     }
     _write(tensors, save(done.tensors))
     _write(note, json.dumps(facts, sort_keys=True).encode())
+
+
+def _contexts(clip: Clip, recipe: Recipe, encoders: Encoders, contexts: Path) -> tuple[str, ...]:
+    """The digests of a clip's captions, each once; a constant caption leaves one."""
+    captions = dict.fromkeys(recipe.final_caption(text) for text in (clip.caption, *clip.captions))
+    return tuple(_context(text, recipe, encoders, contexts) for text in captions)
 
 
 def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -> str:
@@ -158,8 +177,11 @@ def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -
 def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -> str:
     settings = {k: recipe.settings()[k] for k in ("buckets", "fps", "reference_s", "latent_dtype")}
     vaes = {k: v for k, v in encoders.fingerprints.items() if k.endswith("VAE")}
-    reference = _file_sha256(clip.reference_audio) if clip.reference_audio else None
-    return _digest(FORMAT, source_sha, reference, settings, vaes)
+    files = {name: _file_sha256(path) for name, path in clip.files.items()}
+    newer = {name: digest for name, digest in files.items() if name != "reference_audio"}
+    # Items of clips that bring nothing of what is new keep the key that earlier releases gave them.
+    extras = [newer, clip.audio_mask, recipe.reference_scale] if newer or clip.audio_mask else []
+    return _digest(FORMAT, source_sha, files.get("reference_audio"), settings, vaes, *extras)
 
 
 def _digest(*parts: Any) -> str:

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.data.prepare.media import Media, read_audio
-from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO, VIDEO_CONTEXT, VOICE
+from ltx_train.data.prepare import extras
+from ltx_train.data.prepare.media import Bucket, Media, read_audio
+from ltx_train.data.prepare.sources import Clip
+from ltx_train.data.reader import (
+    AUDIO,
+    AUDIO_CONTEXT,
+    AUDIO_MASK,
+    CONTROL,
+    REFERENCE,
+    VIDEO,
+    VIDEO_CONTEXT,
+    VIDEO_MASK,
+    VOICE,
+)
 from ltx_train.diffusion import positions
 from ltx_train.model import codecs, loaders, text
 from ltx_train.model.checkpoint import TensorSource
@@ -83,9 +95,7 @@ class Encoders:
     @torch.no_grad()
     def clip(self, media: Media, reference: Path | None, reference_s: float, fps: float) -> EncodedClip:
         """Video latents; audio latents cut to 25 per second; a voice window for other clips; a given reference."""
-        pixels = media.pixels.permute(3, 0, 1, 2)[None].to(self.video_vae.device).float() / 127.5 - 1
-        video = codecs.encode_video(self.video_vae, pixels)[0]
-        tensors = {VIDEO: video.to(self.latent_dtype).cpu()}
+        tensors = {VIDEO: self._pictures(media.pixels)}
         loudness = _SILENT_DB
         if media.waveform is not None:
             seconds = media.pixels.shape[0] / fps
@@ -97,6 +107,25 @@ class Encoders:
         if reference is not None:
             tensors[REFERENCE] = self.reference(reference, reference_s)
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
+
+    @torch.no_grad()
+    def beside(self, bucket: Bucket, clip: Clip, fps: float, scale: int) -> dict[str, Tensor]:
+        """The control video's latents and the masks that a clip brings, by their names in the shards."""
+        tensors: dict[str, Tensor] = {}
+        if "reference_video" in clip.files:
+            pixels = extras.control(clip.files["reference_video"], bucket, fps, scale)
+            tensors[CONTROL] = self._pictures(pixels)
+        if "mask" in clip.files:
+            tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], bucket, fps).contiguous()
+        if clip.audio_mask:
+            latents = positions.audio_latents(bucket[2] / fps)
+            tensors[AUDIO_MASK] = extras.audio_mask(clip.audio_mask, latents, clip.key)
+        return tensors
+
+    def _pictures(self, pixels: Tensor) -> Tensor:
+        """(F, H, W, 3) uint8 -> latents (C, F', H', W')."""
+        scaled = pixels.permute(3, 0, 1, 2)[None].to(self.video_vae.device).float() / 127.5 - 1
+        return codecs.encode_video(self.video_vae, scaled)[0].to(self.latent_dtype).cpu().contiguous()
 
     @torch.no_grad()
     def caption(self, caption: str) -> dict[str, Tensor]:

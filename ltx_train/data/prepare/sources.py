@@ -11,28 +11,38 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ltx_train.contracts import DataError
 from ltx_train.rng import key_seed
 
-_COLUMNS = ("video", "caption", "speaker", "reference_audio", "split")
+_COLUMNS = (
+    "video", "caption", "speaker", "reference_audio", "reference_video", "mask", "audio_mask", "split",
+)  # fmt: skip
+_FURTHER = re.compile(r"caption_[2-9]")
+_FILES = ("reference_audio", "reference_video", "mask")
 _ALIASES = {"file": "video", "media_path": "video", "identity": "speaker"}
 _SPLITS = ("", "train", "heldout")
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One row: where the media lie, what is said of them. split '' leaves the choice to `prepare`."""
+    """One row: where the media lie, what is said of them. split '' leaves the choice to `prepare`.
+
+    captions: further ones. files: by column, reference_audio, reference_video (a control) and mask (white: given
+    clean). audio_mask: spans in seconds that are given clean.
+    """
 
     key: str
     video: Path
     caption: str
     speaker: str
-    reference_audio: Path | None
     split: str
+    captions: tuple[str, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    audio_mask: str = ""
 
 
 def read_source(source: str | Path) -> list[Clip]:
@@ -49,7 +59,7 @@ def read_source(source: str | Path) -> list[Clip]:
     if doubles:
         raise DataError(f"{table} lists a clip more than once: {', '.join(sorted(doubles)[:5])}")
     missing = [str(c.video) for c in clips if not c.video.is_file()]
-    missing += [str(c.reference_audio) for c in clips if c.reference_audio and not c.reference_audio.is_file()]
+    missing += [str(path) for c in clips for path in c.files.values() if not path.is_file()]
     if missing:
         raise DataError(f"{len(missing)} files named in {table} do not exist: {', '.join(missing[:5])}")
     return sorted(clips, key=lambda clip: clip.key)
@@ -70,20 +80,32 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
 
 def _clip(row: Mapping[str, Any], number: int, table: Path) -> Clip:
     where = f"{table}, entry {number}"
-    values = {_column(name, where): str(value).strip() for name, value in row.items() if value not in (None, "")}
+    captions = _captions(row)
+    row = {**row, "caption": captions[0]} if captions else row
+    named = {name: value for name, value in row.items() if not _FURTHER.fullmatch(name)}
+    values = {_column(name, where): str(value).strip() for name, value in named.items() if value not in (None, "")}
     if "video" not in values or "caption" not in values:
         raise DataError(f"{where}: needs the columns video (or file) and caption, has {', '.join(sorted(row))}")
     if values.get("split", "") not in _SPLITS:
         raise DataError(f"{where}: split is {values['split']!r}, must be train or heldout")
-    reference = values.get("reference_audio")
     return Clip(
         key=sample_key(values["video"]),
         video=table.parent / values["video"],
         caption=values["caption"],
         speaker=values.get("speaker", table.parent.resolve().name),
-        reference_audio=table.parent / reference if reference else None,
         split=values.get("split", ""),
+        captions=tuple(captions[1:]),
+        files={name: table.parent / values[name] for name in _FILES if name in values},
+        audio_mask=values.get("audio_mask", ""),
     )
+
+
+def _captions(row: Mapping[str, Any]) -> list[str]:
+    """The captions of a row: a list (JSON), or the columns caption, caption_2, caption_3 ..."""
+    first = row.get("caption")
+    listed = list(first) if isinstance(first, list) else [first]
+    listed += [row[name] for name in sorted(row) if _FURTHER.fullmatch(name)]
+    return [str(text).strip() for text in listed if text not in (None, "")]
 
 
 def _column(name: str, where: str) -> str:

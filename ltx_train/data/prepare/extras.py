@@ -1,0 +1,54 @@
+"""What a clip may bring beside its picture and sound: a control video, and masks of what is given clean.
+
+Owns how pixels and seconds become places of the latent grid. A place counts as given only if all of
+it is: half a latent cannot be.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+from ltx_train.data.prepare.media import Bucket, read_clip
+from ltx_train.diffusion import positions
+
+_SPAN = re.compile(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*")
+_WHITE = 128
+
+
+def control(path: Path, bucket: Bucket, fps: float, scale: int) -> Tensor:
+    """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket."""
+    width, height, frames = bucket
+    if width % (32 * scale) or height % (32 * scale):
+        raise DataError(
+            f"{path}: {width}x{height} divided by data.reference_scale={scale} is off the grid of 32 pixels"
+        )
+    return read_clip(path, [(width // scale, height // scale, frames)], fps).pixels
+
+
+def video_mask(path: Path, bucket: Bucket, fps: float) -> Tensor:
+    """(F, H, W) of latent places, 1 where the whole place is white in the mask's video: it is given clean."""
+    white = (read_clip(path, [bucket], fps).pixels.float().mean(dim=-1) >= _WHITE).float()
+    places = 1 - F.max_pool2d(1 - white[:, None], positions.PIXELS_PER_LATENT)[:, 0]
+    # The first latent frame holds one picture, every later one eight.
+    later = places[1:].unflatten(0, (-1, positions.FRAMES_PER_LATENT)).amin(dim=1) if len(places) > 1 else places[1:]
+    return torch.cat([places[:1], later])
+
+
+def audio_mask(spans: str, latents: int, where: str) -> Tensor:
+    """(T,) from `start-end` spans in seconds, separated by commas or semicolons: 1 where a latent lies in one."""
+    bounds = positions.audio(latents)[0]
+    mask = torch.zeros(latents)
+    for text in (part for part in re.split(r"[;,]", spans) if part.strip()):
+        match = _SPAN.fullmatch(text)
+        if match is None or float(match[1]) >= float(match[2]):
+            raise DataError(f"{where}: audio_mask {text!r} is not start-end in seconds, as 0.5-1.2")
+        start, end = float(match[1]), float(match[2])
+        inside = (bounds[:, 0] >= start - 1e-6) & (bounds[:, 1] <= end + 1e-6)
+        mask[inside] = 1
+    return mask

@@ -1,0 +1,62 @@
+"""heldout.jsonl: the held-out loss of every identity at every measured step, so that steps compare in pairs.
+
+Owns that file. One line per step: {"step": 250, "loss": {"anna": 0.41, ...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltx_train.evaluation.rows import CORRECT, Row
+from ltx_train.evaluation.statistics import Interval, by_identity
+
+NAME = "heldout.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One step's held-out loss by identity."""
+
+    step: int
+    loss: Mapping[str, float]
+
+
+def of_rows(step: int, rows: Iterable[Row]) -> Measured:
+    """The mean of every identity's rows."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.arm == CORRECT:
+            values.setdefault(row.speaker, []).append(row.loss)
+    return Measured(step, {speaker: sum(v) / len(v) for speaker, v in sorted(values.items())})
+
+
+def read(folder: Path) -> list[Measured]:
+    """All measured steps in order; a step measured again counts as last measured, a line cut short not at all."""
+    path = folder / NAME
+    found: dict[int, Measured] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            raw = json.loads(line)
+        except ValueError:
+            continue
+        found[raw["step"]] = Measured(raw["step"], raw["loss"])
+    return [found[step] for step in sorted(found)]
+
+
+def record(folder: Path, measured: Measured) -> None:
+    """Adds a step; later steps of an earlier attempt are dropped, since they will be done again."""
+    kept = [m for m in read(folder) if m.step < measured.step]
+    lines = [json.dumps({"step": m.step, "loss": dict(m.loss)}, ensure_ascii=False) for m in (*kept, measured)]
+    temporary = folder / f"{NAME}.tmp-{os.getpid()}"
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / NAME)
+
+
+def difference(first: Measured, second: Measured) -> Interval:
+    """first - second over the identities that both have."""
+    shared = first.loss.keys() & second.loss.keys()
+    return by_identity({speaker: [first.loss[speaker] - second.loss[speaker]] for speaker in sorted(shared)})

@@ -1,0 +1,199 @@
+"""The report's pictures: matplotlib figures as inline PNG.
+
+Owns how numbers are drawn; every mean has its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from ltx_train.evaluation.attention_mass import Mass
+from ltx_train.evaluation.rows import ARMS, BASE, CAPTION, CORRECT, DROPPED, WRONG, Row, differences, mean, paired
+from ltx_train.evaluation.statistics import Interval, by_identity
+
+INK = {CORRECT: "#1f6f8b", WRONG: "#c8553d", DROPPED: "#b08900", CAPTION: "#6a4c93", BASE: "#8d8d8d"}
+TITLES = {
+    CORRECT: "adapter", WRONG: "wrong reference", DROPPED: "no reference", CAPTION: "another clip's caption",
+    BASE: "base (adapter off)",
+}  # fmt: skip
+_IDENTITIES = 40
+
+
+def curves(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Training and held-out loss, gap and gain over steps."""
+    if not any("train/loss" in row for row in metrics):
+        return ""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    _over_steps(axes[0], metrics, "train/loss", "#b9c6cc")
+    for axis, name, ink in (
+        (axes[0], "val/loss", INK[CORRECT]), (axes[1], "val/reference_gap", INK[WRONG]),
+        (axes[1], "val/reference_gap_dropped", INK[DROPPED]), (axes[1], "val/adapter_gain", INK[BASE]),
+    ):  # fmt: skip
+        _over_steps(axis, metrics, name, ink)
+    axes[1].axhline(0, color="black", lw=0.7)
+    for axis in axes:
+        _dress(axis, "step", "")
+    return _picture(figure, "training and held-out curves, 95 % intervals")
+
+
+def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Which noise levels were drawn, and the loss in their slices over steps."""
+    shares: dict[str, list[float]] = {}
+    slices: dict[str, list[tuple[float, float]]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("train/sigma_share/"):
+                shares.setdefault(name.rsplit("/", 1)[1], []).append(value)
+            elif name.startswith("train/loss_sigma/"):
+                slices.setdefault(name.rsplit("/", 1)[1], []).append((row["step"], value))
+    if not shares:
+        return ""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.0))
+    axes[0].bar(list(shares), [sum(v) / len(v) for v in shares.values()], color=INK[CORRECT])
+    axes[0].tick_params(axis="x", labelrotation=60, labelsize=7)
+    for name, points in sorted(slices.items()):
+        axes[1].plot(*zip(*points, strict=True), label=name, lw=1)
+    _dress(axes[0], "noise level drawn", "share")
+    _dress(axes[1], "step", "training loss by noise level")
+    return _picture(figure, "noise levels of training and the loss at them")
+
+
+def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> str:
+    """Held-out loss of every arm over the noise level."""
+    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    for arm in arms:
+        _bars(axis, {s: mean([r for r in rows if r.sigma == s], arm) for s in _levels(rows)}, TITLES[arm], INK[arm])
+    _dress(axis, "noise level", "held-out loss")
+    return _picture(figure, "held-out loss by noise level, 95 % intervals")
+
+
+def differences_by_level(rows: Sequence[Row]) -> str:
+    """Correct minus every other arm over the noise level."""
+    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    for arm in ARMS[1:]:
+        if any(row.arm == arm for row in rows):
+            points = {s: paired([r for r in rows if r.sigma == s], CORRECT, arm) for s in _levels(rows)}
+            _bars(axis, points, f"minus {TITLES[arm]}", INK[arm])
+    axis.axhline(0, color="black", lw=0.7)
+    _dress(axis, "noise level", "difference of the loss")
+    return _picture(figure, "differences by noise level, 95 % intervals; below zero: the adapter as it is does better")
+
+
+def differences_by_identity(rows: Sequence[Row]) -> str:
+    """Correct minus wrong reference, and minus base, for every identity."""
+    shown = [arm for arm in (WRONG, BASE) if any(row.arm == arm for row in rows)]
+    if not shown:
+        return ""
+    values = {arm: {who: sum(v) / len(v) for who, v in differences(rows, CORRECT, arm).items()} for arm in shown}
+    order = sorted(values[shown[0]], key=lambda who: values[shown[0]][who])[:_IDENTITIES]
+    figure, axis = pyplot.subplots(figsize=(6, 1.2 + 0.22 * len(order)))
+    for arm in shown:
+        axis.plot([values[arm][who] for who in order], order, "o", ms=4, color=INK[arm], label=f"minus {TITLES[arm]}")
+    axis.axvline(0, color="black", lw=0.7)
+    axis.tick_params(axis="y", labelsize=7)
+    _dress(axis, "difference of the loss", "")
+    return _picture(figure, "differences by identity")
+
+
+def attention(masses: Sequence[Mass]) -> str:
+    """Share of attention on references by block, over that of an even spread."""
+    if not masses:
+        return ""
+    figure, axis = pyplot.subplots(figsize=(6, 2.8))
+    for sigma in sorted({m.sigma for m in masses}):
+        blocks = sorted({m.block for m in masses})
+        found = [[m for m in masses if m.block == b and m.sigma == sigma] for b in blocks]
+        points = [sum(m.share for m in ms) / sum(m.even for m in ms) for ms in found]
+        axis.plot(blocks, points, marker=".", lw=1, label=f"noise level {sigma:g}")
+    axis.axhline(1, color="black", lw=0.7)
+    _dress(axis, "block", "attention on the reference\nover an even spread")
+    return _picture(figure, "attention on reference tokens by block")
+
+
+def compared_by_step(points: Mapping[int, Interval], base: Interval | None) -> str:
+    """Held-out loss of several steps of one run, and of the base."""
+    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    _bars(axis, points, "held-out loss", INK[CORRECT])
+    if base is not None and base.identities:
+        axis.axhline(base.mean, color=INK[BASE], ls="--", label=TITLES[BASE])
+    _dress(axis, "step", "held-out loss")
+    return _picture(figure, "held-out loss by step, 95 % intervals")
+
+
+def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> str:
+    """Held-out loss of several adapters over the noise level."""
+    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    for number, (name, rows) in enumerate(subjects.items()):
+        ink = pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+        points = {s: mean([r for r in rows if r.sigma == s], CORRECT) for s in _levels(rows)}
+        _bars(axis, points, name, ink)
+    _dress(axis, "noise level", "held-out loss")
+    return _picture(figure, "held-out loss of every adapter by noise level, 95 % intervals")
+
+
+def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
+    """Held-out loss of several adapters for every identity."""
+    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    for number, (name, rows) in enumerate(subjects.items()):
+        ink = pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+        losses: dict[str, list[float]] = {}
+        for row in rows:
+            if row.arm == CORRECT:
+                losses.setdefault(row.speaker, []).append(row.loss)
+        order = sorted(losses)[:_IDENTITIES]
+        axis.plot(order, [by_identity({w: losses[w]}).mean for w in order], "o", ms=4, color=ink, label=name)
+    axis.tick_params(axis="x", labelrotation=70, labelsize=7)
+    _dress(axis, "", "held-out loss")
+    return _picture(figure, "held-out loss of every adapter by identity")
+
+
+def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, ink: str) -> None:
+    points = [(row["step"], row[name], row.get(f"{name}_ci95", math.nan)) for row in metrics if name in row]
+    if not points:
+        return
+    steps, means, halves = zip(*points, strict=True)
+    axis.plot(steps, means, label=name, color=ink, marker="." if name.startswith("val") else "", lw=1.2)
+    low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+    axis.fill_between(steps, low, high, alpha=0.18, color=ink)
+
+
+def _bars(axis: Any, points: Mapping[Any, Interval], label: str, ink: Any) -> None:
+    known = {x: p for x, p in points.items() if p.identities}
+    if known:
+        halves = [0 if math.isnan(p.half) else p.half for p in known.values()]
+        means = [p.mean for p in known.values()]
+        axis.errorbar(list(known), means, halves, label=label, color=ink, capsize=2, marker=".", lw=1.2)
+
+
+def _levels(rows: Sequence[Row]) -> list[float]:
+    return sorted({row.sigma for row in rows})
+
+
+def _dress(axis: Any, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=7)
+
+
+def _picture(figure: Any, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    caption = html.escape(description)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )

@@ -1,0 +1,211 @@
+"""What measurements say, and what they cannot say, in sentences a person can act on.
+
+Owns the rules and their thresholds; pure. Every rule looks at intervals over identities, never at
+a bare mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ltx_train.evaluation.history import Measured, difference
+from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, mean, paired
+from ltx_train.evaluation.statistics import Interval
+
+# An effect smaller than this share of the loss is no effect in practice, however narrow its interval.
+_RELEVANT = 0.01
+# A reference that resembles its own target this much more than chance is a copy of it.
+_COPY = 0.9
+_LOW_NOISE, _HIGH_NOISE = 0.5, 0.75
+
+
+class Kind(StrEnum):
+    """What a sentence says; tests and tables go by these, people by the sentence."""
+
+    nothing_heldout = "nothing_heldout"
+    adapter_helps = "adapter_helps"
+    adapter_hurts = "adapter_hurts"
+    adapter_no_effect = "adapter_no_effect"
+    reference_used = "reference_used"
+    reference_leaked = "reference_leaked"
+    reference_decorative = "reference_decorative"
+    reference_misleads = "reference_misleads"
+    reference_is_target = "reference_is_target"
+    caption_carries = "caption_carries"
+    too_few_identities = "too_few_identities"
+    not_learning = "not_learning"
+    plateau = "plateau"
+    overfitting = "overfitting"
+    improving = "improving"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One finding and its sentence."""
+
+    kind: Kind
+    text: str
+
+
+def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None) -> list[Verdict]:
+    """Verdicts on one adapter: totals over the grid's main levels, effects looked for at all of them.
+
+    likeness: how alike references and their own targets are beyond chance, up to 1.
+    """
+    if not rows:
+        return [Verdict(Kind.nothing_heldout, "Nothing is held out, so nothing about new identities can be said.")]
+    main = [row for row in rows if row.sigma in grid.main]
+    found: list[Verdict] = []
+    if any(row.arm == BASE for row in main):
+        found.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
+    if any(row.arm == WRONG for row in main):
+        found += _reference(main, rows, likeness)
+    elif any(row.arm == CAPTION for row in main):
+        found += _caption(main)
+    return found
+
+
+def _gain(gain: Interval, loss: float) -> Verdict:
+    said = f"Adapter on minus off: {gain}, 95 %, of a loss of {loss:.4f}. "
+    if math.isnan(gain.half):
+        return Verdict(Kind.too_few_identities, said + "From one identity there is no interval and no conclusion.")
+    if not gain.excludes_zero:
+        return Verdict(Kind.adapter_no_effect, said + "The interval contains zero: no effect is shown.")
+    if gain.mean > 0:
+        return Verdict(Kind.adapter_hurts, said + "The adapter raises the held-out loss.")
+    return Verdict(Kind.adapter_helps, said + "The adapter lowers the held-out loss.")
+
+
+def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None) -> list[Verdict]:
+    gap = paired(main, CORRECT, WRONG)
+    said = f"Reference gap (correct minus wrong): {gap}, 95 %. "
+    if math.isnan(gap.half):
+        text = said + "From one identity there is no interval and no conclusion."
+        return [Verdict(Kind.too_few_identities, text)]
+    if likeness is not None and likeness >= _COPY:
+        text = said + (
+            f"The references are their own targets (likeness {likeness:.2f}): the gap says that the model copies, and "
+            "nothing about identities. Take references from other clips and prepare again."
+        )
+        return [Verdict(Kind.reference_is_target, text)]
+    where = _levels_with_effect(rows)
+    dropped = _dropped(main)
+    if gap.excludes_zero and gap.mean > 0 and not where:
+        return [
+            Verdict(Kind.reference_misleads, said + "A wrong reference serves better than the right one." + dropped)
+        ]
+    if where and not _fades(rows):
+        text = said + f"The model uses the reference, at noise levels from {min(where):g} to {max(where):g}." + dropped
+        return [Verdict(Kind.reference_used, text)]
+    if where:
+        text = said + (
+            "The reference helps at high noise and fades where the noise is low: there the noised target itself shows "
+            "what the reference tells. That is expected where the target carries the identity; generation from noise "
+            "with the reference swapped decides what the model makes of it. Higher noise levels in training "
+            "(sigma.kind=high) give the reference more to do." + dropped
+        )
+        return [Verdict(Kind.reference_leaked, text)]
+    return _unused(main, said, dropped)
+
+
+def _unused(rows: Sequence[Row], said: str, dropped: str) -> list[Verdict]:
+    caption = paired(rows, CORRECT, CAPTION) if any(row.arm == CAPTION for row in rows) else None
+    if caption is not None and _relevant(caption, mean(rows, CORRECT).mean):
+        text = said + (
+            f"No effect of the reference is shown, while another clip's caption changes the loss by {caption}: the "
+            "caption carries what the reference should. Train with a constant caption or with "
+            "data.caption_dropout." + dropped
+        )
+        return [Verdict(Kind.caption_carries, text)]
+    text = said + (
+        "No effect of the reference is shown at any noise level: it is decoration. Either it does not carry what the "
+        "target has, or the model has not learned to read it yet." + dropped
+    )
+    return [Verdict(Kind.reference_decorative, text)]
+
+
+def _levels_with_effect(rows: Sequence[Row]) -> list[float]:
+    """Noise levels at which the right reference lowers the loss, beyond its interval and by a relevant share."""
+    found: list[float] = []
+    for sigma in sorted({row.sigma for row in rows}):
+        at = [row for row in rows if row.sigma == sigma]
+        if _relevant(paired(at, CORRECT, WRONG), mean(at, CORRECT).mean):
+            found.append(sigma)
+    return found
+
+
+def _fades(rows: Sequence[Row]) -> bool:
+    """Whether the gap at low noise is less than a third of the gap at high noise."""
+    levels = sorted({row.sigma for row in rows})
+    low = [s for s in levels if s <= _LOW_NOISE] or levels[:1]
+    high = [s for s in levels if s >= _HIGH_NOISE] or levels[-1:]
+    low_gap, high_gap = (paired([r for r in rows if r.sigma in some], CORRECT, WRONG).mean for some in (low, high))
+    return high_gap < 0 and low_gap > high_gap / 3
+
+
+def _relevant(difference: Interval, loss: float) -> bool:
+    return difference.excludes_zero and difference.mean < -_RELEVANT * abs(loss)
+
+
+def _dropped(rows: Sequence[Row]) -> str:
+    if not any(row.arm == DROPPED for row in rows):
+        return ""
+    dropped = paired(rows, CORRECT, DROPPED)
+    return f" Against no reference at all: {dropped}."
+
+
+def _caption(rows: Sequence[Row]) -> list[Verdict]:
+    caption = paired(rows, CORRECT, CAPTION)
+    if not _relevant(caption, mean(rows, CORRECT).mean):
+        return []
+    text = f"Caption gap (own minus another clip's): {caption}, 95 %. The caption tells the model about the clip."
+    return [Verdict(Kind.caption_carries, text)]
+
+
+def of_history(measured: Sequence[Measured], training: Mapping[int, float]) -> list[Verdict]:
+    """The verdict on a run's course. training: logged training losses by step."""
+    if len(measured) < 2:
+        return []
+    first, last = measured[0], measured[-1]
+    best = min(measured, key=lambda m: sum(m.loss.values()) / max(1, len(m.loss)))
+    since_first, since_best = difference(last, first), difference(last, best)
+    if math.isnan(since_first.half):
+        text = "Held-out losses come from one identity: no interval, no verdict."
+        return [Verdict(Kind.too_few_identities, text)]
+    fell = _trend(training, best.step)
+    if since_best.excludes_zero and since_best.mean > 0 and fell < 0:
+        text = (
+            f"Since step {best.step} the held-out loss has risen by {since_best} while the training loss went on "
+            f"falling ({fell:+.4f}): overfitting. Take step {best.step}."
+        )
+        return [Verdict(Kind.overfitting, text)]
+    gained = difference(best, first)
+    if not (gained.excludes_zero and gained.mean < 0):
+        text = (
+            f"From step {first.step} to the best, {best.step}, the held-out loss changed by {gained}: the run is not "
+            "learning what the held-out clips show. Look at optim.lr, the targets and the data."
+        )
+        return [Verdict(Kind.not_learning, text)]
+    before = measured[: max(1, 2 * len(measured) // 3)]
+    earlier = min(before, key=lambda m: sum(m.loss.values()) / max(1, len(m.loss)))
+    lately = difference(best, earlier)
+    if earlier.step == best.step or not lately.excludes_zero:
+        text = (
+            f"The held-out loss has not fallen since step {earlier.step} ({lately}): a plateau. Take step {best.step}."
+        )
+        return [Verdict(Kind.plateau, text)]
+    text = f"The held-out loss still falls ({gained} since step {first.step}): more steps may help."
+    return [Verdict(Kind.improving, text)]
+
+
+def _trend(training: Mapping[int, float], since: int) -> float:
+    """Change of the training loss: the mean of the rows after a step's later half, less that of the rows before it."""
+    later = [loss for step, loss in sorted(training.items()) if step > since]
+    before = [loss for step, loss in sorted(training.items()) if step <= since]
+    if not later or not before:
+        return math.nan
+    later, before = later[len(later) // 2 :], before[len(before) // 2 :]
+    return sum(later) / len(later) - sum(before) / len(before)

@@ -1,0 +1,122 @@
+"""Controls, masks and captions that clips bring: from table rows to tensors in shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_train.contracts import DataError
+from ltx_train.data import index
+from ltx_train.data.order import Address
+from ltx_train.data.prepare import extras, sources
+from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_CONTEXT, VIDEO_MASK, Reader, Wants
+from ltx_train.sampling.media import write_mp4
+from tests.conftest import REPOSITORY, command, settings
+
+FRAMES, SIDE = 33, 64
+CLIP = "speaker00_0.mp4"
+
+
+def clip_of(path: Path, pixels: torch.Tensor) -> Path:
+    write_mp4(path, pixels, None, 25.0)
+    return path
+
+
+def test_a_place_is_given_only_if_all_of_it_is_white(tmp_path: Path) -> None:
+    """White left half for all frames but number 12: that latent frame is not given, the others' left column is."""
+    pixels = torch.zeros(FRAMES, SIDE, SIDE, 3, dtype=torch.uint8)
+    pixels[:, :, :32] = 255
+    pixels[:, :, 32:40] = 255
+    pixels[12, :20, :20] = 0
+    mask = extras.video_mask(clip_of(tmp_path / "mask.mp4", pixels), (SIDE, SIDE, FRAMES), 25.0)
+    assert mask.shape == (5, 2, 2)
+    assert mask[:, :, 1].sum() == 0
+    assert mask[:, 1, 0].tolist() == [1, 1, 1, 1, 1]
+    assert mask[:, 0, 0].tolist() == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("spans", "given"), [("0-0.13", [0, 1, 2, 3]), ("0.05-0.13, 1.2-9", [2, 3, 31, 32])])
+def test_seconds_become_audio_latents(spans: str, given: list[int]) -> None:
+    assert extras.audio_mask(spans, 33, "clip").nonzero().flatten().tolist() == given
+
+
+@pytest.mark.parametrize("spans", ["0.5", "2-1", "a-b"])
+def test_spans_that_are_none_are_named(spans: str) -> None:
+    with pytest.raises(DataError, match="clip: audio_mask"):
+        extras.audio_mask(spans, 33, "clip")
+
+
+def test_captions_come_as_a_list_or_as_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"video": "a.mp4", "caption": ["one", "two"]}]))
+    columns = tmp_path / "table.csv"
+    columns.write_text("video,caption,caption_2\na.mp4,one,two\n")
+    for table in (listed, columns):
+        (clip,) = sources.read_source(table)
+        assert (clip.caption, clip.captions) == ("one", ("two",))
+
+
+@pytest.fixture(scope="module")
+def rich(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two speakers' clips with a control at half the size, masks, and a second caption, prepared by the command."""
+    folder = tmp_path_factory.mktemp("extras")
+    white = torch.full((FRAMES, SIDE, SIDE, 3), 255, dtype=torch.uint8)
+    white[:, 32:] = 0
+    clip_of(folder / "mask.mp4", white)
+    rows = json.loads((clips / "CAPTIONS.json").read_text())["captions"][:8]
+    table = [
+        {
+            "video": str(clips / row["file"]), "speaker": row["speaker"], "caption": ["first", "second"],
+            "reference_video": str(REPOSITORY / "data/sample/speaker09_0.mp4"), "mask": "mask.mp4",
+            "audio_mask": "0-0.4",
+        }
+        for row in rows
+    ]  # fmt: skip
+    (folder / "table.json").write_text(json.dumps(table))
+    root = folder / "data"
+    asked = settings(root, folder / "table.json", "data.reference_scale=1", "data.caption_dropout=0.5")
+    assert command("prepare", *asked, "data.caption=null", "data.trigger=OHWX") == 0
+    return root
+
+
+@pytest.mark.slow
+def test_prepare_puts_them_into_the_shards(rich: Path) -> None:
+    found = index.load(rich)
+    reader = Reader(rich, found, seed=0)
+    for record in found.records:
+        tensors = reader.tensors(record)
+        assert tensors[CONTROL].shape == (16, 5, 2, 2)
+        assert tensors[VIDEO_MASK].shape == (5, 2, 2)
+        assert tensors[VIDEO_MASK][:, 0].min() == 1
+        assert tensors[VIDEO_MASK][:, 1].max() == 0
+        assert int(tensors[AUDIO_MASK].sum()) == 10
+        assert len(record.variants) == 1
+        assert record.variants[0] != record.context
+
+
+@pytest.mark.slow
+def test_captions_take_turns_and_are_dropped_as_often_as_asked(rich: Path) -> None:
+    found = index.load(rich)
+    record = found.records[0]
+    reader = Reader(rich, found, seed=0, wants=Wants(caption_dropout=0.5, variants=True))
+    drawn = [reader.caption(Address(record.key, n)) for n in range(400)]
+    shares = [drawn.count(c) / 400 for c in (found.dropped_context, record.context, record.variants[0])]
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.08)
+    assert drawn == [reader.caption(Address(record.key, n)) for n in range(400)]
+    seen = {c: reader.sample(Address(record.key, drawn.index(c))).video_context for c in set(drawn)}
+    assert len({tuple(t.flatten()[:64].tolist()) for t in seen.values()}) == 3
+    steady = Reader(rich, found, seed=0)
+    assert {steady.caption(Address(record.key, n)) for n in range(20)} == {record.context}
+    assert VIDEO_CONTEXT
+
+
+@pytest.mark.slow
+def test_folders_prepared_without_dropping_are_named(
+    prepared: Path, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("check", *settings(prepared, clips), "data.caption_dropout=0.1", "check.previews=0") == 78
+    assert "data.dropped_caption was None, now" in capsys.readouterr().out

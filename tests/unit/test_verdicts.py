@@ -1,0 +1,172 @@
+"""What is said about measurements: every kind of sentence from rows made for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_train.contracts import Batch, Condition, ConditionKind, Mode
+from ltx_train.evaluation import history, likeness, ranking, verdicts
+from ltx_train.evaluation.history import Measured
+from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, summary
+from ltx_train.evaluation.verdicts import Kind
+from ltx_train.training.selection import Selection
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+GRID = Grid((), LEVELS)
+Loss = Callable[[float], float]
+
+
+def rows(people: int = 8, **arms: Loss) -> list[Row]:
+    """Every identity's rows at every level; arms add to the loss of the correct one; identities differ a little."""
+    found: list[Row] = []
+    for who in range(people):
+        spread = 1 + 0.1 * math.sin(who)
+        for level in LEVELS:
+            found.append(Row(f"c{who}", f"p{who}", level, CORRECT, 1.0, 1.0, math.nan))
+            for arm, more in arms.items():
+                loss = 1.0 + more(level) * spread + 0.001 * math.cos(7 * who)
+                found.append(Row(f"c{who}", f"p{who}", level, arm, loss, loss, math.nan))
+    return found
+
+
+def said(people: int = 8, alike: float | None = 0.0, **arms: Loss) -> list[Kind]:
+    return [v.kind for v in verdicts.of_rows(rows(people, **arms), GRID, alike)]
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        ({BASE: lambda _s: 0.2}, [Kind.adapter_helps]),
+        ({BASE: lambda _s: -0.2}, [Kind.adapter_hurts]),
+        ({BASE: lambda _s: 0.0}, [Kind.adapter_no_effect]),
+        ({WRONG: lambda _s: 0.3, DROPPED: lambda _s: 0.2}, [Kind.reference_used]),
+        ({WRONG: lambda s: 0.3 if s > 0.8 else 0.01}, [Kind.reference_leaked]),
+        ({WRONG: lambda _s: 0.0}, [Kind.reference_decorative]),
+        # Beyond its interval, but a thousandth of the loss: no effect in practice.
+        ({WRONG: lambda _s: 0.003}, [Kind.reference_decorative]),
+        ({WRONG: lambda _s: -0.3}, [Kind.reference_misleads]),
+        ({WRONG: lambda _s: 0.0, CAPTION: lambda _s: 0.4}, [Kind.caption_carries]),
+        ({CAPTION: lambda _s: 0.4}, [Kind.caption_carries]),
+        ({CAPTION: lambda _s: 0.0}, []),
+    ],
+)
+def test_every_kind_of_sentence(arms: dict[str, Loss], expected: list[Kind]) -> None:
+    assert said(**arms) == expected
+
+
+def test_copies_and_single_identities_are_no_proof() -> None:
+    assert said(alike=0.97, **{WRONG: lambda _s: 0.5}) == [Kind.reference_is_target]
+    assert said(people=1, **{WRONG: lambda _s: 0.5, BASE: lambda _s: 0.5}) == [Kind.too_few_identities] * 2
+    assert [v.kind for v in verdicts.of_rows([], GRID)] == [Kind.nothing_heldout]
+
+
+def test_the_sentence_has_the_number_with_its_interval() -> None:
+    (found,) = verdicts.of_rows(rows(**{WRONG: lambda _s: 0.3}), GRID)
+    assert "-0.3" in found.text
+    assert "±" in found.text
+    assert "(8 identities)" in found.text
+
+
+def course(*losses: float, people: int = 6) -> list[Measured]:
+    return [
+        Measured(100 * (n + 1), {f"p{w}": loss + 0.05 * w + 0.002 * math.sin(3 * w + n) for w in range(people)})
+        for n, loss in enumerate(losses)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "training", "expected"),
+    [
+        ((1.0, 0.8, 0.7, 0.6, 0.5, 0.4), (1.0, 0.8, 0.7, 0.6, 0.5, 0.4), Kind.improving),
+        ((1.0, 0.7, 0.5, 0.6, 0.8, 0.9), (1.0, 0.7, 0.5, 0.4, 0.3, 0.2), Kind.overfitting),
+        ((1.0, 0.6, 0.5, 0.5, 0.5, 0.5), (1.0, 0.6, 0.5, 0.5, 0.5, 0.5), Kind.plateau),
+        ((1.0, 1.0, 1.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0, 1.0), Kind.not_learning),
+    ],
+)
+def test_the_course_of_a_run(losses: tuple[float, ...], training: tuple[float, ...], expected: Kind) -> None:
+    logged = {100 * (n + 1): loss for n, loss in enumerate(training)}
+    (found,) = verdicts.of_history(course(*losses), logged)
+    assert found.kind is expected
+    assert "±" in found.text
+
+
+def test_too_little_to_judge_a_course() -> None:
+    assert verdicts.of_history(course(1.0), {}) == []
+    (found,) = verdicts.of_history(course(1.0, 0.5, people=1), {})
+    assert found.kind is Kind.too_few_identities
+
+
+def test_history_keeps_each_step_once(tmp_path: Path) -> None:
+    for measured in course(1.0, 0.8, 0.6):
+        history.record(tmp_path, measured)
+    history.record(tmp_path, Measured(200, {"p0": 0.5}))
+    with (tmp_path / history.NAME).open("a") as file:
+        file.write('{"step": 300, "lo')
+    assert [m.step for m in history.read(tmp_path)] == [100, 200]
+    assert history.read(tmp_path)[1].loss == {"p0": 0.5}
+    assert history.read(tmp_path / "nowhere") == []
+
+
+def test_paired_steps_are_told_apart_where_plain_means_are_not() -> None:
+    """Identities differ by 0.25, the steps by 0.02: only the paired interval excludes zero."""
+    first, second = course(0.52, 0.5)
+    assert history.difference(second, first).excludes_zero
+    assert sum(first.loss.values()) / 6 - sum(second.loss.values()) / 6 < 0.05
+
+
+def batch(voice: torch.Tensor) -> Batch:
+    stream = torch.Generator().manual_seed(1)
+    audio = torch.randn(4, 2, 20, 16, generator=stream)
+    return Batch(
+        ("a", "b", "c", "d"), ("a", "b", "c", "d"), (0,) * 4, torch.full((4,), 25.0), None, audio,
+        torch.zeros(4, 1, 1), torch.zeros(4, 1, 1), {Condition(ConditionKind.reference).name: voice},
+    )  # fmt: skip
+
+
+def test_likeness_finds_copies_even_when_they_are_shifted() -> None:
+    mode = Mode(conditions=[Condition(ConditionKind.reference)])
+    apart = batch(torch.randn(4, 2, 12, 16, generator=torch.Generator().manual_seed(2)))
+    copied = batch(apart.audio_latent[:, :, 3:15] + 0.01)  # type: ignore[index]
+    assert likeness.of_batches(mode, [copied], [apart]) > 0.95  # type: ignore[operator]
+    assert abs(likeness.of_batches(mode, [apart], [apart])) < 1e-6  # type: ignore[arg-type]
+    assert likeness.of_batches(Mode(), [apart], [apart]) is None
+
+
+def test_the_best_step_is_kept_linked_and_ends_a_run(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters/step-000020.safetensors").write_bytes(b"x")
+    metrics = [
+        {"step": 10, "val/loss": 1.0, "val/loss_ci95": 0.1}, {"step": 20, "val/loss": 0.5, "val/adapter_gain": -0.5},
+        {"step": 30, "val/loss": 0.7}, {"step": 30, "train/loss": 0.1},
+    ]  # fmt: skip
+    entries = ranking.ranked(metrics, tmp_path)
+    assert [e.step for e in entries] == [20, 30, 10]
+    assert "step     20  0.5000" in ranking.table(entries)
+    link = ranking.link(entries, tmp_path)
+    assert link is not None
+    assert link.read_bytes() == b"x"
+    assert ranking.link([], tmp_path) is None
+    selection = Selection(patience=2)
+    assert [selection.saw(int(m["step"]), m) for m in metrics] == [True, True, False, False]
+    assert selection.ended is None
+    again = Selection(patience=2)
+    again.restore(selection.state())
+    assert not again.saw(40, {"val/loss": 0.6})
+    assert again.ended is not None
+    assert "step 20" in again.ended
+    assert Selection(0).ended is None
+
+
+def test_summary_names_every_difference_with_its_interval() -> None:
+    found = summary(rows(**{WRONG: lambda _s: 0.3, DROPPED: lambda _s: 0.2, BASE: lambda _s: 0.1}), GRID)
+    for name, value in (("reference_gap", -0.3), ("reference_gap_dropped", -0.2), ("adapter_gain", -0.1)):
+        assert found[f"val/{name}"] == pytest.approx(value, abs=0.02)
+        assert found[f"val/{name}_ci95"] > 0
+    assert "val/loss_uniform" not in found
+    both = summary(rows(), Grid((0.1, 0.5), (0.3, 0.9)))
+    assert both["val/loss_uniform"] == pytest.approx(1.0)
