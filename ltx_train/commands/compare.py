@@ -20,7 +20,7 @@ from ltx_train.data.index import HELDOUT
 from ltx_train.evaluation import report, verdicts
 from ltx_train.evaluation.ranking import BEST
 from ltx_train.evaluation.report import Report, Subject
-from ltx_train.evaluation.rows import BASE, CORRECT, Row, mean
+from ltx_train.evaluation.rows import BASE, CORRECT, mean
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
@@ -53,7 +53,7 @@ def run(config: Config) -> int:
     base = _on_base(transformer, measurement, previews, folder)
     for candidate in found:
         print(f"measuring {candidate.name}", flush=True)
-        subjects.append(_measured(candidate, config, transformer, measurement, previews, base.rows, folder))
+        subjects.append(_measured(candidate, config, transformer, measurement, previews, base, folder))
     subjects.sort(key=lambda s: mean([r for r in s.rows if r.sigma in measurement.grid.main], CORRECT).mean)
     said = verdicts.of_rows(subjects[0].rows, measurement.grid, measurement.likeness())
     facts = {
@@ -62,10 +62,11 @@ def run(config: Config) -> int:
         "held out": f"{len(index.split(HELDOUT))} clips, the same for every adapter",
     }  # fmt: skip
     page = folder / PAGE
-    shown = [*subjects, replace(base, rows=[])] if base.clips else subjects
     metrics = read_rows(folder / "metrics.jsonl")
     references = previews.references(folder / "samples" / "references")
-    report.write(page, Report("comparison", facts, metrics, shown, measurement.grid, said, references=references))
+    report.write(
+        page, Report("comparison", facts, metrics, [*subjects, base], measurement.grid, said, references=references)
+    )
     for subject in subjects:
         loss = mean([r for r in subject.rows if r.sigma in measurement.grid.main], CORRECT)
         print(f"{loss.mean:.5f} ± {loss.half:.5f}  {subject.name}")
@@ -129,13 +130,13 @@ def _settled(config: Config, folder: Path) -> Config:
 
 
 def _on_base(transformer: Transformer, measurement: Measurement, previews: Previews, folder: Path) -> Subject:
-    rows = [replace(r, arm=BASE) for r in measurement.rows(transformer, with_base=False) if r.arm == CORRECT]
+    rows = measurement.rows(transformer, with_base=False)
     return Subject("base", None, rows, clips=previews.generate(transformer, folder / "samples" / "base"))
 
 
 def _measured(
     candidate: Candidate, config: Config, transformer: Transformer, measurement: Measurement, previews: Previews,
-    base: Sequence[Row], folder: Path,
+    base: Subject, folder: Path,
 ) -> Subject:  # fmt: skip
     tensors, metadata = lora_file.read_lora(candidate.path)
     trained_on = metadata.get("base_fingerprint")
@@ -143,7 +144,8 @@ def _measured(
         raise DataError(f"{candidate.path} was trained on another base than {config.model.path}: compare them apart")
     export.bind(transformer, tensors)
     try:
-        rows = [*measurement.rows(transformer.eval(), with_base=False), *base]
+        off = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
+        rows = [*measurement.rows(transformer.eval(), with_base=False), *off]
         masses = measurement.masses(transformer)
         name = candidate.path.stem if candidate.step is None else f"step-{candidate.step:06d}"
         clips = previews.generate(transformer, folder / "samples" / name)

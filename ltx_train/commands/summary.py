@@ -8,7 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from torch import nn
 
+from ltx_train import config as configuration
 from ltx_train.commands import session
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Role
@@ -17,6 +19,7 @@ from ltx_train.diffusion import positions
 from ltx_train.memory.footprint import Choice
 from ltx_train.memory.plan import Planned
 from ltx_train.model import adapter
+from ltx_train.model.reach import sees_loss
 from ltx_train.model.transformer import Transformer
 
 
@@ -27,7 +30,27 @@ def show(
     table = Table.grid(padding=(0, 2))
     for name, text in _lines(config, transformer, index, folder, step, planned):
         table.add_row(f"[bold]{name}", text)
-    Console().print(Panel(table, title=f"ltx-train fit: {config.run.experiment}/{config.run.id}", expand=False))
+    console = Console()
+    console.print(Panel(table, title=f"ltx-train fit: {config.run.experiment}/{config.run.id}", expand=False))
+    console.print(layers(config, transformer))
+
+
+def layers(config: Config, transformer: Transformer) -> Table:
+    """How many linear layers of each part of a block are trained, frozen, or out of the loss's reach."""
+    modes = [mode for _, mode in configuration.training(config)]
+    count = len(transformer.transformer_blocks)
+    counts: dict[str, Counter[str]] = {}
+    for name, module in transformer.named_modules():
+        if not isinstance(module, nn.Linear) or ".lora_" in name or not name.startswith("transformer_blocks."):
+            continue
+        plain = name.removesuffix(".base_layer")
+        trained = plain != name or module.weight.requires_grad
+        state = "trained" if trained else "frozen" if sees_loss(plain, modes, count) else "out of reach"
+        counts.setdefault(adapter.module_group(plain), Counter())[state] += 1
+    table = Table("part of a block", "trained", "frozen", "no loss reaches it", title="linear layers", min_width=56)
+    for part, states in counts.items():
+        table.add_row(part, *(str(states[s] or "") for s in ("trained", "frozen", "out of reach")))
+    return table
 
 
 def _lines(

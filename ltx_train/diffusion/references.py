@@ -70,9 +70,8 @@ def closed(modality: Modality, name: ModalityName, found: Sequence[Gate], sigma:
     for gate in hidden:
         shown[:, gate.first : gate.last] = 0
     own, cross = modality.attention_mask, modality.cross_mask
-    return replace(
-        modality, attention_mask=shown if own is None else own * shown, cross_mask=shown if cross is None else cross * shown
-    )  # fmt: skip
+    own, cross = (shown if mask is None else mask * shown for mask in (own, cross))
+    return replace(modality, attention_mask=own, cross_mask=cross)
 
 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:

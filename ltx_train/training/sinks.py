@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from ltx_train.contracts import UserError
 
 Values = Mapping[str, float]
-_INIT_TIMEOUT_S = 10
+_INIT_TIMEOUT_S = 8
 
 
 class Sink(Protocol):
@@ -127,9 +127,10 @@ def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any
                 "logger=wandb_offline"
             ) from error
         print(
-            f"ltx-train: W&B is not reachable ({error}); recording offline, `wandb sync {folder}/wandb`",
+            f"ltx-train: W&B is not reachable ({_one_line(error)}); recording offline, `wandb sync {folder}/wandb`",
             file=sys.stderr,
         )
+        wandb.teardown()  # the failed start still holds the run's id
         return wandb.init(mode="offline", **common)
 
 
@@ -138,3 +139,7 @@ def _is_refusal(error: Exception) -> bool:
     return type(error).__name__ in ("AuthenticationError", "UsageError") or any(
         part in text for part in ("api key", "api_key", "401", "unauthorized")
     )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

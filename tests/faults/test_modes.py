@@ -111,7 +111,7 @@ def test_a_full_fine_tune_of_any_mode(rich: Path, clips: Path, tmp_path: Path) -
         (lambda _r, t: t["video_mask"].fill_(1), ["mode=inpaint"], "video_mask gives every place"),
         (lambda _r, t: t["video_mask"].fill_(3), ["mode=inpaint"], "outside [0, 1]"),
         (lambda _r, t: t.update(video_mask=torch.zeros(1, 2, 2)), ["mode=inpaint"], "grid of neither"),
-        (lambda _r, t: t.update(reference_video_latent=t[VIDEO].clone()), ["mode=v2v_ic"], "reference is its own target"),
+        (lambda _r, t: t.update(reference_video_latent=t[VIDEO].clone()), ["mode=v2v_ic"], "is its own target"),
         (lambda _r, t: t.pop("reference_video_latent"), ["mode=v2v_ic"], "no reference_video_latent in the shards"),
         (lambda _r, t: t.pop("audio_latent"), ["mode=t2a"], "no audio, but the mode needs it"),
         (lambda _r, t: t.pop("video_mask"), ["mode=t2v", "loss.token_weights={video_mask: 2}"], "no video_mask in the"),

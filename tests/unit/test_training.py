@@ -32,7 +32,7 @@ def test_schedules(kind: str, expected: list[float]) -> None:
     assert schedule.at(10_000) == pytest.approx(expected[-1])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "prodigy"])
 def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
     """The next step after loading is bit for bit the next step without."""
 

@@ -1,0 +1,181 @@
+"""Runs that measure themselves: what is recorded, kept, compared and shown, and that measuring changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_train.contracts import Exit
+from ltx_train.evaluation import history
+from tests.conftest import command, settings
+
+pytestmark = pytest.mark.slow
+
+
+def overrides(root: Path, clips: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        *settings(root, clips), f"run.root={runs}", "optim.steps=12", "optim.batch_size=2", "optim.name=adamw",
+        "optim.lr=0.01", "optim.warmup=0", "memory=none", "eval.interval=4", "eval.quantiles=3", "eval.sigmas=[0.5]",
+        "logger.every=2", "checkpoint.interval=4", *more,
+    ]  # fmt: skip
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:06d}/weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that keeps a moving average and balances its losses."""
+    runs = tmp_path_factory.mktemp("runs")
+    more = ("adapter.ema=0.9", "loss.balance=auto", "logger.also=[csv,tensorboard]", "checkpoint.keep=1")
+    assert command("fit", *overrides(prepared, clips, runs, *more)) == Exit.DONE
+    return runs / "audio_reference/main"
+
+
+def test_measuring_leaves_training_as_it_is(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """Weights and moments are bit for bit those of a run that is never measured."""
+    for name, interval in (("measured", 3), ("not", 0)):
+        more = (f"run.experiment={name}", f"eval.interval={interval}", "adapter.dropout=0.1")
+        assert command("fit", *overrides(prepared, clips, tmp_path, *more)) == Exit.DONE
+    first, second = (tmp_path / name / "main/checkpoints/step-000012" for name in ("measured", "not"))
+    for file in ("weights.safetensors", "optimizer.safetensors"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_rows_have_every_comparison_with_its_interval(trained: Path) -> None:
+    last = rows(trained)[-1]
+    for name in ("loss", "loss_video", "loss_audio", "reference_gap", "reference_gap_dropped", "adapter_gain"):
+        assert f"val/{name}" in last
+        assert last[f"val/{name}_ci95"] >= 0
+    assert "val/caption_gap" not in last  # one caption for all
+    assert last["val/reference_attention"] > 0
+    assert {n for n in last if n.startswith("train/grad_norm/")} == {
+        f"train/grad_norm/{p}"
+        for p in ("audio_attn1", "audio_attn2", "audio_ff", "audio_to_video_attn", "video_to_audio_attn")
+    }
+    assert {n.replace("grad_norm", "adapter_norm_ratio") for n in last if n.startswith("train/grad_norm/")} <= set(last)
+    assert last["train/weight_video"] != last["train/weight_audio"]
+    assert [m.step for m in history.read(trained)] == [4, 8, 12]
+    assert (trained / "metrics.csv").is_file()
+
+
+def test_the_best_is_kept_and_linked(trained: Path) -> None:
+    measured = {int(row["step"]): row["val/loss"] for row in rows(trained) if "val/loss" in row}
+    best = min(measured, key=lambda step: measured[step])
+    assert (trained / "adapters/best.safetensors").resolve().name == f"step-{best:06d}.safetensors"
+    kept = sorted(int(p.name.removeprefix("step-")) for p in (trained / "checkpoints").glob("step-*"))
+    assert kept == sorted({best, 12})
+
+
+def test_the_average_is_what_is_published(trained: Path) -> None:
+    average = load_file(trained / "checkpoints/step-000012/average.safetensors")
+    published = load_file(trained / "adapters/step-000012.safetensors")
+    for name, tensor in average.items():
+        scale = 1.0  # alpha equals rank
+        assert torch.equal(published[f"diffusion_model.{name}"].float(), (tensor * scale).float())
+    assert any(not torch.equal(average[n], t) for n, t in weights(trained).items())
+
+
+def test_averages_and_balances_continue_bit_for_bit(prepared: Path, clips: Path, tmp_path: Path, trained: Path) -> None:
+    more = ("adapter.ema=0.9", "loss.balance=auto", "logger.also=[csv,tensorboard]", "checkpoint.keep=1")
+    assert command("fit", *overrides(prepared, clips, tmp_path, *more, "optim.steps=8")) == Exit.DONE
+    # The schedule runs to the last step, so a run that was always meant to have twelve is cut, not shortened.
+    run = tmp_path / "audio_reference/main"
+    shutil.rmtree(run)
+    shutil.copytree(trained, run)
+    asked = overrides(prepared, clips, tmp_path, *more, "checkpoint.keep=9", "run.id=whole")
+    assert command("fit", *asked) == Exit.DONE
+    whole, cut = tmp_path / "audio_reference/whole", tmp_path / "audio_reference/cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step-000012")
+    assert command("fit", *asked[:-1], "run.id=cut") == Exit.DONE
+    for file in ("weights.safetensors", "optimizer.safetensors", "average.safetensors"):
+        first, second = (run / "checkpoints/step-000012" / file for run in (whole, cut))
+        assert first.read_bytes() == second.read_bytes()
+    assert [r["train/loss"] for r in rows(whole) if "train/loss" in r] == [
+        r["train/loss"] for r in rows(cut) if "train/loss" in r
+    ]
+
+
+def test_a_run_that_no_longer_improves_ends_by_itself(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of zero: two measurements without a better loss, then the end, for good."""
+    asked = overrides(prepared, clips, tmp_path, "optim.lr=0", "optim.steps=40", "eval.interval=2", "eval.patience=2")
+    assert command("fit", *asked) == Exit.DONE
+    said = capsys.readouterr().out
+    assert "ended at step" in said
+    assert "checkpoints by held-out loss" in said
+    run = tmp_path / "audio_reference/main"
+    last = int(rows(run)[-1]["step"])
+    assert last == 6
+    assert command("fit", *asked) == Exit.DONE
+    assert "is complete" in capsys.readouterr().out
+    assert int(rows(run)[-1]["step"]) == last
+
+
+@pytest.fixture(scope="module")
+def compared(trained: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that compares the run's adapters, with samples."""
+    del prepared
+    asked = [f"checkpoints={trained}", "eval.samples=1", "sample.steps=2", "eval.quantiles=2", "eval.sigmas=[0.5]"]
+    assert command("evaluate", *asked) == Exit.DONE
+    return trained / "comparison.html"
+
+
+def test_adapters_are_compared_with_the_numbers_of_fit(compared: Path, trained: Path) -> None:
+    page = compared.read_text()
+    for step in (4, 8, 12):
+        assert f"audio_reference/main step {step}" in page
+    assert "the best" in page
+    assert ">base<" in page
+    assert page.count("data:video/mp4;base64,") == 3 + 1 + 1  # three adapters, the base, the reference
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "nan" not in page.partition("<h2>Curves")[0]
+
+
+def test_a_browser_shows_the_page(compared: Path, tmp_path: Path) -> None:
+    """Chromium lays it out: pictures have sizes, players have films of the right length, nothing is fetched."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser on this machine")
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>window.onload=()=>setTimeout(()=>{const q=s=>[...document.querySelectorAll(s)];"
+        "document.title=JSON.stringify({pictures:q('img').map(i=>i.naturalWidth),"
+        "films:q('video').map(v=>v.duration),width:document.documentElement.scrollWidth,"
+        "fetched:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).length});"
+        "document.body.innerHTML='<pre>'+document.title+'</pre>'},1500)</script></body>"
+    )
+    probe.write_text(compared.read_text().replace("</body>", script))
+    call = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2000",
+        "--virtual-time-budget=8000", "--dump-dom", f"file://{probe}",
+    ]  # fmt: skip
+    shown = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(shown.partition("<pre>")[2].partition("</pre>")[0])
+    assert len(found["pictures"]) >= 6
+    assert min(found["pictures"]) > 300
+    assert found["fetched"] == 0
+    assert found["width"] <= 1200
+    assert len(found["films"]) == 5
+    assert all(length is None or 0.9 < length < 1.6 for length in found["films"])
+
+
+def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("evaluate", f"checkpoints={tmp_path}") == Exit.CONFIG
+    assert "no LoRA there" in capsys.readouterr().err
+    assert command("evaluate", "experiment=audio_reference", "data.root=''") == Exit.CONFIG
+    assert "data.root is not set" in capsys.readouterr().err

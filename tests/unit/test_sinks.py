@@ -1,0 +1,147 @@
+"""Trackers: what they get, how they continue, and what happens when a server refuses or is not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from ltx_train import config
+from ltx_train.commands import logging
+from ltx_train.contracts import UserError
+from ltx_train.training import sinks
+from ltx_train.training.tracking import Metrics
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers as W&B does to a key it does not know."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        body = b'{"errors":[{"message":"permission denied"}]}'
+        self.send_response(401)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def start(folder: Path, url: str, key: str, monkeypatch: pytest.MonkeyPatch) -> sinks.WandB:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    wandb.teardown()
+    return sinks.WandB(folder, "online", "p", {"a": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["a" * 40, "short"])
+def test_a_refused_key_is_one_clear_line(
+    key: str, refusing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="W&B does not accept the API key") as error:
+        start(tmp_path / "e/main", refusing, key, monkeypatch)
+    assert "\n" not in str(error.value)
+    wandb.teardown()
+
+
+@pytest.mark.slow
+def test_a_dead_server_costs_ten_seconds_at_most_and_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    folder = tmp_path / "e/main"
+    tracker = start(folder, "http://127.0.0.1:9", "a" * 40, monkeypatch)
+    assert time.monotonic() - began < 12  # the start itself may take 8, this machine is shared
+    assert "recording offline" in capsys.readouterr().err
+    began = time.monotonic()
+    for step in range(50):
+        tracker.write(step, {"train/loss": 1.0})
+    assert time.monotonic() - began < 1
+    tracker.close()
+    wandb.teardown()
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_offline_runs_take_reports_and_clips(tmp_path: Path) -> None:
+    """Page and clip are in the run's files; the run's id depends on its folder's name alone."""
+    page, clip = tmp_path / "report.html", tmp_path / "clip.mp4"
+    page.write_text("<p>hello</p>")
+    clip.write_bytes(b"not really a film")
+    ids: list[str] = []
+    for place in ("here", "there"):
+        tracker = sinks.WandB(tmp_path / place / "e/main", "offline", "p", {"a": 1})
+        ids.append(tracker._run.id)
+        tracker.write(1, {"val/loss": 1.0})
+        tracker.media(1, clip, "clip")
+        tracker.page(page)
+        tracker.close()
+    assert ids[0] == ids[1]
+    files = [p.name for p in (tmp_path / "here/e/main/wandb").rglob("*") if p.is_file()]
+    assert any(name.endswith(".html") for name in files)
+    assert any(name.endswith(".mp4") for name in files)
+
+
+def test_csv_gains_columns_and_continues(tmp_path: Path) -> None:
+    for first, rows in ((0, {1: {"a": 1.0}, 2: {"a": 2.0, "b": 3.0}, 3: {"a": 9.0}}), (2, {3: {"a": 4.0, "c": 5.0}})):
+        metrics = Metrics(tmp_path, first, [sinks.Csv(tmp_path)])
+        for step, values in rows.items():
+            metrics.write(step, values)
+        metrics.close()
+    with (tmp_path / "metrics.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [row["step"] for row in found] == ["1", "2", "3"]
+    assert found[1] == {"step": "2", "a": "2.0", "b": "3.0", "c": ""}
+    assert found[2]["c"] == "5.0"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = sinks.TensorBoard(tmp_path, 0)
+    for step in (1, 2):
+        tracker.write(step, {"val/loss": step / 4})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_the_configuration_says_where_numbers_go(tmp_path: Path) -> None:
+    made = config.compose_config(["logger=local", "logger.also=[csv,tensorboard]", "data.root=x", "data.source=y"])
+    found = logging.sinks(made, tmp_path, 0)
+    assert [type(sink).__name__ for sink in found] == ["Csv", "TensorBoard"]
+    for sink in found:
+        sink.close()
+    system = logging._system()
+    assert json.dumps(system)
+    assert system["torch"]
+    with pytest.raises(config.ConfigError, match=r"logger\.also='tensorbord'.*did you mean 'tensorboard'"):
+        config.compose_config(["logger.also=[tensorbord]", "data.root=x", "data.source=y"])
