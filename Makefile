@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format unit golden faults docs gpu tools wheel sample clean
+.PHONY: help setup demo study test lint format unit golden faults docs gpu tools wheel sample clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,18 +35,21 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
+study: setup ## do the measurements measure? five data sets whose truth is known: docs/study.md
+	$(BIN)/python docs/study/study.py
+
 test: setup lint tools ## everything that is green before a change lands
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup ## style, types and the direction of imports
-	$(BIN)/ruff format --check --quiet ltx_train data tests
-	$(BIN)/ruff check --quiet ltx_train data tests
+	$(BIN)/ruff format --check --quiet ltx_train data docs tests
+	$(BIN)/ruff check --quiet ltx_train data docs tests
 	$(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
 	$(BIN)/pyright
 
 format: setup ## rewrite to the house style
-	$(BIN)/ruff check --fix --quiet ltx_train data tests
-	$(BIN)/ruff format --quiet ltx_train data tests
+	$(BIN)/ruff check --fix --quiet ltx_train data docs tests
+	$(BIN)/ruff format --quiet ltx_train data docs tests
 
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2

@@ -8,16 +8,15 @@ from ltx_train import config as configuration
 from ltx_train.commands import compare, logging, planning, session, transformers
 from ltx_train.commands.check import refuse_bad
 from ltx_train.commands.export import open_run
-from ltx_train.commands.measuring import Measurement
+from ltx_train.commands.measuring import Measurement, course
 from ltx_train.commands.previews import Previews
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT
-from ltx_train.evaluation import attention_mass, history, ranking, report, verdicts
+from ltx_train.evaluation import attention_mass, ranking, report, verdicts
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.evaluation.rows import summary
-from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.model import adapter
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.tracking import Metrics, read_rows
@@ -58,13 +57,6 @@ def run(config: Config) -> int:
     print("\n".join(verdict.text for verdict in said))
     print(f"wrote {page}")
     return Exit.DONE
-
-
-def course(folder: Path) -> list[Verdict]:
-    """What a run's measurements over its steps say."""
-    rows = read_rows(folder / "metrics.jsonl")
-    losses = {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
-    return verdicts.of_history(history.read(folder), losses)
 
 
 def _record(config: Config, folder: Path, values: dict[str, float], page: Path, subject: Subject) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.commands import launch, planning, session, training
+from ltx_train.commands import launch, measuring, planning, session, training
 from ltx_train.commands.check import refuse_bad
 from ltx_train.commands.training import Start
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.data.audit import audit
-from ltx_train.evaluation import history, ranking, verdicts
+from ltx_train.evaluation import ranking
 from ltx_train.memory.plan import Planned
 from ltx_train.training import checkpointing
 from ltx_train.training.lock import FolderLock
@@ -74,11 +74,9 @@ def _complete(config: Config, start: Start) -> str | None:
 
 def _conclude(folder: Path) -> None:
     """What the run's course says, and which of its checkpoints to take, printed and linked."""
-    metrics = read_rows(folder / "metrics.jsonl")
-    training_loss = {int(row["step"]): row["train/loss"] for row in metrics if "train/loss" in row}
-    for verdict in verdicts.of_history(history.read(folder), training_loss):
+    for verdict in measuring.course(folder):
         print(verdict.text)
-    entries = ranking.ranked(metrics, folder)
+    entries = ranking.ranked(read_rows(folder / "metrics.jsonl"), folder)
     if entries:
         print(ranking.table(entries))
         ranking.link(entries, folder)

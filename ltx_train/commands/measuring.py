@@ -13,11 +13,13 @@ from ltx_train.commands import session
 from ltx_train.config import Config
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.reader import Reader
-from ltx_train.evaluation import attention_mass, heldout, history, likeness
+from ltx_train.evaluation import attention_mass, heldout, history, likeness, verdicts
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, summary
+from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.ranks import ALONE, Ranks
+from ltx_train.training.tracking import read_rows
 
 
 @dataclass
@@ -77,10 +79,11 @@ class Measurement:
 
 def evaluator(
     config: Config, folder: Path, root: Path, index: Index, transformer: Transformer, ranks: Ranks,
-    published: Callable[[], AbstractContextManager[None]] = nullcontext,
+    published: Callable[[], AbstractContextManager[None]] = nullcontext, show: Callable[[int], None] | None = None,
 ) -> Callable[[int], Mapping[str, float]] | None:  # fmt: skip
     """What training calls to measure, or None when nothing is to be measured; every identity's loss goes into the
-    run's folder. published: puts the weights in place that would be published."""
+    run's folder. published: puts the weights in place that would be published. show: makes something to look at of
+    them, on the leading rank."""
     if config.eval.interval == 0 or not index.split(HELDOUT):
         return None
     measurement = Measurement(config, root, index, ranks)
@@ -88,8 +91,17 @@ def evaluator(
     def evaluate(step: int) -> Mapping[str, float]:
         with published():
             rows, masses = measurement.rows(transformer), measurement.masses(transformer)
+            if show is not None and ranks.leads:
+                show(step)
         if ranks.leads:
             history.record(folder, history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main]))
         return summary(rows, measurement.grid) | attention_mass.summary(masses)
 
     return evaluate
+
+
+def course(folder: Path) -> list[Verdict]:
+    """What a run's measurements over its steps say."""
+    rows = read_rows(folder / "metrics.jsonl")
+    losses = {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
+    return verdicts.of_history(history.read(folder), losses)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ltx_train import config as configuration
 from ltx_train.commands import logging, measuring, session, summary, transformers
+from ltx_train.commands.previews import Previews
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
 from ltx_train.data.index import Index
@@ -113,9 +114,16 @@ def _outside(config: Config, start: Start, task: Task, base: str, ranks: Ranks, 
     if ranks.leads:
         metrics = Metrics(start.folder, start.step, logging.sinks(config, start.folder, start.step))
     published = nullcontext if task.average is None else task.average.applied
+    previews = Previews(config, start.root, start.index) if config.eval.samples and metrics is not None else None
+
+    def show(step: int) -> None:
+        if previews is not None and metrics is not None:
+            for clip in previews.generate(task.transformer, start.folder / "samples" / f"step-{step:06d}"):
+                metrics.media(step, clip.path, clip.path.stem)
+
     return Outside(
         metrics, measuring.evaluator(
-            config, start.folder, start.root, start.index, task.transformer, ranks, published
+            config, start.folder, start.root, start.index, task.transformer, ranks, published, show
         ),
         lambda step, weights: publish(config, weights, start.folder, step, base), watchdog,
     )  # fmt: skip

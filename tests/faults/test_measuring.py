@@ -112,7 +112,16 @@ def test_a_run_that_no_longer_improves_ends_by_itself(
     prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate of zero: two measurements without a better loss, then the end, for good."""
-    asked = overrides(prepared, clips, tmp_path, "optim.lr=0", "optim.steps=40", "eval.interval=2", "eval.patience=2")
+    asked = overrides(
+        prepared,
+        clips,
+        tmp_path,
+        "optim.lr=0",
+        "optim.final_lr=0",
+        "optim.steps=40",
+        "eval.interval=2",
+        "eval.patience=2",
+    )
     assert command("fit", *asked) == Exit.DONE
     said = capsys.readouterr().out
     assert "ended at step" in said
