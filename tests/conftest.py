@@ -52,7 +52,8 @@ def settings(root: Path, source: Path, *more: str) -> list[str]:
     """The overrides that the prepared fixture was made with."""
     return [
         "experiment=audio_reference", f"model.path={TINY}", f"data.root={root}", f"data.source={source}",
-        "data.heldout_speakers=0.4", "logger=local", *more,
+        "data.heldout_speakers=0.4", "logger=local", "eval.quantiles=2", "eval.sigmas=[0.5]", "eval.wrong_references=1",
+        *more,
     ]  # fmt: skip
 
 

@@ -140,15 +140,14 @@ def publish(config: Config, weights: Mapping[str, Tensor], folder: Path, step: i
 def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
     """What a LoRA file says of itself; values are strings, as safetensors wants them."""
     facts = session.mode_facts(config)
-    scales = {
-        c.name: f"{c.spatial_scale or 'as prepared'}x, {c.temporal_scale}x in time" for c in config.mode.references
-    }
+    # How much smaller its control videos are is something an in-context LoRA's user has to know.
+    scales = [c.spatial_scale or config.data.reference_scale for c in config.mode.references if c.stream == "video"]
     return {
         "rank": str(config.adapter.rank), "alpha": f"{config.adapter.alpha:g}",
         "alpha_folded": "true", "targets": ",".join(config.adapter.targets), "base_fingerprint": base,
         "step": str(step), "mode": ";".join(f"{k}={v}" for k, v in facts.items()),
         "trigger": config.data.trigger or "", "merged_before": Path(config.model.merge or "").name,
-        "reference_scales": ";".join(f"{k}={v}" for k, v in scales.items()), "trainer": "ltx-train",
+        "trainer": "ltx-train", **({"reference_downscale_factor": str(max(scales))} if scales else {}),
     }  # fmt: skip
 
 

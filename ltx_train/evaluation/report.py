@@ -149,11 +149,8 @@ def _players(report: Report) -> str:
 
 def _player(clip: Clip) -> str:
     data = base64.b64encode(clip.path.read_bytes()).decode()
-    source = f"data:video/mp4;base64,{data}"
-    caption = html.escape(clip.caption)
-    return (
-        f"<figure><video controls preload=metadata src='{source}'></video><figcaption>{caption}</figcaption></figure>"
-    )
+    player = f'<video controls preload="metadata" src="data:video/mp4;base64,{data}"></video>'
+    return f"<figure>{player}<figcaption>{html.escape(clip.caption)}</figcaption></figure>"
 
 
 def _section(title: str, *parts: str) -> str:

@@ -74,10 +74,13 @@ def test_a_preset_trains_and_is_measured(name: str, rich: Path, clips: Path, tmp
     folder = tmp_path / name / "main"
     last = rows(folder)[-1]
     assert last["val/loss"] > 0
+    assert {f"train/sigma_share/{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)} <= set(last)
     assert last["train/grad_norm"] > 0
     with safe_open(folder / "adapters/step-000002.safetensors", "pt") as file:
         names = list(file.keys())
+        told = "reference_downscale_factor" in file.metadata()
         moved = [n for n in names if ".lora_B." in n and bool(file.get_tensor(n).any())]
+    assert told == (name in ("v2v_ic", "multi_reference_ic", "av2av_ic"))
     # Every layer that was given an adapter has learned: none of them is out of the loss's reach.
     assert len(moved) == len(names) // 2
     assert ("val/reference_gap_dropped" in last) == (name.endswith(("_ic", "reference")) or name == "id_lora")

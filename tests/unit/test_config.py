@@ -55,6 +55,74 @@ def test_rules_between_fields(overrides: list[str], expected: str) -> None:
         config.compose_config(overrides)
 
 
+CONDITIONS = "mode.conditions"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["mode=i2v", "data.buckets=[64x64x1]"], "first_frame: 64x64x1 has one frame"),
+        (["mode=extend", "mode.conditions.0.latents=[5]"], "prefix may give 5 of the 5 video latents of 64x64x33"),
+        (["mode=extend", "mode.conditions.0.latents=[3,1]"], "must be [n] or [lowest, highest]"),
+        (["mode=extend", "mode.conditions.0.latents=[]"], "must be [n] or [lowest, highest]"),
+        (["mode=audio_extend", "mode.conditions.0.latents=[40]"], "may give 40 of the 33 audio latents"),
+        (["mode=outpaint", "mode.conditions.0.region=[0,0,33,64]"], "multiples of 32 pixels"),
+        (["mode=outpaint", "mode.conditions.0.region=[0,0,64,64]"], "is all of 64x64x33"),
+        (["mode=outpaint", "mode.conditions.0.region=[0,0,96,32]"], "does not lie within 64x64x33"),
+        (["mode=outpaint", "data.buckets=[32x32x33]"], "single latent wide and high"),
+        (
+            ["mode=inpaint", "mode.conditions.0.source=speaker"],
+            "name the tensor in the shards",
+        ),
+        (["mode=v2v_ic", "mode.conditions.0.sigmas=[0.9,0.1]"], "[lowest, highest] within [0, 1]"),
+        (["mode=v2v_ic", "mode.conditions.0.strength=2"], "must lie in [0, 1]"),
+        (["mode=v2v_ic", "mode.conditions.0.spatial_scale=0"], "spatial_scale and temporal_scale at least 1"),
+        (
+            ["mode=a2v", f"{CONDITIONS}=[{{kind: prefix, modality: audio, latents: [2]}}]"],
+            "prefix needs mode.audio=generate",
+        ),
+        (["mode=t2av", f"{CONDITIONS}=[{{kind: first_frame, modality: audio}}]"], "first_frame is about pictures"),
+        (["mode=t2v", "adapter=cross_modal"], "cross_modal names layers that mode.audio=absent gives no loss"),
+        (["mode=t2a", "adapter=video_only"], "video_only names layers that mode.video=absent gives no loss"),
+        (["adapter.rank_pattern={attn7: 4}"], "no layer's name ends with 'attn7'"),
+        (["adapter=full", "adapter.ema=0.9"], "adapter.ema is for adapter.kind=lora"),
+        (["mixture={nosuch: 1}"], "there is no mode 'nosuch'"),
+        (["mixture={t2av: 0, a2v: 0}"], "one of them is above 0"),
+        (["mixture={t2a: 1, t2av: 1}", "adapter=video_only", "mode=t2a"], ""),
+        (["sigma.low=0.7", "sigma.high=0.2"], "sigma.low=0.7 must be below"),
+        (["sigma.shift_limits=[1]"], "give [lowest, highest] of the shift"),
+        (["sigma.kind=hihg"], "did you mean 'high'"),
+        (["data.caption_dropout=1.5"], "data.caption_dropout=1.5: must lie in [0, 1]"),
+        (["loss.token_weights={video_mask: -1}"], "video_mask weighs -1"),
+        (["eval.sigmas=[]", "eval.quantiles=0"], "eval.quantiles must be at least 1"),
+    ],
+)
+def test_modes_that_cannot_train_are_refused(overrides: list[str], expected: str) -> None:
+    asked = [*overrides, "data.source=x", "data.root=y"]
+    if not expected:  # one of the mixed modes trains these layers
+        assert config.compose_config(asked).adapter.targets
+        return
+    with pytest.raises(ConfigError) as error:
+        config.compose_config(asked)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("t2v", "video_only"), ("t2av", "attention"), ("v2v_ic", "video_ff"), ("a2v", "attention"),
+        ("t2a", "audio_only"), ("v2a", "video_to_audio"), ("audio_reference", "cross_modal"), ("av2av_ic", "attention"),
+    ],
+)  # fmt: skip
+def test_targets_default_from_the_mode(mode: str, expected: str) -> None:
+    made, named = (
+        config.compose_config([f"mode={mode}", f"adapter={name}", "data.source=x", "data.root=y"]).adapter.targets
+        for name in ("auto", expected)
+    )
+    assert made == named
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "named"),
     [

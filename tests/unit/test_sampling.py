@@ -9,7 +9,7 @@ import torch
 
 from ltx_train.contracts import Condition, ConditionKind, Mode, Role
 from ltx_train.data.prepare.media import read_audio
-from ltx_train.diffusion import conditions, sigma
+from ltx_train.diffusion import conditions, references, sigma
 from ltx_train.model import load_transformer
 from ltx_train.sampling import sampler
 from ltx_train.sampling.guidance import Guidance, combine
@@ -37,6 +37,29 @@ def test_given_tokens_come_out_as_they_went_in() -> None:
     assert torch.equal(video[:, :4], made.video.latent[:, :4])
     assert not torch.equal(video[:, 4:], made.video.latent[:, 4:])
     assert torch.equal(audio[:, 9:], made.audio.latent[:, 9:])
+
+
+def test_a_gated_reference_is_there_at_its_noise_levels_only() -> None:
+    """Open from 0.5 down: the first steps are those without a reference, the last one is not; and closed for good."""
+    model, schedule = load_transformer(TINY), torch.tensor([1.0, 0.8, 0.4, 0.0])
+    voice = Condition(ConditionKind.reference)
+    found: dict[str, torch.Tensor] = {}
+    for name, gate in (("open", [0.0, 1.0]), ("late", [0.0, 0.5]), ("never", [0.0, 0.01])):
+        mode = Mode(conditions=[replace(voice, sigmas=gate)])
+        torch.manual_seed(0)
+        begin, _ = start(references.always_open(mode), reference=True)
+        gates = references.gates(mode, batch(1, reference=True))
+        assert [(g.first, g.last) for g in gates] == ([] if name == "open" else [(9, 14)])
+        _, audio = sampler.sample(model, replace(begin, gates=gates), schedule, Guidance())
+        assert audio is not None
+        found[name] = audio[:, :9]
+    torch.manual_seed(0)
+    begin, _ = start(Mode())
+    _, without = sampler.sample(model, begin, schedule, Guidance())
+    assert without is not None
+    torch.testing.assert_close(found["never"], without, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(found["late"], found["never"], atol=1e-4)
+    assert not torch.allclose(found["late"], found["open"], atol=1e-4)
 
 
 def test_frozen_audio_stays_and_is_seen() -> None:
