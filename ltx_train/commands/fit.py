@@ -16,7 +16,7 @@ from ltx_train.commands.training import Start
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.data.audit import audit
-from ltx_train.evaluation import ranking
+from ltx_train.evaluation import ranking, verdicts
 from ltx_train.memory.plan import Planned
 from ltx_train.training import checkpointing
 from ltx_train.training.lock import FolderLock
@@ -74,9 +74,11 @@ def _complete(config: Config, start: Start) -> str | None:
 
 def _conclude(folder: Path) -> None:
     """What the run's course says, and which of its checkpoints to take, printed and linked."""
-    for verdict in measuring.course(folder):
+    metrics = read_rows(folder / "metrics.jsonl")
+    measured = [row for row in metrics if "val/loss" in row]
+    for verdict in [*measuring.course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]:
         print(verdict.text)
-    entries = ranking.ranked(read_rows(folder / "metrics.jsonl"), folder)
+    entries = ranking.ranked(metrics, folder)
     if entries:
         print(ranking.table(entries))
         ranking.link(entries, folder)

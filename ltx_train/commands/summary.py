@@ -16,6 +16,7 @@ from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.diffusion import positions
+from ltx_train.evaluation import heldout
 from ltx_train.memory.footprint import Choice
 from ltx_train.memory.plan import Planned
 from ltx_train.model import adapter
@@ -75,8 +76,21 @@ def _lines(
         ("memory", _memory(transformer, count, config)),
         ("planned", "nothing: no GPU and no budget" if planned is None else describe(planned)),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
+        ("measuring", _measuring(config, index)),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
     ]  # fmt: skip
+
+
+def _measuring(config: Config, index: Index) -> str:
+    """What a held-out measurement costs, since it is easily more than the training between two of them."""
+    if config.eval.interval == 0 or not index.split(HELDOUT):
+        return "nothing is held out" if config.eval.interval else "off (eval.interval=0)"
+    settings = session.evaluation(config, session.grid(config, index))
+    clips, levels, arms = heldout.passes(index, settings, with_base=False)
+    return (
+        f"{clips} clips x {levels} noise levels x {arms} versions = {clips * levels * arms} forward passes every "
+        f"{config.eval.interval} steps; fewer with eval.max_samples, eval.sigmas=[], eval.quantiles"
+    )
 
 
 def describe(planned: Planned) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ltx_train import config as configuration
@@ -18,13 +19,17 @@ from ltx_train.contracts import Exit
 from ltx_train.data.index import Index
 from ltx_train.data.module import ShardData, training_order
 from ltx_train.data.reader import Reader
+from ltx_train.diffusion.conditions import ModelInputs
+from ltx_train.memory import footprint
+from ltx_train.memory.cards import GIB, card_of_device
 from ltx_train.memory.plan import Planned
 from ltx_train.model import adapter, export
-from ltx_train.model.loaders import TRANSFORMER_PREFIX
+from ltx_train.model.loaders import TRANSFORMER_PREFIX, build_transformer
 from ltx_train.model.transformer import Transformer
 from ltx_train.training import checkpointing
 from ltx_train.training.average import Average
 from ltx_train.training.balance import Balance
+from ltx_train.training.clock import Clock
 from ltx_train.training.fit import Outside, Plan, fit
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule, build_optimizer
@@ -53,17 +58,17 @@ def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, w
     """Trains to the end, or to a signal."""
     transformer = transformers.trainable(config, fresh=start.checkpoint is None)
     monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
-    selection = Selection(config.eval.patience)
+    selection, clock = Selection(config.eval.patience), Clock(_peak_flops(config, ranks))
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
     plan = _plan(config, start, base)
     task = _task(config, start, transformer, plan, ranks)
     if start.checkpoint is not None:
-        _restore(checkpointing.load(start.checkpoint), task, monitor, selection, ranks)
+        _restore(checkpointing.load(start.checkpoint), task, monitor, selection, clock, ranks)
     if ranks.leads:
         summary.show(config, transformer, start.index, start.folder, start.step, planned)
     outside = _outside(config, start, task, base, ranks, watchdog)
     device = session.device(config, ranks.local)
-    return fit(plan, task, _data(config, start, ranks), monitor, device, outside, ranks, selection)
+    return fit(plan, task, _data(config, start, ranks), monitor, device, outside, ranks, selection, clock)
 
 
 def _plan(config: Config, start: Start, base: str) -> Plan:
@@ -90,11 +95,41 @@ def _task(config: Config, start: Start, transformer: Transformer, plan: Plan, ra
         optim.clip, start.step, configuration.rounds(config, ranks.world), ranks,
         Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
         Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs,
+        _flops(config),
     )  # fmt: skip
 
 
+def _flops(config: Config) -> Callable[[ModelInputs], float]:
+    """The model's arithmetic for a batch, from its numbers of tokens."""
+    size = footprint.sizes(build_transformer(session.layout(config)))
+    full = config.adapter.kind == "full"
+
+    def count(inputs: ModelInputs) -> float:
+        tokens = [0 if m is None else m.latent.shape[1] for m in (inputs.video, inputs.audio)]
+        present = inputs.video or inputs.audio
+        assert present is not None
+        work = footprint.Work(present.latent.shape[0], tokens[0], tokens[1], present.context.shape[1])
+        return footprint.model_flops(size, work, full=full)
+
+    return count
+
+
+def _peak_flops(config: Config, ranks: Ranks) -> float | None:
+    """The device's dense bfloat16 rate by its datasheet; None on a CPU."""
+    device = session.device(config, ranks.local)
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return card_of_device(properties.name, properties.total_memory / GIB).bf16_tflops * 1e12
+
+
 def _restore(
-    checkpoint: checkpointing.Checkpoint, task: Task, monitor: Monitor, selection: Selection, ranks: Ranks
+    checkpoint: checkpointing.Checkpoint,
+    task: Task,
+    monitor: Monitor,
+    selection: Selection,
+    clock: Clock,
+    ranks: Ranks,
 ) -> None:
     adapter.load_state(task.transformer, checkpoint.weights)
     task.configure_optimizers().load_state_dict(dict(checkpoint.optimizer))
@@ -105,6 +140,8 @@ def _restore(
         task.balance.restore(notes["balance"])
     if "selection" in notes:
         selection.restore(notes["selection"])
+    if "clock" in notes:
+        clock.restore(notes["clock"])
     if task.average is not None:
         task.average.restore(checkpoint.average or checkpoint.weights)
 

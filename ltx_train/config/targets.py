@@ -5,6 +5,7 @@ Names only; no torch. The model has the last word on names that no block has (mo
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from ltx_train.config.modes import training
@@ -44,6 +45,19 @@ _BLOCK = (
 )
 
 
+_OUTSIDE = (
+    "patchify_proj", "audio_patchify_proj", "proj_out", "audio_proj_out",
+    *_of(
+        (
+            "adaln_single", "audio_adaln_single", "prompt_adaln_single", "audio_prompt_adaln_single",
+            "av_ca_video_scale_shift_adaln_single", "av_ca_audio_scale_shift_adaln_single",
+            "av_ca_a2v_gate_adaln_single", "av_ca_v2a_gate_adaln_single",
+        ),
+        ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2"),
+    ),
+)  # fmt: skip
+
+
 def settled(config: Config) -> Config:
     """The configuration with its targets as name endings: sets spelled out, or the mode's own set."""
     if config.adapter.kind == "full":
@@ -76,6 +90,9 @@ def validate(config: Config) -> None:
     for target in config.adapter.targets:
         for ending in SETS.get(target, (target,)):
             hit = [name for name in _BLOCK if name == ending or name.endswith(f".{ending}")]
+            if not hit and not _elsewhere(ending):
+                known = [*SETS, *_HEADS, *_BLOCK, *_OUTSIDE]
+                raise ConfigError(f"adapter.targets: no layer's name ends with {ending!r}{nearest(ending, known)}")
             if hit and not any(_runs(name, mode) for name in hit for mode in modes):
                 absent = "audio" if all(m.audio is Role.absent for m in modes) else "video"
                 raise ConfigError(
@@ -87,6 +104,14 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 f"adapter.rank_pattern, alpha_pattern: no layer's name ends with {pattern!r}{nearest(pattern, _BLOCK)}"
             )
+
+
+def _elsewhere(ending: str) -> bool:
+    """Whether an ending names layers outside the blocks, or a layer of one block in full."""
+    if any(name == ending or name.endswith(f".{ending}") for name in _OUTSIDE):
+        return True
+    match = re.fullmatch(r"(?:transformer_blocks\.)?\d+\.(.+)", ending)
+    return match is not None and match[1] in _BLOCK
 
 
 def _runs(name: str, mode: Mode) -> bool:

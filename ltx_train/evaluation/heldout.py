@@ -77,9 +77,24 @@ def wants(settings: Settings) -> Wants:
 
 
 def heldout_records(index: Index, settings: Settings) -> list[Record]:
-    """The clips that are measured, always the same ones."""
-    records = sorted(index.split(HELDOUT), key=lambda r: (r.bucket, r.key))
-    return records[: settings.max_samples] if settings.max_samples else records
+    """The clips that are measured, always the same ones; of fewer than all, as many identities as there can be."""
+    turns: dict[str, int] = {}
+    placed: list[tuple[int, Record]] = []
+    for record in sorted(index.split(HELDOUT), key=lambda r: r.key):
+        turns[record.speaker] = turns.get(record.speaker, -1) + 1
+        placed.append((turns[record.speaker], record))
+    chosen = [record for _, record in sorted(placed, key=lambda p: (p[0], p[1].key))]
+    chosen = chosen[: settings.max_samples] if settings.max_samples else chosen
+    return sorted(chosen, key=lambda r: (r.bucket, r.key))
+
+
+def passes(index: Index, settings: Settings, *, with_base: bool) -> tuple[int, int, int]:
+    """What a measurement costs: clips, noise levels, and versions of each clip at most."""
+    references = bool(settings.mode.references)
+    arms = 1 + with_base + (settings.dropped + settings.wrong_references) * references
+    captions = {r.context for r in index.split(HELDOUT)}
+    arms += settings.wrong_caption and len(captions) > 1
+    return len(heldout_records(index, settings)), len(settings.levels), arms
 
 
 def batches(index: Index, settings: Settings) -> list[list[Address]]:

@@ -169,6 +169,20 @@ def _caption(rows: Sequence[Row]) -> list[Verdict]:
     return [Verdict(Kind.caption_carries, text)]
 
 
+def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
+    """The verdict on the reference as far as one measured row of a metrics file tells."""
+    if "val/reference_gap_ci95" not in row:
+        return []
+    gap, half, loss = (row[name] for name in ("val/reference_gap", "val/reference_gap_ci95", "val/loss"))
+    said = f"Reference gap (correct minus wrong): {gap:+.4f} ± {half:.4f}, 95 %. "
+    if gap < -half and gap < -_RELEVANT * abs(loss):
+        return [
+            Verdict(Kind.reference_used, said + "The model uses the reference; `evaluate` says at which noise levels.")
+        ]
+    text = said + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
+    return [Verdict(Kind.reference_decorative, text)]
+
+
 def of_history(measured: Sequence[Measured], training: Mapping[int, float]) -> list[Verdict]:
     """The verdict on a run's course. training: logged training losses by step."""
     if len(measured) < 2:

@@ -156,12 +156,13 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
 
 
-def model_flops(size: Sizes, work: Work) -> float:
-    """Floating-point operations of one step without recomputation: forward, and gradients of activations."""
+def model_flops(size: Sizes, work: Work, *, full: bool = False) -> float:
+    """Floating-point operations of one step without recomputation: forward, gradients of activations, and, when all
+    weights are trained (full), theirs."""
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
     linear = 0.0
     for layer in size.linears:
-        times = 1 if layer.rows == "text" else 2
+        times = (1 if layer.rows == "text" else 2) + full
         linear += times * 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
     return size.layers * (linear + 3.5 * _attention_flops(size, work))
 

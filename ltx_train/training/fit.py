@@ -24,6 +24,7 @@ from ltx_train.data.module import ShardData
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.training import checkpointing
+from ltx_train.training.clock import Clock
 from ltx_train.training.console import ConsoleProgress
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.preemption import Preemption
@@ -76,10 +77,10 @@ class Edge(Callback):
 
     def __init__(
         self, plan: Plan, monitor: Monitor, outside: Outside, preemption: Preemption, ranks: Ranks,
-        selection: Selection,
+        selection: Selection, clock: Clock,
     ) -> None:  # fmt: skip
         self._plan, self._monitor, self._outside, self._selection = plan, monitor, outside, selection
-        self._preemption, self._ranks = preemption, ranks
+        self._preemption, self._ranks, self._clock = preemption, ranks, clock
         self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish)
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
@@ -94,9 +95,11 @@ class Edge(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._monitor.data_arrived()
+        self._clock.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         task = _task(pl_module)
+        self._clock.end(task.flops)
         for result in task.results:
             self._monitor.add(result)
         if task.step != self._seen:
@@ -140,7 +143,7 @@ class Edge(Callback):
         row = self._monitor.row(self._ranks)
         row |= {"train/grad_norm": float(task.grad_norm), "optim/lr": task.schedule.at(task.step - 1)}
         row |= {f"train/grad_norm/{group}": float(norm) for group, norm in task.grad_norms.items()}
-        row |= task.balance.row()
+        row |= task.balance.row() | self._clock.row()
         if adapter.lora_parameters(task.transformer):
             row |= self._adapter_row(task)
         runner = task.transformer.run_block
@@ -177,7 +180,7 @@ class Edge(Callback):
         self._settle(must=False)
         notes = {
             **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
-            "selection": self._selection.state(), "ended": self._selection.ended,
+            "selection": self._selection.state(), "ended": self._selection.ended, "clock": self._clock.state(),
         }  # fmt: skip
         if self._ranks.leads:
             optimizer: Any = task.optimizers(use_pl_optimizer=False)
@@ -213,12 +216,12 @@ class Edge(Callback):
 
 def fit(
     plan: Plan, task: Task, data: ShardData, monitor: Monitor, device: torch.device, outside: Outside, ranks: Ranks,
-    selection: Selection,
+    selection: Selection, clock: Clock,
 ) -> Exit:  # fmt: skip
     """Trains from the task's first step to the plan's last, or until measuring says so; DONE, or PREEMPTED after a
     signal and a save."""
     preemption = Preemption()
-    edge = Edge(plan, monitor, outside, preemption, ranks, selection)
+    edge = Edge(plan, monitor, outside, preemption, ranks, selection, clock)
     _quiet()
     # One device per process and our own collectives: Lightning must not look for other processes by itself.
     trainer = Trainer(

@@ -39,13 +39,14 @@ class Task(LightningModule):
 
     rounds: micro-batches of this rank per optimizer step. Optimization is manual: gradients are averaged over
     the ranks once a step, and a step whose gradient is not finite changes nothing. detailed: at which steps the
-    gradient's norm is wanted by part of the block.
+    gradient's norm is wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
     """
 
     def __init__(
         self, transformer: Transformer, goal: Objective, schedule: Schedule, optimizer: torch.optim.Optimizer,
         clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
         detailed: Callable[[int], bool] = lambda _step: False,
+        flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -54,6 +55,7 @@ class Task(LightningModule):
         self.balance, self.average = balance, average
         self.guard = NonFiniteGuard(ranks.rank)
         self.results: list[StepResult] = []
+        self.flops = 0.0
         self.grad_norm: Tensor | None = None
         self.grad_norms: dict[str, Tensor] = {}
         self._optimizer, self._rounds, self._ranks, self._detailed = optimizer, rounds, ranks, detailed
@@ -61,6 +63,7 @@ class Task(LightningModule):
         self._dropout = adapter.DropoutKeys(transformer)
         self._keys: tuple[str, ...] = ()
         self._round = self._done = 0
+        self._count = flops
 
     @property
     def step(self) -> int:
@@ -71,7 +74,7 @@ class Task(LightningModule):
         """One micro-batch: a forward and a backward pass for each mode that its samples are in."""
         self.guard.check(pending=1)
         self._keys += batch.keys
-        self.results = []
+        self.results, self.flops = [], 0.0
         for mode, part in mixture.parts(batch, self.goal.modes, self.goal.seed):
             result = self._backward(mode, part, len(part.keys) / len(batch.keys))
             self.balance.add(result)
@@ -96,6 +99,7 @@ class Task(LightningModule):
         self._dropout.set([rng.key_seed(goal.seed, "dropout", key, draw) for key, draw in pairs])
         draws = conditions.draw(batch, mode, goal.sigma, goal.seed)
         inputs = conditions.assemble(batch, mode, draws, goal.token_weights)
+        self.flops += self._count(inputs)
         result = self.losses(transfer.to_device(inputs, self.device))
         self.manual_backward(result.loss * share / self._rounds)
         return result

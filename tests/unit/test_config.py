@@ -84,6 +84,7 @@ CONDITIONS = "mode.conditions"
         (["mode=t2av", f"{CONDITIONS}=[{{kind: first_frame, modality: audio}}]"], "first_frame is about pictures"),
         (["mode=t2v", "adapter=cross_modal"], "cross_modal names layers that mode.audio=absent gives no loss"),
         (["mode=t2a", "adapter=video_only"], "video_only names layers that mode.video=absent gives no loss"),
+        (["adapter.targets=[to_kk]"], "no layer's name ends with 'to_kk'; did you mean 'to_k'"),
         (["adapter.rank_pattern={attn7: 4}"], "no layer's name ends with 'attn7'"),
         (["adapter=full", "adapter.ema=0.9"], "adapter.ema is for adapter.kind=lora"),
         (["mixture={nosuch: 1}"], "there is no mode 'nosuch'"),

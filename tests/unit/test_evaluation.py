@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,17 @@ def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
     assert paired(rows, CORRECT, WRONG).mean != 0
 
 
-def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:
-    from dataclasses import replace
+def test_a_part_of_the_split_has_as_many_identities_as_it_can(prepared: Path) -> None:
+    data = index.load(prepared)
+    whole = heldout.heldout_records(data, SETTINGS)
+    assert len(whole) == len(data.split("heldout"))
+    people = len({r.speaker for r in whole})
+    few = heldout.heldout_records(data, replace(SETTINGS, max_samples=people))
+    assert len({r.speaker for r in few}) == people
+    assert heldout.passes(data, replace(SETTINGS, max_samples=people), with_base=True) == (people, 2, 1 + 1 + 1 + 2)
 
+
+def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:
     model, data = load_transformer(TINY), index.load(prepared)
     first, second = (
         heldout.measure(

@@ -95,6 +95,16 @@ def test_the_course_of_a_run(losses: tuple[float, ...], training: tuple[float, .
     assert "±" in found.text
 
 
+@pytest.mark.parametrize(
+    ("gap", "half", "expected"),
+    [(-0.2, 0.1, Kind.reference_used), (-0.2, 0.3, Kind.reference_decorative), (0.0, 0.0, Kind.reference_decorative)],
+)
+def test_a_row_of_metrics_tells_whether_the_reference_is_used(gap: float, half: float, expected: Kind) -> None:
+    row = {"val/loss": 1.0, "val/reference_gap": gap, "val/reference_gap_ci95": half}
+    assert [v.kind for v in verdicts.of_metrics(row)] == [expected]
+    assert verdicts.of_metrics({"val/loss": 1.0}) == []
+
+
 def test_too_little_to_judge_a_course() -> None:
     assert verdicts.of_history(course(1.0), {}) == []
     (found,) = verdicts.of_history(course(1.0, 0.5, people=1), {})

@@ -13,6 +13,7 @@ from ltx_train.training import checkpointing
 from ltx_train.training.average import Average
 from ltx_train.training.balance import Balance
 from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.clock import Clock
 from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import build_optimizer
 from ltx_train.training.ranks import ALONE
@@ -106,6 +107,24 @@ def test_mixed_modes_average_each_modality_over_its_own_samples() -> None:
     assert row["train/loss"] == pytest.approx((2.0 + 3 * 4.0) / 4)
     assert row["train/sigma_share/0.5-0.6"] == 1.0
     assert sum(v for k, v in row.items() if k.startswith("train/sigma_share/")) == 1.0
+
+
+def test_goodput_counts_steps_that_count_against_the_runs_whole_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred seconds in, forty of them in steps; then a restart after a break of another hundred."""
+    now = {"wall": 1000.0, "cpu": 0.0}
+    monkeypatch.setattr("time.time", lambda: now["wall"])
+    monkeypatch.setattr("time.perf_counter", lambda: now["cpu"])
+    clock = Clock(1e9)
+    clock.begin()
+    now["cpu"] += 40
+    clock.end(flops=2e10)
+    now["wall"] += 100
+    assert clock.row() == {"run/goodput": 0.4, "perf/mfu": 0.5}
+    saved = clock.state()
+    now["wall"] += 100
+    again = Clock(None)
+    again.restore(saved)
+    assert again.row() == {"run/goodput": 0.2}
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "prodigy"])
