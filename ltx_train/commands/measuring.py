@@ -67,10 +67,11 @@ class Measurement:
         if not settings.mode.references:
             return None
         reader = Reader(self.root, self.index, seed=settings.seed, wants=heldout.wants(settings))
-        found = [arm for batch in heldout.batches(self.index, settings)
-                 for arm in heldout.arms(reader, batch, settings, with_base=False)]  # fmt: skip
-        batches = {name: [arm.batch for arm in found if arm.name == name] for name in (CORRECT, WRONG)}
-        return likeness.of_batches(settings.mode, batches[CORRECT], batches[WRONG])
+        found: dict[str, list[float]] = {}
+        for batch in heldout.batches(self.index, settings):
+            for arm in heldout.arms(reader, batch, settings, with_base=False):
+                found.setdefault(arm.name, []).extend(likeness.cosines(settings.mode, arm.batch))
+        return likeness.beyond_chance(found.get(CORRECT, []), found.get(WRONG, []))
 
     @property
     def _device(self) -> torch.device:

@@ -90,9 +90,7 @@ def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *
 def without_references(mode: Mode, draws: Draws) -> Draws:
     """The same noise with every reference dropped."""
     pairs = zip(mode.conditions, draws.chosen, strict=True)
-    return replace(
-        draws, chosen=tuple(d & (c.kind is not ConditionKind.reference) for c, d in pairs)
-    )  # fmt: skip
+    return replace(draws, chosen=tuple(d & (c.kind is not ConditionKind.reference) for c, d in pairs))
 
 
 def assemble(batch: Batch, mode: Mode, draws: Draws, token_weights: TokenWeights = _UNWEIGHTED) -> ModelInputs:
@@ -129,8 +127,8 @@ def _stream(
             beside.append(Reference(condition, _named(batch, condition, batch.references), seen))
             continue
         mask = _named(batch, condition, batch.masks) if condition.kind is ConditionKind.mask else None
-        clean = given.tokens(condition, grid, numbers, mask) & chosen[:, None]
-        noised[clean.to(latent.device)] = 0
+        clean = given.tokens(condition, grid, numbers, mask).to(latent.device)
+        noised[clean & chosen[:, None].to(latent.device)] = 0
     modality, velocity = _noised(batch, latent, noised, draws.sigma(name), draws.noise(name), name)
     if velocity is not None:
         velocity = replace(velocity, loss_mask=_weighted(batch, velocity.loss_mask, grid, token_weights))

@@ -5,27 +5,27 @@ Owns the comparison of latents; knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ltx_train.contracts import Batch, ModalityName, Mode
 
 
-def of_batches(mode: Mode, correct: list[Batch], wrong: list[Batch]) -> float | None:
-    """(own - other) / (1 - other) of the mean cosines: 1 for copies, 0 for references no nearer than any other.
+def beyond_chance(own: Sequence[float], other: Sequence[float]) -> float | None:
+    """(own - other) / (1 - other) of mean cosines: 1 for copies, 0 for references no nearer than any other.
 
-    None when there is nothing to compare (no reference, no other identity, or grids that do not match).
+    None when there is nothing to compare: no reference, no other identity, or grids that do not match.
     """
-    own = [c for batch in correct for c in _cosines(mode, batch)]
-    other = [c for batch in wrong for c in _cosines(mode, batch)]
     if not own or not other:
         return None
     near, far = sum(own) / len(own), sum(other) / len(other)
     return (near - far) / max(1e-6, 1 - far)
 
 
-def _cosines(mode: Mode, batch: Batch) -> list[float]:
-    """The best cosine over all shifts in time, per sample and reference."""
+def cosines(mode: Mode, batch: Batch) -> list[float]:
+    """Of every sample's references with its target, the best over all shifts in time."""
     found: list[float] = []
     for condition in mode.references:
         target = batch.video_latent if condition.stream is ModalityName.video else batch.audio_latent

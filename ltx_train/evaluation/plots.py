@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -133,8 +133,7 @@ def compared_by_step(points: Mapping[int, Interval], base: Interval | None) -> s
 def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> str:
     """Held-out loss of several adapters over the noise level."""
     figure, axis = pyplot.subplots(figsize=(7, 3.6))
-    for number, (name, rows) in enumerate(subjects.items()):
-        ink = pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+    for name, rows, ink in _inked(subjects):
         points = {s: mean([r for r in rows if r.sigma == s], CORRECT) for s in _levels(rows)}
         _bars(axis, points, name, ink)
     _dress(axis, "noise level", "held-out loss")
@@ -144,8 +143,7 @@ def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> str:
 def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
     """Held-out loss of several adapters for every identity."""
     figure, axis = pyplot.subplots(figsize=(7, 3.6))
-    for number, (name, rows) in enumerate(subjects.items()):
-        ink = pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+    for name, rows, ink in _inked(subjects):
         losses: dict[str, list[float]] = {}
         for row in rows:
             if row.arm == CORRECT:
@@ -155,6 +153,12 @@ def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
     axis.tick_params(axis="x", labelrotation=70, labelsize=7)
     _dress(axis, "", "held-out loss")
     return _picture(figure, "held-out loss of every adapter by identity")
+
+
+def _inked(subjects: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, Sequence[Row], Any]]:
+    """Every subject with a colour of its own."""
+    for number, (name, rows) in enumerate(subjects.items()):
+        yield name, rows, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
 
 
 def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, ink: str) -> None:

@@ -122,7 +122,9 @@ def _unused(rows: Sequence[Row], said: str, dropped: str) -> list[Verdict]:
         return [Verdict(Kind.caption_carries, text)]
     text = said + (
         "No effect of the reference is shown at any noise level: it is decoration. Either it does not carry what the "
-        "target has, or the model has not learned to read it yet." + dropped
+        "target has, or the model has not learned to read it yet, or, where identities are to be kept, the noised "
+        "target still shows them at all these levels, and near zero is what is to be expected: generation from noise "
+        "with the reference swapped decides." + dropped
     )
     return [Verdict(Kind.reference_decorative, text)]
 

@@ -73,13 +73,15 @@ def _weighted(
 def key_mass(module: Any, hidden: Tensor, rotary: Rotary, bias: Tensor | None, rows: Tensor, first_key: int) -> float:
     """The share of attention that the queries at `rows` give to the keys from `first_key` on: mean over batch, heads
     and queries, of self-attention over hidden (B, T, D)."""
-    query = _heads(module, module.norm_q(module.to_q(hidden)))
-    key = _heads(module, module.norm_k(module.to_k(hidden)))
-    query, key = (rotated(x, rotary).transpose(1, 2).float() for x in (query, key))
-    logits = query[:, :, rows] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if bias is not None:
-        logits = logits + (bias[:, :, rows] if bias.shape[2] > 1 else bias).float()
-    return float(logits.softmax(dim=-1)[..., first_key:].sum(dim=-1).mean())
+    query = rotated(_heads(module, module.norm_q(module.to_q(hidden))), rotary)[:, rows].transpose(1, 2)
+    key = rotated(_heads(module, module.norm_k(module.to_k(hidden))), rotary).transpose(1, 2)
+    total = torch.zeros((), device=hidden.device)
+    for head in range(key.shape[1]):  # one at a time: all at once would not fit beside a planned model
+        logits = query[:, head].float() @ key[:, head].float().transpose(-1, -2) / query.shape[-1] ** 0.5
+        if bias is not None:
+            logits = logits + (bias[:, 0, rows] if bias.shape[2] > 1 else bias[:, 0]).float()
+        total = total + logits.softmax(dim=-1)[..., first_key:].sum(dim=-1).mean()
+    return float(total) / key.shape[1]
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:

@@ -13,7 +13,7 @@ from ltx_train.evaluation import heldout, report, verdicts
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, paired, summary
 from ltx_train.evaluation.statistics import by_identity
-from ltx_train.model import adapter, load_transformer
+from ltx_train.model import adapter, attention, load_transformer
 from tests.conftest import TINY
 
 
@@ -84,6 +84,28 @@ def test_a_part_of_the_split_has_as_many_identities_as_it_can(prepared: Path) ->
     few = heldout.heldout_records(data, replace(SETTINGS, max_samples=people))
     assert len({r.speaker for r in few}) == people
     assert heldout.passes(data, replace(SETTINGS, max_samples=people), with_base=True) == (people, 2, 1 + 1 + 1 + 2)
+
+
+def test_the_share_of_attention_is_what_attention_gives_to_an_indicator() -> None:
+    """Scaled dot-product attention over values that are 1 at the references and 0 elsewhere is that share."""
+    module = load_transformer(TINY).transformer_blocks[0].audio_attn1
+    stream = torch.Generator().manual_seed(0)
+    hidden, targets = torch.randn(2, 14, 32, generator=stream), 9
+    angles = torch.randn(2, 4, 14, 4, generator=stream)
+    rotary = (angles.cos(), angles.sin())
+    bias = torch.zeros(2, 1, 1, 14)
+    bias[1, ..., 11:] = -1.0
+    rows = torch.arange(targets)
+    found = attention.key_mass(module, hidden, rotary, bias, rows, targets)
+    query, key = (
+        attention.rotated(norm(layer(hidden)).unflatten(-1, (4, 8)), rotary).transpose(1, 2)
+        for norm, layer in ((module.norm_q, module.to_q), (module.norm_k, module.to_k))
+    )
+    shown = torch.zeros(2, 4, 14, 1)
+    shown[:, :, targets:] = 1
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, shown, attn_mask=bias)
+    assert found == pytest.approx(float(expected.mean()), abs=1e-6)
+    assert attention.key_mass(module, hidden, rotary, None, rows, 0) == pytest.approx(1, abs=1e-6)
 
 
 def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:

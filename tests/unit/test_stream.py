@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
 
+from ltx_train.diffusion import objective
+from ltx_train.diffusion.loss import Weights
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.offload import InputOffload
 from ltx_train.memory.quantize import block_quantizer
@@ -19,6 +22,7 @@ from ltx_train.model import adapter, load_transformer
 from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
 from tests.golden.support import losses, modality, read
+from tests.unit.test_modes import always, assembled, batch, preset
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CASE = "transformer_c_audio_ref_negative"
@@ -32,6 +36,7 @@ def model(
     quantize: str = "none",
     offloaded: tuple[int, ...] = (),
     compiled: bool = False,
+    lora: adapter.Lora = LORA,
 ) -> tuple[Transformer, WeightStream | None]:
     stream = WeightStream(streamed, slots, torch.device("cpu")) if streamed else None
     offload = InputOffload(offloaded, torch.device("cpu")) if offloaded else None
@@ -40,7 +45,7 @@ def model(
     )
     if stream is not None:
         stream.ready()
-    adapter.attach(made, LORA, 0)
+    adapter.attach(made, lora, 0)
     with torch.no_grad():
         for parameter in adapter.lora_parameters(made).values():
             parameter.add_(0.01)
@@ -197,3 +202,28 @@ def test_nothing_is_compiled_once_every_bucket_has_been_seen() -> None:
     for name in (CASE, "transformer_d_video_ref", CASE):
         gradients(made, name)
     assert graphs() == seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_masks_and_magnitudes_are_compiled_too() -> None:
+    """DoRA's norms and every kind of mask of a mode in the one graph of a block, with the eager gradients."""
+    torch._dynamo.reset()
+    mode = always(preset("id_lora"))
+    mode.conditions[0] = replace(mode.conditions[0], strength=0.5)
+    inputs = assembled(mode, batch(mode))
+    assert inputs.audio is not None
+    assert inputs.audio.attention_mask is not None
+    assert inputs.audio.reads_text is not None
+    found: list[list[torch.Tensor]] = []
+    before = graphs()
+    for compiled in (False, True):
+        made, _ = model([], 0, Keep.inputs, compiled=compiled, lora=replace(LORA, dora=True))
+        objective.losses(made, inputs, Weights()).loss.backward()
+        gradients_of = [p.grad for p in adapter.lora_parameters(made).values()]
+        found.append([g for g in gradients_of if g is not None])
+    assert graphs() == before + 1
+    assert len(found[0]) == len(adapter.lora_parameters(made))
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, atol=1e-6, rtol=1e-4)
