@@ -55,7 +55,9 @@ class Start:
 
 
 def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, watchdog: Watchdog) -> Exit:
-    """Trains to the end, or to a signal."""
+    """Trains to the end, or to a signal. A tracker that refuses says so before anything is loaded."""
+    opened: list[Metrics] = []
+    ranks.lead(lambda: opened.append(_tracker(config, start)))
     transformer = transformers.trainable(config, fresh=start.checkpoint is None)
     monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
     selection, clock = Selection(config.eval.patience), Clock(_peak_flops(config, ranks))
@@ -66,9 +68,13 @@ def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, w
         _restore(checkpointing.load(start.checkpoint), task, monitor, selection, clock, ranks)
     if ranks.leads:
         summary.show(config, transformer, start.index, start.folder, start.step, planned)
-    outside = _outside(config, start, task, base, ranks, watchdog)
+    outside = _outside(config, start, task, base, ranks, watchdog, opened[0] if opened else None)
     device = session.device(config, ranks.local)
     return fit(plan, task, _data(config, start, ranks), monitor, device, outside, ranks, selection, clock)
+
+
+def _tracker(config: Config, start: Start) -> Metrics:
+    return Metrics(start.folder, start.step, logging.sinks(config, start.folder, start.step))
 
 
 def _plan(config: Config, start: Start, base: str) -> Plan:
@@ -146,10 +152,9 @@ def _restore(
         task.average.restore(checkpoint.average or checkpoint.weights)
 
 
-def _outside(config: Config, start: Start, task: Task, base: str, ranks: Ranks, watchdog: Watchdog) -> Outside:
-    metrics = None
-    if ranks.leads:
-        metrics = Metrics(start.folder, start.step, logging.sinks(config, start.folder, start.step))
+def _outside(
+    config: Config, start: Start, task: Task, base: str, ranks: Ranks, watchdog: Watchdog, metrics: Metrics | None
+) -> Outside:
     published = nullcontext if task.average is None else task.average.applied
     previews = Previews(config, start.root, start.index) if config.eval.samples and metrics is not None else None
 

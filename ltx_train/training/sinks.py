@@ -111,6 +111,9 @@ class WandB:
 
 def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> Any:
     """UserError when W&B refuses the key; a server that does not answer costs its timeout and nothing else."""
+    # Its service would report its own errors to its makers, and to the terminal that this fails.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     name = "/".join(folder.parts[-2:])
