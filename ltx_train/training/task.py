@@ -107,7 +107,8 @@ class Task(LightningModule):
     def _update(self) -> None:
         """One optimizer step on the gradients of all rounds and ranks."""
         parameters = list(self._trained.values())
-        for parameter in parameters if self._ranks.world > 1 else ():
+        # A mode that none of this rank's samples is in leaves no gradient; moments must go on as on every other rank.
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._ranks.average([p.grad for p in parameters if p.grad is not None])

@@ -76,10 +76,10 @@ def test_half_saves_do_not_count_for_retention(tmp_path: Path) -> None:
 def refusing(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     original = checkpointing.save
 
-    def save(folder: Path, saved: Checkpoint, keep: int) -> Path:
+    def save(folder: Path, saved: Checkpoint, keep: int, protected: int | None) -> Path:
         if saved.step in steps:
             raise DataError(f"the checkpoint of step {saved.step} could not be written to {folder} (no space left)")
-        return original(folder, saved, keep)
+        return original(folder, saved, keep, protected)
 
     monkeypatch.setattr(checkpointing, "save", save)
 
