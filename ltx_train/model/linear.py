@@ -43,8 +43,9 @@ class LowRankLinear(PeftLinear):
         """DoRA's magnitudes, beginning as the norms of the base's rows, so that the output is unchanged."""
         layer: Any = self.get_base_layer()
         with torch.no_grad():
-            norms = torch.linalg.vector_norm(dense_weight(layer), dim=1)
-        self.lora_magnitude_vector[name] = Magnitude(norms)
+            part: Any = self.lora_B[name]
+            norms = row_norms(layer).to(part.weight.device)
+        self.lora_magnitude_vector[name] = Magnitude(norms.clone())
 
     def _stretched(self, result: Tensor, added: Tensor, name: str) -> Tensor:
         """m / |W + s B A| (W x + s B A x) + bias; the norm's own gradient is left out (DoRA, section 4.3)."""
@@ -114,13 +115,18 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def remember_norms(block: nn.Module) -> None:
-    """Stores |W| of every linear layer on the layer, for when its weights are elsewhere."""
+    """Stores the norms of every linear layer's rows on the layer, for when its weights are elsewhere."""
     layers: list[Any] = [m for m in block.modules() if isinstance(m, nn.Linear)]
     for layer in layers:
-        layer.frobenius = float(torch.linalg.vector_norm(dense_weight(layer)))
+        layer.row_norms = row_norms(layer)
+
+
+def row_norms(layer: nn.Module) -> Tensor:
+    """(out,) float32: |W| of every output channel."""
+    known = getattr(layer, "row_norms", None)
+    return torch.linalg.vector_norm(dense_weight(layer), dim=1) if known is None else known
 
 
 def frobenius(layer: nn.Module) -> float:
     """|W| of a linear layer."""
-    known = getattr(layer, "frobenius", None)
-    return known if known is not None else float(torch.linalg.vector_norm(dense_weight(layer)))
+    return float(torch.linalg.vector_norm(row_norms(layer)))
