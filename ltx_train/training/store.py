@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ltx_train.training.checkpointing import MANIFEST
 
 _CHECKPOINTS = "checkpoints"
 # What a run needs besides its checkpoints to be the same run elsewhere.
-_FILES = ("config.yaml", "metrics.jsonl")
+_FILES = ("config.yaml", "metrics.jsonl", "heldout.jsonl")
 
 
 class RunStore:
@@ -38,22 +39,24 @@ class RunStore:
     def push(self, keep: int) -> list[str]:
         """Uploads committed checkpoints that are not there yet, then metrics; returns their names.
 
-        Older ones beyond `keep` are removed afterwards.
+        Older ones beyond `keep` are removed afterwards, but for what is kept here and the best one.
         """
         there = set(self._committed())
+        here = checkpointing.committed(self._folder / _CHECKPOINTS)
         sent: list[str] = []
-        for path in checkpointing.committed(self._folder / _CHECKPOINTS):
+        for path in here:
             if path.name not in there:
                 self._send(path)
                 sent.append(path.name)
         for name in _FILES:
             if (self._folder / name).is_file():
                 self._put(self._folder / name, f"{self._root}/{name}")
-        for path in (self._folder / "adapters").glob("*.safetensors"):
+        for path in (self._folder / "adapters").glob("step-*.safetensors"):
             target = f"{self._root}/adapters/{path.name}"
             if not self._system.exists(target):
                 self._put(path, target)
-        for name in self._committed()[:-keep]:
+        wanted = {path.name for path in here} | _best(here)
+        for name in [n for n in self._committed()[:-keep] if n not in wanted]:
             self._system.rm(f"{self._root}/{_CHECKPOINTS}/{name}", recursive=True)
         return sent
 
@@ -102,3 +105,9 @@ class RunStore:
             shutil.rmtree(temporary, ignore_errors=True)
             return False
         return True
+
+
+def _best(here: Sequence[Path]) -> set[str]:
+    """The name of the best checkpoint as far as the newest one here knows; it may have been made elsewhere."""
+    step = checkpointing.notes(here[-1]).get("selection", {}).get("step") if here else None
+    return set() if step is None else {f"step-{step:06d}"}

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -85,8 +86,8 @@ def test_notices_of_both_clouds(cloud: Cloud) -> None:
     assert not notice.gcp("http://127.0.0.1:9")
 
 
-def saved(folder: Path, step: int) -> None:
-    made = Checkpoint(step, {"w": torch.full((9,), float(step))}, {"state": {}, "param_groups": []}, {})
+def saved(folder: Path, step: int, **notes: Any) -> None:
+    made = Checkpoint(step, {"w": torch.full((9,), float(step))}, {"state": {}, "param_groups": []}, notes)
     checkpointing.save(folder / "checkpoints", made, keep=9)
 
 
@@ -99,7 +100,9 @@ def test_only_whole_checkpoints_travel(tmp_path: Path) -> None:
         saved(here, step)
     (here / "metrics.jsonl").write_text('{"step": 1}\n')
     assert RunStore(store, here).push(keep=2) == ["step-000001", "step-000002", "step-000003"]
-    assert RunStore(store, here).push(keep=2) == ["step-000001"]  # removed there, still here
+    assert RunStore(store, here).push(keep=2) == []
+    shutil.rmtree(here / "checkpoints" / "step-000001")
+    assert RunStore(store, here).push(keep=2) == []
     remote = tmp_path / "store" / "exp" / "main" / "checkpoints"
     assert sorted(p.name for p in remote.iterdir()) == ["step-000002", "step-000003"]
     (remote / "step-000009").mkdir()
@@ -112,6 +115,26 @@ def test_only_whole_checkpoints_travel(tmp_path: Path) -> None:
     assert float(checkpointing.load(newest(there)).weights["w"][0]) == 2
     assert (there / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert not list(there.rglob("*.tmp-*"))
+
+
+def test_the_best_checkpoint_stays_in_the_store(tmp_path: Path) -> None:
+    """Whoever made it: the newest notes name it. Adapters travel by step, the link to the best does not."""
+    here = tmp_path / "a" / "exp" / "main"
+    store = f"file://{tmp_path / 'store'}"
+    for step in (1, 2, 3, 4):
+        saved(here, step, selection={"step": 1})
+    (here / "adapters").mkdir()
+    (here / "adapters" / "step-000001.safetensors").write_bytes(b"x")
+    (here / "adapters" / "best.safetensors").symlink_to("step-000001.safetensors")
+    (here / "heldout.jsonl").write_text("{}\n")
+    RunStore(store, here).push(keep=2)
+    for step in (1, 2):
+        shutil.rmtree(here / "checkpoints" / f"step-{step:06d}")
+    RunStore(store, here).push(keep=2)
+    remote = tmp_path / "store" / "exp" / "main"
+    assert sorted(p.name for p in (remote / "checkpoints").iterdir()) == ["step-000001", "step-000003", "step-000004"]
+    assert [p.name for p in (remote / "adapters").iterdir()] == ["step-000001.safetensors"]
+    assert (remote / "heldout.jsonl").is_file()
 
 
 @pytest.mark.slow
