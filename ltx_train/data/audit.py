@@ -16,7 +16,7 @@ from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mod
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
 from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, Wants
-from ltx_train.diffusion import positions
+from ltx_train.diffusion import positions, references
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,11 @@ def _reference(reader: Reader, record: Record, condition: Condition, tensors: Ma
         yield f"no {condition.source} in the shards, which a reference of the mode reads"
     elif target is not None and _same(reference.float(), target.float()):
         yield "its reference is its own target: the model would learn to copy"
+    elif target is not None and target.ndim == 4 and condition.spatial_scale is None:
+        try:
+            references.spatial_scale(reference[None], target[None])
+        except DataError as error:
+            yield str(error)
 
 
 def _same(reference: Tensor, target: Tensor) -> bool:

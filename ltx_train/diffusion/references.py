@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import Batch, Condition, Modality, ModalityName, Mode, Placement
+from ltx_train.contracts import Batch, Condition, DataError, Modality, ModalityName, Mode, Placement
 from ltx_train.diffusion import positions
 
 
@@ -57,8 +57,9 @@ def gates(mode: Mode, batch: Batch) -> tuple[Gate, ...]:
 
 
 def always_open(mode: Mode) -> Mode:
-    """The mode whose references are there at every noise level."""
-    return replace(mode, conditions=[replace(c, sigmas=[0.0, 1.0]) for c in mode.conditions])
+    """The mode whose references are always there, at every noise level."""
+    opened = [replace(c, p=1.0, sigmas=[0.0, 1.0]) if c in mode.references else c for c in mode.conditions]
+    return replace(mode, conditions=opened)
 
 
 def closed(modality: Modality, name: ModalityName, found: Sequence[Gate], sigma: float) -> Modality:
@@ -101,11 +102,11 @@ def bounds(condition: Condition, latent: Tensor, target: Tensor, fps: Tensor) ->
 
 
 def spatial_scale(latent: Tensor, target: Tensor) -> int:
-    """How many times smaller the reference's grid is than the target's; ValueError unless it is a whole number."""
+    """How many times smaller the reference's grid is than the target's; DataError unless it is a whole number."""
     scales = {wide / narrow for wide, narrow in zip(target.shape[3:], latent.shape[3:], strict=True)}
     scale = scales.pop()
     if scales or scale != int(scale):
-        raise ValueError(
+        raise DataError(
             f"a reference of {list(latent.shape[3:])} latents beside a target of {list(target.shape[3:])}: the target "
             "must be a whole number of times as large, or the condition needs its spatial_scale"
         )

@@ -116,6 +116,7 @@ def test_a_full_fine_tune_of_any_mode(rich: Path, clips: Path, tmp_path: Path) -
         (lambda _r, t: t.update(video_mask=torch.zeros(1, 2, 2)), ["mode=inpaint"], "grid of neither"),
         (lambda _r, t: t.update(reference_video_latent=t[VIDEO].clone()), ["mode=v2v_ic"], "is its own target"),
         (lambda _r, t: t.pop("reference_video_latent"), ["mode=v2v_ic"], "no reference_video_latent in the shards"),
+        (lambda _r, t: t.update(reference_video_latent=torch.randn(16, 5, 2, 3)), ["mode=v2v_ic"], "a whole number of"),
         (lambda _r, t: t.pop("audio_latent"), ["mode=t2a"], "no audio, but the mode needs it"),
         (lambda _r, t: t.pop("video_mask"), ["mode=t2v", "loss.token_weights={video_mask: 2}"], "no video_mask in the"),
     ],

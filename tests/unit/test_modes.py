@@ -213,7 +213,7 @@ def test_smaller_and_slower_references(spatial: int, temporal: int, token: int, 
 
 
 def test_a_reference_that_is_no_whole_part_of_the_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="whole number of times"):
+    with pytest.raises(DataError, match="whole number of times"):
         references.spatial_scale(torch.zeros(1, 16, 1, 3, 2), torch.zeros(1, 16, 1, 4, 4))
     assert references.spatial_scale(torch.zeros(1, 16, 1, 2, 3), torch.zeros(1, 16, 1, 4, 6)) == 2
 
