@@ -12,6 +12,8 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 
@@ -252,3 +254,11 @@ class StepResult:
     video: Tensor | None
     audio: Tensor | None
     sigma: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A generated clip to play: an mp4 with video, sound or both, and what to say of it."""
+
+    caption: str
+    path: Path

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from ltx_train.commands import session
 from ltx_train.config import Config
-from ltx_train.contracts import Batch, ModalityName
+from ltx_train.contracts import Batch, Clip, ModalityName
 from ltx_train.data.collate import collate
 from ltx_train.data.index import Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader
 from ltx_train.diffusion import conditions, references, sigma, transfer
 from ltx_train.evaluation import heldout
-from ltx_train.evaluation.report import Clip
 from ltx_train.model import codecs
 from ltx_train.model.transformer import Transformer
 from ltx_train.sampling import media, sampler

@@ -12,19 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ltx_train.contracts import Clip
 from ltx_train.evaluation import plots
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.history import Measured, difference, of_rows
 from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, WRONG, Grid, Row, mean, paired
 from ltx_train.evaluation.verdicts import Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A generated clip to play: an mp4 with video, sound or both."""
-
-    caption: str
-    path: Path
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Opens the components of a single-file checkpoint: transformer, VAEs, vocoder, text connectors.
 
 Owns which tensors belong to which component and under which names. Each loader takes a path or a
-`TensorSource`, builds the module on the meta device and streams the weights into it.
+`TensorSource`, builds the module on the meta device and streams the weights into it. Classes that training
+does not use are imported where they are: they cost every start two seconds.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from torch import nn
 
 from ltx_train.contracts import DataError
 from ltx_train.model import checkpoint, spec
 from ltx_train.model.checkpoint import TensorSource
 from ltx_train.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 
 Source = str | Path | TensorSource
 M = TypeVar("M", bound=nn.Module)
@@ -73,6 +76,8 @@ def load_video_vae(
     path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderKLLTX2Video:
     """The video VAE; its latents are raw, `codecs` normalizes them."""
+    from diffusers import AutoencoderKLLTX2Video
+
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Video(**spec.video_vae(source.config))
@@ -81,6 +86,8 @@ def load_video_vae(
 
 def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> AutoencoderKLLTX2Audio:
     """The audio VAE, always float32: in bfloat16 its latents are audibly off."""
+    from diffusers import AutoencoderKLLTX2Audio
+
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Audio(**spec.audio_vae(source.config))
@@ -89,6 +96,8 @@ def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> Autoe
 
 def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2VocoderWithBWE:
     """The vocoder (log-mel to 48 kHz), always float32."""
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+
     source = checkpoint.open_source(path)
     # Not on the meta device: its resampling filter is computed at construction and stored in no file.
     model = LTX2VocoderWithBWE(**spec.vocoder(source.config))
@@ -99,6 +108,8 @@ def load_text_connectors(
     path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LTX2TextConnectors:
     """The text projections and connectors: text encoder states to the two contexts."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source)))
@@ -119,6 +130,10 @@ def text_hidden_states(source: TensorSource) -> int:
 
 def expected_tensors(source: TensorSource) -> dict[str, tuple[int, ...]]:
     """Every tensor of a complete checkpoint of this architecture, by original name: what a full file holds."""
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+
     with torch.device("meta"):
         components: tuple[tuple[nn.Module, checkpoint.Rename], ...] = (
             (Transformer(spec.transformer(source.config)), transformer_original_name),

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import DataError
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
 REGISTERS = 128
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_train.contracts import Condition, ConditionKind, Mode
+from ltx_train.contracts import Clip, Condition, ConditionKind, Mode
 from ltx_train.data import index
 from ltx_train.evaluation import heldout, report, verdicts
 from ltx_train.evaluation.attention_mass import Mass
@@ -131,7 +131,7 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
         {"step": 2, "train/loss": 1.0, "val/reference_gap": -1.0, "val/reference_gap_ci95": 0.1},
     ]
     (tmp_path / "clip.mp4").write_bytes(b"film")
-    clips = [report.Clip("a: <hello>", tmp_path / "clip.mp4")]
+    clips = [Clip("a: <hello>", tmp_path / "clip.mp4")]
     masses = [Mass(0, 0.5, 0.4, 0.5), Mass(1, 0.5, 0.6, 0.5)]
     subject = report.Subject("step 2", 2, rows, masses, clips)
     said = [verdicts.Verdict(verdicts.Kind.reference_used, "used & seen")]
