@@ -54,7 +54,10 @@ format: setup ## rewrite to the house style
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2
 
-tools: # a SLURM to test against, where that can be had; without it those tests are skipped
+tools: # a SLURM and a browser to test with, where they can be had; without them those tests are skipped
+	@command -v chromium google-chrome > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends chromium; } > $(VENV)/browser.log 2>&1; } || \
+	  echo "chromium could not be installed: the test that looks at the report is skipped"
 	@test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge; } > $(VENV)/tools.log 2>&1; } || \
 	  echo "slurm-wlm and munge could not be installed: the SLURM tests will be skipped"

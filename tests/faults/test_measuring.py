@@ -180,7 +180,7 @@ def test_a_browser_shows_the_page(compared: Path, tmp_path: Path) -> None:
     assert found["fetched"] == 0
     assert found["width"] <= 1200
     assert len(found["films"]) == 5
-    assert all(length is None or 0.9 < length < 1.6 for length in found["films"])
+    assert all(0.9 < length < 1.6 for length in found["films"])
 
 
 def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from ltx_train.contracts import Exit
 from ltx_train.data import index
@@ -105,6 +105,66 @@ def test_a_full_fine_tune_of_any_mode(rich: Path, clips: Path, tmp_path: Path) -
     asked = ["mode=v2v_ic", "adapter=full", "run.experiment=full"]
     assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
     assert (tmp_path / "full/main/checkpoints/step-000002/weights.safetensors").is_file()
+
+
+OPTIONS = {
+    "prodigy": ("optim=prodigy",),
+    "paged": ("optim=paged_adamw8bit",),
+    "cosmap": ("loss.weighting=cosmap", "sigma.kind=uniform"),
+    "weighed tokens": ("loss.token_weights={video_mask: 3, audio_mask: 0}",),
+    "own levels": ("mode.sigma=independent", "sigma.kind=logit_normal"),
+    "dora": ("adapter.dora=true", "adapter.rank_pattern={to_q: 4}", "adapter.alpha_pattern={to_k: 8}"),
+    "rslora": ("adapter.rslora=true", "adapter.init=orthogonal", "adapter.dropout=0.1"),
+    "samples": ("eval.samples=1", "sample.steps=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train_export_and_prove_themselves(name: str, rich: Path, clips: Path, tmp_path: Path) -> None:
+    """`fit`, then `export`, whose file gives the trainer's own output when it is merged (`inspect`)."""
+    asked = overrides(rich, tmp_path, clips, "mode=t2av", "adapter=auto", "run.experiment=o", *OPTIONS[name])
+    assert command("fit", *asked) == Exit.DONE
+    folder = tmp_path / "o/main"
+    assert rows(folder)[-1]["train/grad_norm"] > 0
+    file = tmp_path / "lora.safetensors"
+    assert command("export", *asked, f"export.out={file}") == Exit.DONE
+    assert command("inspect", *asked, f"inspect.file={file}", f"inspect.run={folder}") == Exit.DONE
+    made = list((folder / "samples/step-000002").glob("*.mp4"))
+    assert len(made) == (1 if name == "samples" else 0)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_one_lora_on_top_of_another(rich: Path, clips: Path, tmp_path: Path) -> None:
+    """A LoRA merged into the base, the same file to start from: exported, inspected and measured on that base alone."""
+    common = ("mode=t2av", "adapter=attention", "optim.lr=0.05")
+    first = overrides(rich, tmp_path, clips, *common, "run.experiment=first")
+    assert command("fit", *first) == Exit.DONE
+    file = tmp_path / "first/main/adapters/step-000002.safetensors"
+    onto = overrides(
+        rich, tmp_path, clips, *common, "run.experiment=second", f"model.merge={file}", "model.merge_strength=0.5",
+        f"adapter.start_from={file}", "adapter.alpha=16", "optim.lr=0", "optim.final_lr=0",
+    )  # fmt: skip
+    assert command("fit", *onto) == Exit.DONE
+    second = tmp_path / "second/main"
+    start, end = (load_file(path) for path in (file, second / "adapters/step-000002.safetensors"))
+    assert all(torch.allclose(start[name].float(), end[name].float(), atol=1e-6) for name in start)
+    assert command("evaluate", *onto) == Exit.DONE
+    exported = tmp_path / "second.safetensors"
+    assert command("export", *onto, f"export.out={exported}") == Exit.DONE
+    assert command("inspect", *onto, f"inspect.file={exported}", f"inspect.run={second}") == Exit.DONE
+    # On the plain base the file is refused: it was trained on another one.
+    assert command("inspect", *first, f"inspect.file={exported}") == Exit.DATA
+
+
+@pytest.mark.slow
+def test_layers_that_never_move_are_told(
+    rich: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["mode=t2av", "adapter=auto", "optim.lr=0", "optim.final_lr=0", "optim.steps=21", "eval.interval=0"]
+    assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
+    assert "adapter layers have not moved since the start" in capsys.readouterr().err
+    assert rows(tmp_path / "audio_reference/main")[-1]["train/dead_adapters"] == 72
 
 
 @pytest.mark.parametrize(
