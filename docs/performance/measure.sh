@@ -8,6 +8,7 @@ B="experiment=talking_head_22b model.weights=random mode=t2av"
 RESIDENT="memory.keep_everything=0 memory.stream_blocks=0 memory.offload_inputs=false"
 declare -A cases=(
   [A_bf16]="$A memory=recompute bench.baseline=true"
+  [A_bf16_launched]="$A memory=recompute memory.graphs=false"
   [A_bf16_12gib]="$A memory=auto memory.budget_gib=12"
   [A_bf16_40gib]="$A memory=auto memory.budget_gib=40"
   [A_bf16_80gib]="$A memory=auto memory.budget_gib=80"

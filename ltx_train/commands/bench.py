@@ -10,6 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,13 @@ import torch
 from ltx_train import rng
 from ltx_train.commands import planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import Batch, Condition, ConditionKind, Exit, ModalityName, Role, UserError
+from ltx_train.contracts import Batch, Condition, ConditionKind, Exit, ModalityName, Role, StepResult, UserError
 from ltx_train.diffusion import conditions, objective, positions, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.memory.cards import GIB, card_of_device
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.footprint import model_flops
+from ltx_train.memory.graph import StepGraphs
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, codecs
 from ltx_train.model.transformer import Transformer
@@ -73,30 +77,34 @@ def _step(config: Config, transformer: Transformer, device: torch.device) -> Cal
         pairs = zip(batch.keys, batch.draws, strict=True)
         dropout.set([rng.key_seed(config.run.seed, "dropout", key, draw) for key, draw in pairs])
 
-    return optimizer_step(config, transformer, parameters, device, keyed)
+    recorded = transformers.recorded(config, transformer, parameters, device)
+    return optimizer_step(config, transformer, parameters, device, keyed, recorded)
 
 
 def optimizer_step(
     config: Config, predict: objective.Predictor, parameters: list[torch.nn.Parameter], device: torch.device,
-    before: Callable[[Batch], None] = lambda _batch: None,
+    before: Callable[[Batch], None] = lambda _batch: None, recorded: StepGraphs | None = None,
 ) -> Callable[[int], torch.Tensor]:  # fmt: skip
-    """One whole optimizer step on keyed random data: noising, forward, backward, clipping, update."""
+    """One whole optimizer step on keyed random data: noising, forward, backward, clipping, update. The data itself is
+    made once: a run's comes from workers of its own."""
     o = config.optim
     optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
     distribution = session.sigma_distribution(config)
     weights = Weights(config.loss.video_weight, config.loss.audio_weight, config.loss.weighting)
+    once: Callable[[objective.Pass], StepResult] = recorded or partial(objective.backward, predict)
+    data = random_batch(config, 0)
 
     def step(number: int) -> torch.Tensor:
-        batch = random_batch(config, number)
+        count = config.optim.batch_size
+        batch = replace(data, draws=tuple(number * count + i for i in range(count)))
         before(batch)
         draws = conditions.draw(batch, config.mode, distribution, config.run.seed)
         inputs = transfer.to_device(conditions.assemble(batch, config.mode, draws), device)
-        loss = objective.losses(predict, inputs, weights).loss
-        loss.backward()
+        loss = once(objective.Pass(inputs, weights)).loss
         torch.nn.utils.clip_grad_norm_(parameters, o.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        optimizer.zero_grad(set_to_none=recorded is None)
+        return loss
 
     return step
 
@@ -145,7 +153,8 @@ def _smaller(video: tuple[int, ...], condition: Condition) -> tuple[int, ...]:
 def timed(
     config: Config, step: Callable[[int], torch.Tensor], device: torch.device, transformer: Transformer | None = None
 ) -> dict[str, Any]:
-    """Warm-up, then steps that each wait for the device; times in seconds, memory in GiB."""
+    """Warm-up, then steps one behind the other as in a run, where the host goes ahead of the device; times in seconds
+    from the end of one step's last kernel to that of the next, memory in GiB."""
     started = time.perf_counter()
     losses = [float(step(0))]
     first = time.perf_counter() - started
@@ -158,13 +167,12 @@ def timed(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     compiled = graphs()
-    times: list[float] = []
+    marks, seen = [_mark(device)], list[torch.Tensor]()
     for number in range(config.bench.steps):
-        started = time.perf_counter()
-        loss = step(config.bench.warmup + number)
-        _synchronize(device)
-        times.append(time.perf_counter() - started)
-        losses.append(float(loss))
+        seen.append(step(config.bench.warmup + number))
+        marks.append(_mark(device))
+    losses += [float(loss) for loss in seen]
+    times = [_seconds(before, after) for before, after in pairwise(marks)]
     record: dict[str, Any] = {
         "step_s_median": round(statistics.median(times), 4),
         "step_s_min": round(min(times), 4),
@@ -212,6 +220,17 @@ def _collect(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps([*records, record], indent=1) + "\n")
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _mark(device: torch.device) -> Any:
+    """A moment: on a GPU, when it has done everything that it was given so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(before: Any, after: Any) -> float:
+    if isinstance(before, float):
+        return after - before
+    after.synchronize()
+    return before.elapsed_time(after) / 1000

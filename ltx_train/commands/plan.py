@@ -78,5 +78,6 @@ def overrides(choice: Choice) -> str:
         "keep_everything": choice.keep_everything,
         "stream_blocks": choice.stream_blocks,
         "offload_inputs": str(choice.offload_inputs).lower(),
+        "graphs": str(choice.graphs).lower(),
     }
     return " ".join(f"memory.{name}={value}" for name, value in values.items() if value is not None)

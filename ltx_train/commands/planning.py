@@ -56,6 +56,11 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, Planned | 
 
     On a CPU without a budget nothing is planned and the plain settings hold.
     """
+    on_cpu = session.device(config).type != "cuda"
+    if on_cpu and config.memory.graphs:
+        raise UserError("memory.graphs=true records work of a GPU, and this run is on the CPU: leave it out")
+    if on_cpu or not training:
+        config = replace(config, memory=replace(config.memory, graphs=False))
     place = here(config)
     if place is None:
         return _settled(config, _plain(config)), None
@@ -105,7 +110,7 @@ def allowed(config: Config, host_gib: float | None) -> Allowed:
     return Allowed(
         ("none",) if memory.compute == "fp8" and memory.quantize == "auto" else quantize, memory.compute,
         None if memory.keep is None else Keep(memory.keep), memory.keep_everything, memory.stream_blocks,
-        memory.stream_slots, memory.offload_inputs, host_gib,
+        memory.stream_slots, memory.offload_inputs, memory.graphs, host_gib,
     )  # fmt: skip
 
 
@@ -155,8 +160,9 @@ Change = tuple[str, float, Callable[[Config], Config]]
 def _changes(config: Config) -> Iterator[Change]:
     """(override, cost factor, the same as a function); a factor above 1 changes what is trained."""
     memory, optim, lora = config.memory, config.optim, config.adapter.kind == "lora"
-    if (memory.keep, memory.keep_everything, memory.stream_blocks, memory.offload_inputs) != (None,) * 4:
-        free: dict[str, Any] = {"keep": None, "keep_everything": None, "stream_blocks": None, "offload_inputs": None}
+    planned = ("keep", "keep_everything", "stream_blocks", "offload_inputs", "graphs")
+    if any(getattr(memory, name) is not None for name in planned):
+        free: dict[str, Any] = dict.fromkeys(planned)
         yield "memory=auto", 1.0, lambda c: replace(c, memory=replace(c.memory, **free))
     if lora and memory.quantize in ("none", "auto") and memory.compute == "bf16":
         yield "memory.quantize=int8", 1.0, lambda c: replace(c, memory=replace(c.memory, quantize="int8"))
@@ -239,12 +245,13 @@ def _plain(config: Config) -> Choice:
     return Choice(
         "none" if memory.quantize == "auto" else memory.quantize, memory.compute, Keep(memory.keep or "inputs"),
         memory.keep_everything or 0, memory.stream_blocks or 0, memory.stream_slots, memory.offload_inputs or False,
+        memory.graphs or False,
     )  # fmt: skip
 
 
 def _settled(config: Config, choice: Choice) -> Config:
     memory = replace(
         config.memory, quantize=choice.quantize, keep=choice.keep.value, keep_everything=choice.keep_everything,
-        stream_blocks=choice.stream_blocks, offload_inputs=choice.offload_inputs,
+        stream_blocks=choice.stream_blocks, offload_inputs=choice.offload_inputs, graphs=choice.graphs,
     )  # fmt: skip
     return replace(config, memory=memory)

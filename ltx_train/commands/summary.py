@@ -112,6 +112,8 @@ def how(choice: Choice) -> str:
         parts.append(f"{choice.stream_blocks} blocks streamed")
     if choice.offload_inputs:
         parts.append("inputs on the host")
+    if choice.graphs:
+        parts.append("as CUDA graphs")
     return ", ".join(parts)
 
 

@@ -100,8 +100,8 @@ def _task(config: Config, start: Start, transformer: Transformer, plan: Plan, ra
         transformer, goal, Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps), optimizer,
         optim.clip, start.step, configuration.rounds(config, ranks.world), ranks,
         Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
-        Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs,
-        _flops(config),
+        Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs, _flops(config),
+        transformers.recorded(config, transformer, list(parameters.values()), device),
     )  # fmt: skip
 
 
@@ -163,10 +163,17 @@ def _outside(
             for clip in previews.generate(task.transformer, start.folder / "samples" / f"step-{step:06d}"):
                 metrics.media(step, clip.path, clip.path.stem)
 
+    evaluate = measuring.evaluator(
+        config, start.folder, start.root, start.index, task.transformer, ranks, published, show
+    )
+
+    def measured(step: int) -> Mapping[str, float]:
+        assert evaluate is not None
+        task.release()  # measuring needs memory that recorded passes hold
+        return evaluate(step)
+
     return Outside(
-        metrics, measuring.evaluator(
-            config, start.folder, start.root, start.index, task.transformer, ranks, published, show
-        ),
+        metrics, measured if evaluate is not None else None,
         lambda step, weights: publish(config, weights, start.folder, step, base), watchdog,
     )  # fmt: skip
 

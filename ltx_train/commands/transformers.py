@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 
 from ltx_train.commands import session
 from ltx_train.config import Config
 from ltx_train.contracts import UserError
+from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
+from ltx_train.memory.graph import CudaRecorder, StepGraphs
 from ltx_train.memory.offload import InputOffload
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
@@ -59,6 +64,16 @@ def opened(config: Config) -> Transformer:
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
+
+
+def recorded(
+    config: Config, transformer: Transformer, parameters: Sequence[torch.nn.Parameter], device: torch.device
+) -> StepGraphs | None:
+    """Passes as CUDA graphs, where the settled configuration wants them."""
+    runner = transformer.run_block
+    if not config.memory.graphs or not isinstance(runner, BlockRunner):
+        return None
+    return StepGraphs(partial(objective.backward, transformer), parameters, CudaRecorder(runner, device))
 
 
 def _limit(config: Config, device: torch.device) -> None:

@@ -1,8 +1,9 @@
-"""One forward pass to losses: the step that training and evaluation share."""
+"""One forward pass to losses, the step that training and evaluation share; and on to gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +12,22 @@ from ltx_train.diffusion.conditions import ModelInputs
 from ltx_train.diffusion.loss import Weights, level_weight, masked_mse, weighted_total
 
 Predictor = Callable[[Modality | None, Modality | None], tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward and a backward pass: inputs on the device, weights of losses, and what the gradient is scaled with."""
+
+    inputs: ModelInputs
+    weights: Weights
+    scale: float = 1.0
+
+
+def backward(predict: Predictor, given: Pass) -> StepResult:
+    """Adds the gradients of the scaled loss to the parameters'; the result is free of the graph behind it."""
+    result = losses(predict, given.inputs, given.weights)
+    (result.loss * given.scale).backward()
+    return StepResult(result.loss.detach(), _detached(result.video), _detached(result.audio), result.sigma)
 
 
 def losses(predict: Predictor, inputs: ModelInputs, weights: Weights) -> StepResult:
@@ -24,6 +41,10 @@ def losses(predict: Predictor, inputs: ModelInputs, weights: Weights) -> StepRes
     leading = inputs.video if inputs.video_velocity is not None else inputs.audio
     assert leading is not None
     return StepResult(weighted_total(video_part, audio_part, weights), video_loss, audio_loss, leading.sigma)
+
+
+def _detached(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.detach()
 
 
 def _loss(

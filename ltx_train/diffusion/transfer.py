@@ -5,7 +5,8 @@ Owns the copies; knows nothing of modes.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -35,14 +36,19 @@ def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on a device, for what is computed there step by step."""
-    moved: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = value.to(device)
-        elif isinstance(value, dict):
-            moved[field.name] = {name: tensor.to(device) for name, tensor in value.items()}
-    return replace(batch, **moved)
+    return mapped(batch, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested dataclasses and dicts with every tensor changed, everything else as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
+    if isinstance(value, dict):
+        items: dict[str, Any] = value
+        return {name: mapped(item, change) for name, item in items.items()}
+    return value
 
 
 def _moved(modality: Modality | None, device: torch.device) -> Modality | None:

@@ -17,7 +17,7 @@ from ltx_train.memory.recompute import Keep
 from ltx_train.model.transformer import Transformer, transformer_widths
 
 # In units of one block's input (tokens x width, both modalities): fitted to runs on an H200.
-_KEPT_EVERYTHING = 25.3
+_KEPT_EVERYTHING = 26.6
 _WORKING = 35.0
 # A block's dequantized weights alive at once in backward, as a share of the block in bfloat16.
 _DEQUANTIZED = 0.75
@@ -25,7 +25,7 @@ _DEQUANTIZED = 0.75
 _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
 # Shares of a card's datasheet rates that the kernels reach, and passes over a block's input that they make.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-_BLOCK_OVERHEAD_S = 1.6e-3
+_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.2e-3, 0.4e-3
 _STREAM_OVERHEAD = 0.05
 _BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
 _EIGHT_BITS = 2 * (1 + 4 / 256)
@@ -89,6 +89,7 @@ class Choice:
     stream_blocks: int = 0
     stream_slots: int = 3
     offload_inputs: bool = False
+    graphs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     kept = choice.keep_everything * _KEPT_EVERYTHING * unit
     kept += (size.layers - choice.keep_everything) * _kept_attention(size, work, choice)
     working = _WORKING * unit + _dequantized(size, choice)
-    early = waiting + kept + (gradients if trained.accumulate > 1 else 0)
+    always = trained.accumulate > 1 or choice.graphs
+    early = waiting + kept + (gradients if always else 0)
     parts = {
         "frozen weights": frozen,
         "ring of streamed weights": min(choice.stream_slots, streamed) * block,
@@ -148,7 +150,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
         "inputs, positions, contexts": _fixed(size, work),
         "one block at work": working,
         "kept for backward": waiting + kept if early >= gradients else 0.0,
-        "gradients": gradients if early < gradients or trained.accumulate > 1 else 0.0,
+        "gradients": gradients if early < gradients or always else 0.0,
         "allocator's reserve": _RESERVE_GIB * GIB + _RESERVE_SHARE * working,
     }
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
@@ -233,7 +235,7 @@ def _seconds(size: Sizes, work: Work, choice: Choice, card: Card, streamed_bytes
     attention = forward * (3.5 + again) / (card.bf16_tflops * 1e12 * _ATTENTION)
     bandwidth = card.memory_gbs * 1e9 * _BANDWIDTH
     passes = size.layers * _unit(size, work) * _PASSES / bandwidth
-    overhead = size.layers * _BLOCK_OVERHEAD_S
+    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 2 * 1.5 * _dequantized(size, choice) / _DEQUANTIZED / bandwidth
     if choice.offload_inputs:

@@ -66,6 +66,14 @@ class InputOffload:
         if following is not None:
             self._return(following)
 
+    def fork(self) -> None:
+        """Brings the copy stream into the recording of a CUDA graph."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+
+    def join(self) -> None:
+        """The recording ends behind all copies."""
+        torch.cuda.current_stream(self._device).wait_stream(self._copies)
+
     def _empty(self, index: int) -> None:
         away = self._away[index]
         if away.emptied:

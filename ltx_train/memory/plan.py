@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ltx_train.memory.cards import Card
 from ltx_train.memory.footprint import Choice, Footprint, Sizes, Trained, Work, predict
@@ -38,6 +39,7 @@ class Allowed:
     stream_blocks: int | None = None
     stream_slots: int = 3
     offload_inputs: bool | None = None
+    graphs: bool | None = None
     host_gib: float | None = None
 
 
@@ -89,6 +91,7 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
     streams = streams if allowed.stream_blocks is None else [min(allowed.stream_blocks, layers)]
     keeps = [Keep.inputs, Keep.attention] if allowed.keep is None else [allowed.keep]
     offloads = [False, True] if allowed.offload_inputs is None else [allowed.offload_inputs]
+    graphs = [False, True] if allowed.graphs is None else [allowed.graphs]
     for quantize in allowed.quantize:
         for streamed in streams:
             everything = [n for n in counts if n + streamed <= layers or n == 0]
@@ -96,5 +99,7 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
                 everything = [min(allowed.keep_everything, layers - streamed)]
             for keep in keeps:
                 for kept in [layers] if keep is Keep.everything else everything:
-                    for offload in offloads:
-                        yield Choice(quantize, allowed.compute, keep, kept, streamed, allowed.stream_slots, offload)
+                    for offload, graph in product(offloads, graphs):
+                        yield Choice(
+                            quantize, allowed.compute, keep, kept, streamed, allowed.stream_slots, offload, graph
+                        )

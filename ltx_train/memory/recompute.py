@@ -65,6 +65,21 @@ class BlockRunner:
         finally:
             self._probe = None
 
+    def rewind(self) -> None:
+        """Weights on the device are those that a pass begins with."""
+        if self.stream is not None:
+            self.stream.rewind()
+
+    @contextmanager
+    def recorded(self) -> Generator[Callable[[], None]]:
+        """While a CUDA graph records a training pass; yields what to call after each replay."""
+        aside = [copies for copies in (self.stream, self._offload) if copies is not None]
+        for copies in aside:
+            copies.fork()
+        yield (lambda: None) if self.stream is None else self.stream.replayed
+        for copies in aside:
+            copies.join()
+
     def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
         streamed = self.stream is not None and index in self.stream
         if not torch.is_grad_enabled():

@@ -59,7 +59,10 @@ class WeightStream:
         self._places: dict[int, list[_Place]] = {}
         self._slots: list[_Slot] = []
         self._where: dict[int, int] = {}
-        self.stalls: list[tuple[Any, Any]] = []
+        self._stalls: list[tuple[Any, Any]] = []
+        # Of the pass that a CUDA graph repeats: its events hold the times of the last replay.
+        self._repeated: list[tuple[Any, Any]] = []
+        self._replays = 0
 
     def __contains__(self, index: int) -> bool:
         return index in self._rank
@@ -117,9 +120,32 @@ class WeightStream:
         if not self._cuda:
             return 0.0
         torch.cuda.synchronize(self._device)
-        total = sum(before.elapsed_time(after) for before, after in self.stalls) / 1000
-        self.stalls.clear()
+        total = _elapsed(self._stalls) + (self._replays * _elapsed(self._repeated) if self._replays else 0.0)
+        self._stalls.clear()
+        self._replays = 0
         return total
+
+    def rewind(self) -> None:
+        """The first blocks are in the ring and usable, which every pass that a CUDA graph repeats begins with."""
+        self._fill(self._window(0, backward=False, training=True))
+        if self._cuda:
+            for slot in self._slots:
+                torch.cuda.current_stream(self._device).wait_event(slot.ready)
+
+    def fork(self) -> None:
+        """Brings the copy stream into the recording of a CUDA graph, where earlier events mean nothing."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        self._renew_events()
+        self._repeated = []
+
+    def join(self) -> None:
+        """The recording ends behind all copies, with the ring as it began."""
+        torch.cuda.current_stream(self._device).wait_stream(self._copies)
+
+    def replayed(self) -> None:
+        """After each replay: events inside a graph mean nothing outside."""
+        self._renew_events()
+        self._replays += 1
 
     def verify(self) -> None:
         """Compares every slot with its master; RuntimeError when a copy is not what was sent."""
@@ -147,11 +173,10 @@ class WeightStream:
 
     def _fill(self, window: Sequence[int]) -> None:
         for index in window[: self._slot_count]:
-            if index not in self._where:
-                victims = [s for s, slot in enumerate(self._slots) if slot.owner not in window]
-                if not victims:
-                    return
-                self._fetch(index, victims[0])
+            # A block's slot is always the same one, so that a recorded pass can be repeated.
+            number = self._rank[index] % self._slot_count
+            if index not in self._where and (index == window[0] or self._slots[number].owner not in window):
+                self._fetch(index, number)
 
     def _fetch(self, index: int, number: int) -> None:
         slot, master = self._slots[number], self._masters[index]
@@ -167,11 +192,16 @@ class WeightStream:
         self._where[index] = number
 
     def _wait(self, event: Any) -> None:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        recording = torch.cuda.is_current_stream_capturing()
+        before, after = (torch.cuda.Event(enable_timing=True, external=recording) for _ in range(2))
         before.record()
         torch.cuda.current_stream(self._device).wait_event(event)
         after.record()
-        self.stalls.append((before, after))
+        (self._repeated if recording else self._stalls).append((before, after))
+
+    def _renew_events(self) -> None:
+        for slot in self._slots:
+            slot.ready, slot.free = self._event(), self._event()
 
     def _event(self) -> Any:
         if not self._cuda:
@@ -179,6 +209,10 @@ class WeightStream:
         event = torch.cuda.Event()
         event.record()
         return event
+
+
+def _elapsed(stalls: Sequence[tuple[Any, Any]]) -> float:
+    return sum(before.elapsed_time(after) for before, after in stalls) / 1000
 
 
 def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +16,7 @@ from ltx_train.diffusion import conditions, mixture, objective, transfer
 from ltx_train.diffusion.conditions import TokenWeights
 from ltx_train.diffusion.mixture import Weighted
 from ltx_train.diffusion.sigma import SigmaDistribution
+from ltx_train.memory.graph import StepGraphs
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.average import Average
@@ -40,13 +42,14 @@ class Task(LightningModule):
     rounds: micro-batches of this rank per optimizer step. Optimization is manual: gradients are averaged over
     the ranks once a step, and a step whose gradient is not finite changes nothing. detailed: at which steps the
     gradient's norm is wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
+    graphs: of `objective.backward` for this transformer, where passes are recorded.
     """
 
     def __init__(
         self, transformer: Transformer, goal: Objective, schedule: Schedule, optimizer: torch.optim.Optimizer,
         clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
         detailed: Callable[[int], bool] = lambda _step: False,
-        flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0,
+        flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0, graphs: StepGraphs | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -63,7 +66,8 @@ class Task(LightningModule):
         self._dropout = adapter.DropoutKeys(transformer)
         self._keys: tuple[str, ...] = ()
         self._round = self._done = 0
-        self._count = flops
+        self._count, self._graphs = flops, graphs
+        self._pass: Callable[[objective.Pass], StepResult] = graphs or partial(objective.backward, transformer)
 
     @property
     def step(self) -> int:
@@ -83,8 +87,10 @@ class Task(LightningModule):
         if self._round == self._rounds:
             self._update()
 
-    def losses(self, inputs: conditions.ModelInputs) -> StepResult:
-        return objective.losses(self.transformer, inputs, self.balance.weights)
+    def release(self) -> None:
+        """Gives back device memory that is only held between steps."""
+        if self._graphs is not None:
+            self._graphs.release()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._optimizer
@@ -100,9 +106,8 @@ class Task(LightningModule):
         draws = conditions.draw(batch, mode, goal.sigma, goal.seed)
         inputs = conditions.assemble(batch, mode, draws, goal.token_weights)
         self.flops += self._count(inputs)
-        result = self.losses(transfer.to_device(inputs, self.device))
-        self.manual_backward(result.loss * share / self._rounds)
-        return result
+        given = objective.Pass(transfer.to_device(inputs, self.device), self.balance.weights, share / self._rounds)
+        return self._pass(given)
 
     def _update(self) -> None:
         """One optimizer step on the gradients of all rounds and ranks."""
@@ -120,7 +125,7 @@ class Task(LightningModule):
             group["lr"] = self.schedule.at(self.step)
         self.guard.saw(self.step + 1, self._keys, self.grad_norm)
         step_if_finite(self._optimizer, self.grad_norm)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=self._graphs is None)
         self.balance.step(self._ranks)
         self._done += 1
         if self.average is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -43,18 +44,19 @@ def step_of(made: Config, transformer: Transformer) -> Callable[[int], torch.Ten
     optimizer = build_optimizer("adamw", parameters, 1e-3, (0.9, 0.999), 0.01)
     keys = adapter.DropoutKeys(transformer)
     device = session.device(made)
+    graphs = transformers.recorded(made, transformer, parameters, device)
+    once = graphs or partial(objective.backward, transformer)
 
     def step(number: int) -> torch.Tensor:
         batch = bench.random_batch(made, number)
         keys.set([rng.key_seed(0, "dropout", "", number)])
         draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
         inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), device)
-        loss = objective.losses(transformer, inputs, Weights()).loss
-        loss.backward()
+        loss = once(objective.Pass(inputs, Weights())).loss
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        optimizer.zero_grad(set_to_none=graphs is None)
+        return loss
 
     return step
 
@@ -69,13 +71,14 @@ def deterministic_attention():  # type: ignore[no-untyped-def]
 @pytest.mark.usefixtures("deterministic_attention")
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 @pytest.mark.parametrize("compiled", ["on", "off"])
-def test_20_streamed_and_offloaded_steps_are_bitwise_those_of_resident_weights(quantize: str, compiled: str) -> None:
+def test_20_streamed_and_recorded_steps_are_bitwise_those_of_resident_weights(quantize: str, compiled: str) -> None:
     found: list[tuple[list[float], list[torch.Tensor]]] = []
-    for streamed in ("memory.stream_blocks=0", "memory.stream_blocks=3"):
+    ways = [(0, False, False), (3, True, False), (0, False, True), (3, False, True), (2, True, True)]
+    for streamed, offloaded, graphs in ways:
         made = settled(
-            f"memory.quantize={quantize}", "memory.keep=inputs", "memory.keep_everything=0", streamed,
-            "memory.stream_slots=2", f"memory.offload_inputs={streamed.endswith('3')}", f"memory.compile={compiled}",
-            "adapter.dropout=0.05",
+            f"memory.quantize={quantize}", "memory.keep=inputs", "memory.keep_everything=0",
+            f"memory.stream_blocks={streamed}", "memory.stream_slots=2", f"memory.offload_inputs={offloaded}",
+            f"memory.graphs={graphs}", f"memory.compile={compiled}", "adapter.dropout=0.05",
         )  # fmt: skip
         transformer = transformers.trainable(made)
         step = step_of(made, transformer)
@@ -85,13 +88,17 @@ def test_20_streamed_and_offloaded_steps_are_bitwise_those_of_resident_weights(q
         assert isinstance(runner, BlockRunner)
         if runner.stream is not None:
             runner.stream.verify()
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    for (losses, weights), way in zip(found[1:], ways[1:], strict=True):
+        assert losses == found[0][0], way
+        assert all(torch.equal(a, b) for a, b in zip(weights, found[0][1], strict=True)), way
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("streamed", [0, 3])
-def test_a_step_synchronises_nothing(streamed: int) -> None:
-    made = settled(f"memory.stream_blocks={streamed}", "memory.keep=inputs", "memory.keep_everything=0")
+def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
+    made = settled(
+        f"memory.stream_blocks={streamed}", "memory.keep=inputs", "memory.keep_everything=0", f"memory.graphs={graphs}"
+    )
     transformer = transformers.trainable(made)
     step = step_of(made, transformer)
     for number in range(3):

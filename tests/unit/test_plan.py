@@ -81,7 +81,9 @@ def test_a_plan_stays_within_its_budget_and_more_memory_is_never_slower(
 
 
 def test_what_is_set_is_not_planned(size: Sizes) -> None:
-    fixed = Allowed(("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False)
+    fixed = Allowed(
+        ("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False, graphs=False
+    )
     found = plan.choose(Need(size, WORK_A, TRAINED_A), fixed, H200, 140)
     assert found is not None
     assert found.choice == Choice("int8", stream_blocks=48)

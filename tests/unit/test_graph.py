@@ -1,0 +1,113 @@
+"""Recorded passes, with a recorder that repeats the work on the same fixed tensors: what a CUDA graph does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ltx_train.memory.graph import StepGraphs, signature
+
+
+@dataclass(frozen=True)
+class Given:
+    x: Tensor
+    others: dict[str, Tensor]
+    scale: float = 1.0
+    missing: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    loss: Tensor
+
+
+class Repeats:
+    """Calls the work again at every replay; counts."""
+
+    def __init__(self) -> None:
+        self.records = self.releases = 0
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.records += 1
+        return work
+
+    def release(self) -> None:
+        self.releases += 1
+
+
+def graphs() -> tuple[StepGraphs, nn.Parameter, Repeats, list[Given]]:
+    weight, recorder, calls = nn.Parameter(torch.ones(2)), Repeats(), list[Given]()
+
+    def work(given: Given) -> Found:
+        calls.append(given)
+        loss = (weight * given.x).sum() * given.scale + given.others["y"].sum()
+        loss.backward()
+        return Found(loss.detach())
+
+    return StepGraphs(work, [weight], recorder), weight, recorder, calls
+
+
+def given(value: float, *, size: int = 2, scale: float = 1.0) -> Given:
+    return Given(torch.full((1, size), value), {"y": torch.full((1,), value)}, scale)
+
+
+def test_the_first_step_of_a_shape_runs_as_it_is_and_later_ones_are_replayed_on_fixed_tensors() -> None:
+    step, weight, recorder, calls = graphs()
+    first = given(1.0)
+    assert float(step(first).loss) == 3
+    assert calls[0] is first
+    assert recorder.records == 0
+    for value in (2.0, 3.0):
+        assert float(step(given(value)).loss) == 3 * value
+    assert recorder.records == 1
+    assert calls[1] is calls[2]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [6.0, 6.0]
+
+
+def test_every_shape_and_plain_value_has_a_recording_of_its_own() -> None:
+    step, _, recorder, _ = graphs()
+    for made in (given(1.0), given(1.0), given(1.0, scale=0.5), given(1.0, scale=0.5), given(2.0, size=1)):
+        step(made)
+    assert recorder.records == 2
+    assert recorder.releases == 2, "an unknown shape needs the memory of the known ones"
+    step(given(5.0))
+    assert recorder.records == 3
+
+
+def test_released_recordings_are_made_again() -> None:
+    step, _, recorder, _ = graphs()
+    for _ in range(3):
+        step(given(1.0))
+    step.release()
+    step.release()
+    assert recorder.releases == 1
+    assert float(step(given(4.0)).loss) == 12
+    assert recorder.records == 2
+
+
+def test_a_replaced_gradient_is_an_error() -> None:
+    step, weight, _, _ = graphs()
+    step(given(1.0))
+    step(given(1.0))
+    weight.grad = None
+    with pytest.raises(RuntimeError, match="was replaced"):
+        step(given(1.0))
+
+
+def test_signatures_tell_apart_what_a_recording_depends_on() -> None:
+    whole = given(1.0)
+    assert signature(whole) == signature(given(2.0))
+    others = (
+        given(1.0, size=3),
+        given(1.0, scale=2.0),
+        Given(whole.x, {"z": whole.others["y"]}),
+        Given(whole.x.double(), whole.others),
+        Given(whole.x, whole.others, missing=whole.x),
+    )
+    assert len({signature(whole), *(signature(other) for other in others)}) == 6
