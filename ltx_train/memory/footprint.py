@@ -138,7 +138,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     unit = _unit(size, work)
     here = 2 + choice.keep_everything if choice.offload_inputs else size.layers
     waiting = min(here, size.layers) * unit
-    kept = choice.keep_everything * _KEPT_EVERYTHING * unit
+    # A block that keeps everything keeps its dequantized weights too.
+    kept = choice.keep_everything * (_KEPT_EVERYTHING * unit + _dequantized(size, choice) / _DEQUANTIZED)
     kept += (size.layers - choice.keep_everything) * _kept_attention(size, work, choice)
     working = _WORKING * unit + _dequantized(size, choice)
     always = trained.accumulate > 1 or choice.graphs

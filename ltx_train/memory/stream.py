@@ -139,11 +139,13 @@ class WeightStream:
         self._repeated = []
 
     def join(self) -> None:
-        """The recording ends behind all copies, with the ring as it began."""
+        """The recording ends behind all copies, with the ring as it began; the events within it end with it."""
         torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        for slot in self._slots:
+            slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
 
     def replayed(self) -> None:
-        """After each replay: events inside a graph mean nothing outside."""
+        """After each replay: what comes next waits for it."""
         self._renew_events()
         self._replays += 1
 
