@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltx_train.memory.pinned import pinned, released
+from ltx_train.memory.pinned import pinned
 
 
 @dataclass
@@ -103,8 +103,6 @@ class InputOffload:
         """The block's host buffer, grown when a larger bucket comes."""
         known = self._hosts.get(index)
         if known is None or known.numel() < size:
-            if known is not None:
-                released(known, self._device)
             self._hosts[index] = pinned(size, self._device)
         return self._hosts[index][:size]
 
