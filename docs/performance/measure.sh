@@ -7,7 +7,7 @@ A="experiment=voice_reference_22b model.weights=random adapter.dropout=0 optim=a
 B="experiment=talking_head_22b model.weights=random mode=t2av"
 RESIDENT="memory.keep_everything=0 memory.stream_blocks=0 memory.offload_inputs=false"
 declare -A cases=(
-  [A_bf16]="$A memory=recompute bench.baseline=true"
+  [A_bf16]="$A memory=recompute memory.offload_inputs=true bench.baseline=true"
   [A_bf16_launched]="$A memory=recompute memory.graphs=false"
   [A_bf16_12gib]="$A memory=auto memory.budget_gib=12"
   [A_bf16_40gib]="$A memory=auto memory.budget_gib=40"
@@ -22,7 +22,8 @@ declare -A cases=(
   [A_fp8]="$A memory=fp8 memory.keep=inputs $RESIDENT"
   [A_fp8_140gib]="$A memory=fp8 memory.budget_gib=138"
   [A_dropout]="$A adapter.dropout=0.05 memory=recompute"
-  [B_bf16]="$B memory=recompute"
+  [B_bf16]="$B memory=auto memory.budget_gib=54.7"
+  [B_bf16_recompute]="$B memory=recompute"
   [B_bf16_attention]="$B memory=auto memory.keep=attention $RESIDENT"
   [B_int8_30gib]="$B memory=int8 memory.budget_gib=30"
   [B_int8_20gib]="$B memory=int8 memory.budget_gib=20"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ltx_train.memory.footprint import Choice, Trained, Work, sizes
 from ltx_train.memory.plan import Allowed, Need, Planned
 from ltx_train.memory.recompute import Keep
 from ltx_train.model import adapter
+from ltx_train.model.checkpoint import CheckpointFile, RandomWeights
 from ltx_train.model.loaders import build_transformer
 from ltx_train.model.transformer import Transformer
 
@@ -94,8 +96,15 @@ def here(config: Config) -> Place | None:
 
 def need(config: Config) -> Need:
     """Sizes from the meta device; tokens of the largest bucket."""
-    transformer = build_transformer(session.layout(config))
+    model = config.model
+    transformer = _on_meta(model.path, model.preset)
     return Need(sizes(transformer), largest_work(config), _trained(config, transformer))
+
+
+@lru_cache(maxsize=4)
+def _on_meta(path: str | None, preset: str) -> Transformer:
+    """Built once for all the changes that a refusal tries; nobody changes it."""
+    return build_transformer(CheckpointFile.open(path) if path else RandomWeights(preset))
 
 
 def largest_work(config: Config) -> Work:

@@ -133,7 +133,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     streamed = min(choice.stream_blocks, size.layers)
     block = _block_bytes(size, choice, 4 if trained.full else work.dtype_bytes)
     frozen = 0.0 if trained.full else (size.layers - streamed) * block + size.outside * work.dtype_bytes
-    states = trained.parameters * ((8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
+    lowered = 0 if trained.full or work.dtype_bytes == 4 else work.dtype_bytes
+    states = trained.parameters * (lowered + (8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
     gradients = 4.0 * trained.parameters
     unit = _unit(size, work)
     here = 2 + choice.keep_everything if choice.offload_inputs else size.layers

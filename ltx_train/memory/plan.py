@@ -63,13 +63,21 @@ def choose(need: Need, allowed: Allowed, card: Card, budget_gib: float) -> Plann
 
 def smallest(need: Need, allowed: Allowed, card: Card) -> Planned:
     """The choice that needs the least memory, whatever it costs."""
-    return min(_planned(need, allowed, card), key=lambda p: p.footprint.gib)
+    return min(_planned(need, _choices(need, allowed), card), key=lambda p: p.footprint.gib)
 
 
 def _fastest(need: Need, allowed: Allowed, card: Card, budget_gib: float) -> Planned | None:
+    found = _best(_planned(need, _choices(need, allowed), card), allowed, budget_gib)
+    if found is None:
+        return None
+    near = _best(_planned(need, _near(need, allowed, found.choice), card), allowed, budget_gib)
+    return near or found
+
+
+def _best(candidates: Iterator[Planned], allowed: Allowed, budget_gib: float) -> Planned | None:
     fitting = [
         planned
-        for planned in _planned(need, allowed, card)
+        for planned in candidates
         if planned.footprint.gib <= budget_gib
         and (allowed.host_gib is None or planned.footprint.host_gib <= allowed.host_gib)
     ]
@@ -77,8 +85,8 @@ def _fastest(need: Need, allowed: Allowed, card: Card, budget_gib: float) -> Pla
     return min(fitting, key=lambda p: (round(p.footprint.step_s, 3), p.footprint.gib), default=None)
 
 
-def _planned(need: Need, allowed: Allowed, card: Card) -> Iterator[Planned]:
-    for choice in _choices(need, allowed):
+def _planned(need: Need, choices: Iterator[Choice], card: Card) -> Iterator[Planned]:
+    for choice in choices:
         yield Planned(choice, predict(need.size, need.work, need.trained, choice, card))
 
 
@@ -103,3 +111,19 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
                         yield Choice(
                             quantize, allowed.compute, keep, kept, streamed, allowed.stream_slots, offload, graph
                         )
+
+
+def _near(need: Need, allowed: Allowed, found: Choice) -> Iterator[Choice]:
+    """Counts of blocks between those of `_choices`, around the best of them; itself among them."""
+    layers = need.size.layers
+    step = -(-layers // _STEPS)
+    fixed = found.keep is Keep.everything
+    streams = range(found.stream_blocks - step, found.stream_blocks + step + 1)
+    counts = range(found.keep_everything - step, found.keep_everything + step + 1)
+    if allowed.stream_blocks is not None or need.trained.full or fixed:
+        streams = [found.stream_blocks]
+    if allowed.keep_everything is not None or fixed:
+        counts = [found.keep_everything]
+    for streamed, kept in product(streams, counts):
+        if streamed >= 0 and kept >= 0 and streamed + kept <= layers:
+            yield replace(found, stream_blocks=streamed, keep_everything=kept)
