@@ -7,10 +7,10 @@ A="experiment=voice_reference_22b model.weights=random adapter.dropout=0 optim=a
 B="experiment=talking_head_22b model.weights=random mode=t2av"
 RESIDENT="memory.keep_everything=0 memory.stream_blocks=0 memory.offload_inputs=false"
 declare -A cases=(
-  [A_bf16]="$A memory=recompute memory.offload_inputs=true bench.baseline=true"
+  [A_bf16]="$A memory=auto memory.budget_gib=40 bench.baseline=true"
+  [A_bf16_recompute]="$A memory=recompute"
   [A_bf16_launched]="$A memory=recompute memory.graphs=false"
   [A_bf16_12gib]="$A memory=auto memory.budget_gib=12"
-  [A_bf16_40gib]="$A memory=auto memory.budget_gib=40"
   [A_bf16_80gib]="$A memory=auto memory.budget_gib=80"
   [A_bf16_140gib]="$A memory=auto memory.budget_gib=138"
   [A_int8]="$A memory=int8 memory.keep=inputs $RESIDENT"

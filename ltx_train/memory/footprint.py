@@ -27,6 +27,8 @@ _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.2e-3, 0.4e-3
 _STREAM_OVERHEAD = 0.05
+# What is left of the host's link for weights while inputs travel the other way.
+_BOTH_WAYS = 0.87
 _BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
 _EIGHT_BITS = 2 * (1 + 4 / 256)
 _MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": _EIGHT_BITS, "paged_adamw8bit": _EIGHT_BITS, "prodigy": 16.0}
@@ -141,7 +143,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     waiting = min(here, size.layers) * unit
     # A block that keeps everything keeps its dequantized weights too.
     kept = choice.keep_everything * (_KEPT_EVERYTHING * unit + _dequantized(size, choice) / _DEQUANTIZED)
-    kept += (size.layers - choice.keep_everything) * _kept_attention(size, work, choice)
+    again = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
+    kept += (size.layers - choice.keep_everything) * again
     working = _WORKING * unit + _dequantized(size, choice)
     always = trained.accumulate > 1 or choice.graphs
     early = waiting + kept + (gradients if always else 0)
@@ -213,6 +216,15 @@ def _kept_attention(size: Sizes, work: Work, choice: Choice) -> float:
     return float(work.batch * (outputs + sums))
 
 
+def _kept_products(size: Sizes, work: Work, choice: Choice) -> float:
+    """Outputs of a block's float8 products, which the compiler never computes again; of the last one none is needed."""
+    if choice.compute != "fp8":
+        return 0.0
+    rows = {"video": work.video, "audio": work.audio, "text": work.text}
+    kept = [c for c in size.linears if re.fullmatch(MANY_ROWS, c.name) and not c.name.endswith("ff.net.2")]
+    return float(sum(rows[layer.rows] * layer.outputs for layer in kept)) * work.batch * work.dtype_bytes
+
+
 def _dequantized(size: Sizes, choice: Choice) -> float:
     if choice.quantize == "none":
         return 0.0
@@ -241,9 +253,10 @@ def _seconds(size: Sizes, work: Work, choice: Choice, card: Card, streamed_bytes
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 2 * 1.5 * _dequantized(size, choice) / _DEQUANTIZED / bandwidth
     if choice.offload_inputs:
-        compute *= 1.01
+        compute *= 1.03
     compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
-    return max(compute, 2 * streamed_bytes / (card.host_gbs * 1e9 * _HOST))
+    link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
+    return max(compute, 2 * streamed_bytes / link)
 
 
 def _linear_seconds(size: Sizes, work: Work, choice: Choice, card: Card, everything: float) -> float:
