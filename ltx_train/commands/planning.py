@@ -173,6 +173,8 @@ def _changes(config: Config) -> Iterator[Change]:
     if any(getattr(memory, name) is not None for name in planned):
         free: dict[str, Any] = dict.fromkeys(planned)
         yield "memory=auto", 1.0, lambda c: replace(c, memory=replace(c.memory, **free))
+    if memory.graphs is not False:
+        yield "memory.graphs=false", 1.0, lambda c: replace(c, memory=replace(c.memory, graphs=False))
     if lora and memory.quantize in ("none", "auto") and memory.compute == "bf16":
         yield "memory.quantize=int8", 1.0, lambda c: replace(c, memory=replace(c.memory, quantize="int8"))
     if lora and memory.quantize != "int4" and memory.compute == "bf16":

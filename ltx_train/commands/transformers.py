@@ -18,7 +18,6 @@ from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
-from ltx_train.model.linear import LoweredWeights
 from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Transformer
 
@@ -34,8 +33,6 @@ def trainable(config: Config, *, fresh: bool = True) -> Transformer:
     if config.adapter.kind == "lora":
         lora = session.lora(config)
         adapter.attach(transformer, lora, config.run.seed)
-        if transformer.dtype != torch.float32:
-            transformer.before_blocks = LoweredWeights(transformer, transformer.dtype)
         if fresh and config.adapter.start_from is not None:
             tensors, _ = lora_file.read_lora(config.adapter.start_from)
             export.start_from(transformer, tensors, lora)

@@ -21,11 +21,13 @@ _KEPT_EVERYTHING = 26.6
 _WORKING = 35.0
 # A block's dequantized weights alive at once in backward, as a share of the block in bfloat16.
 _DEQUANTIZED = 0.75
-# What the allocator reserves beyond what is allocated.
+# Of the attention outputs by their sizes: those of audio to video are computed again.
+_KEPT_ATTENTION = 0.85
+# What the allocator reserves beyond what is allocated; the first of them not in the memory of recorded passes.
 _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
 # Shares of a card's datasheet rates that the kernels reach, and passes over a block's input that they make.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.2e-3, 0.4e-3
+_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 _STREAM_OVERHEAD = 0.05
 # What is left of the host's link for weights while inputs travel the other way.
 _BOTH_WAYS = 0.87
@@ -135,11 +137,10 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     streamed = min(choice.stream_blocks, size.layers)
     block = _block_bytes(size, choice, 4 if trained.full else work.dtype_bytes)
     frozen = 0.0 if trained.full else (size.layers - streamed) * block + size.outside * work.dtype_bytes
-    lowered = 0 if trained.full or work.dtype_bytes == 4 else work.dtype_bytes
-    states = trained.parameters * (lowered + (8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
+    states = trained.parameters * ((8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
     gradients = 4.0 * trained.parameters
     unit = _unit(size, work)
-    here = 2 + choice.keep_everything if choice.offload_inputs else size.layers
+    here = 4 + choice.keep_everything if choice.offload_inputs else size.layers
     waiting = min(here, size.layers) * unit
     # A block that keeps everything keeps its dequantized weights too.
     kept = choice.keep_everything * (_KEPT_EVERYTHING * unit + _dequantized(size, choice) / _DEQUANTIZED)
@@ -156,7 +157,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
         "one block at work": working,
         "kept for backward": waiting + kept if early >= gradients else 0.0,
         "gradients": gradients if early < gradients or always else 0.0,
-        "allocator's reserve": _RESERVE_GIB * GIB + _RESERVE_SHARE * working,
+        "allocator's reserve": (0.0 if choice.graphs else _RESERVE_GIB * GIB) + _RESERVE_SHARE * working,
     }
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
     host = streamed * block + away * unit
@@ -213,7 +214,7 @@ def _kept_attention(size: Sizes, work: Work, choice: Choice) -> float:
     per_audio = (3 if both else 2) * size.audio_width
     outputs = (work.video * per_video + work.audio * per_audio) * work.dtype_bytes
     sums = 3 * (work.video + work.audio) * size.heads * 4
-    return float(work.batch * (outputs + sums))
+    return _KEPT_ATTENTION * work.batch * (outputs + sums)
 
 
 def _kept_products(size: Sizes, work: Work, choice: Choice) -> float:

@@ -16,6 +16,8 @@ from ltx_train.memory.recompute import Keep
 
 # A run that is so little slower keeps the weights as they are.
 _WORTH_PRECISION = 1.05
+# The rest of a budget covers what predictions are short of; a pass that is being recorded cannot tidy up.
+_USED, _USED_RECORDED = 0.98, 0.95
 _STEPS = 12
 
 
@@ -78,7 +80,7 @@ def _best(candidates: Iterator[Planned], allowed: Allowed, budget_gib: float) ->
     fitting = [
         planned
         for planned in candidates
-        if planned.footprint.gib <= budget_gib
+        if planned.footprint.gib <= (_USED_RECORDED if planned.choice.graphs else _USED) * budget_gib
         and (allowed.host_gib is None or planned.footprint.host_gib <= allowed.host_gib)
     ]
     # Of equally fast ones the one that needs less.

@@ -6,7 +6,6 @@ be saved and restored around a recomputation, and a captured graph can replay th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,31 +22,22 @@ class LowRankLinear(PeftLinear):
     """peft's LoRA layer with the low-rank products in the activations' dtype.
 
     peft raises the activations to the adapter's float32 for them, which costs more than the base's products.
-    mask_keys (B,) int32 are this step's keys of the dropout masks; `adapter.DropoutKeys` sets them. low_down and
-    low_up are this pass's matrices in the activations' dtype, where `LoweredWeights` has made them.
+    mask_keys (B,) int32 are this step's keys of the dropout masks; `adapter.DropoutKeys` sets them.
     """
 
     mask_keys: Tensor | None = None
-    low_down: Tensor | None = None
-    low_up: Tensor | None = None
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         result = self.base_layer(x)
         if self.disable_adapters:
             return result
         for name in self.active_adapters:
-            down, up = self._matrices(name, x.dtype)
+            layers: Any = (self.lora_A[name], self.lora_B[name])
+            down, up = (layer.weight.to(x.dtype) for layer in layers)
             added = F.linear(F.linear(self._dropped(x, name), down), up) * self.scaling[name]
             stretched = name in self.lora_magnitude_vector
             result = self._stretched(result, added, name) if stretched else result + added
         return result
-
-    def _matrices(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self.low_down is not None and self.low_up is not None:
-            return self.low_down, self.low_up
-        layers: Any = (self.lora_A[name], self.lora_B[name])
-        down, up = (layer.weight.to(dtype) for layer in layers)
-        return down, up
 
     def add_magnitude(self, name: str) -> None:
         """DoRA's magnitudes, beginning as the norms of the base's rows, so that the output is unchanged."""
@@ -88,54 +78,6 @@ class LowRankLinear(PeftLinear):
             raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
         kept = keyed_mask(self.mask_keys, x.shape[1:], rate)
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
-
-
-class LoweredWeights:
-    """All matrices of an adapter in the activations' dtype, made by one kernel a pass instead of several for every
-    layer, and their gradients raised to float32 likewise. Called before the blocks of a pass.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
-
-    def __call__(self) -> None:
-        if not torch.is_grad_enabled():
-            self.forget()
-            return
-        layers: list[Any] = self._layers
-        weights = [part[n].weight for m in layers for n in m.active_adapters for part in (m.lora_A, m.lora_B)]
-        lowered: Any = _Lowered.apply(self, *weights)  # pyright: ignore[reportArgumentType]
-        for number, layer in enumerate(layers):
-            layer.low_down, layer.low_up = lowered[2 * number : 2 * number + 2]
-
-    def forget(self) -> None:
-        """Nothing of a pass is held once it is over."""
-        for layer in self._layers:
-            layer.low_down = layer.low_up = None
-
-
-class _Lowered(torch.autograd.Function):
-    """float32 matrices -> `dtype`; backward runs last of all, when every layer's gradient is there."""
-
-    @staticmethod
-    def forward(ctx: Any, owner: LoweredWeights, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.owner = owner
-        ctx.set_materialize_grads(False)
-        return tuple(_copies(weights, owner.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        ctx.owner.forget()
-        raised = iter(_copies([g for g in gradients if g is not None], torch.float32))
-        return None, *(None if g is None else next(raised) for g in gradients)
-
-
-def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if made:
-        torch._foreach_copy_(made, list(tensors))
-    return made
 
 
 class Magnitude(nn.Module):

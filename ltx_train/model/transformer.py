@@ -133,10 +133,6 @@ def run_block(_index: int, block: Block, *arguments: Any) -> Pair:
     return block(*arguments)
 
 
-def _nothing() -> None:
-    pass
-
-
 class Transformer(nn.Module):
     """`transformer(video, audio) -> (video velocity, audio velocity)`, each (B, T, C) or None."""
 
@@ -166,7 +162,6 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(**_block_arguments(config)) for _ in range(config["num_layers"]))
         self._rotary = {name: _rotary(config, name) for name in ("video", "audio", "video_cross", "audio_cross")}
         self.run_block: Callable[..., Pair] = run_block
-        self.before_blocks: Callable[[], None] = _nothing
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +175,6 @@ class Transformer(nn.Module):
         a_stream = self._stream(audio, video, "audio_")
         v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
         a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
-        self.before_blocks()
         for index, block in enumerate(self.transformer_blocks):
             skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(

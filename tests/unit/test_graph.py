@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ltx_train.commands import transformers
+from ltx_train.contracts import Exit
+from ltx_train.diffusion import objective
 from ltx_train.memory.graph import StepGraphs, signature
+from tests.conftest import command, settings
 
 
 @dataclass(frozen=True)
@@ -111,3 +117,34 @@ def test_signatures_tell_apart_what_a_recording_depends_on() -> None:
         Given(whole.x, whole.others, missing=whole.x),
     )
     assert len({signature(whole), *(signature(other) for other in others)}) == 6
+
+
+@pytest.mark.slow
+def test_a_run_with_recorded_passes_is_the_run_without(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches a step, dropout, measurements between: weights and moments are bit for bit the same."""
+    recorder = Repeats()
+
+    def recorded(_config: Any, transformer: Any, parameters: Any, _device: Any) -> StepGraphs:
+        return StepGraphs(partial(objective.backward, transformer), parameters, recorder)
+
+    for name in ("plain", "recorded"):
+        if name == "recorded":
+            monkeypatch.setattr(transformers, "recorded", recorded)
+        more = (
+            f"run.experiment={name}", f"run.root={tmp_path}", "optim.steps=8", "optim.batch_size=2",
+            "optim.global_batch=4", "optim.name=adamw", "adapter.dropout=0.1", "memory=none", "eval.interval=4",
+            "eval.quantiles=1", "checkpoint.interval=8", "loss.balance=auto",
+        )  # fmt: skip
+        assert command("fit", *settings(prepared, clips, *more)) == Exit.DONE
+    first, second = (tmp_path / name / "main/checkpoints/step-000008" for name in ("plain", "recorded"))
+    for file in ("weights.safetensors", "optimizer.safetensors"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert recorder.records == 2, "once at first, once after the measurement at step 4"
+    assert recorder.releases == 2
+
+
+def test_graphs_of_a_gpu_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str], prepared: Path, clips: Path) -> None:
+    assert command("fit", *settings(prepared, clips, "memory.graphs=true", "strategy.device=cpu")) == 77
+    assert "memory.graphs=true records work of a GPU" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_a_refusal_names_ways_that_do_fit() -> None:
     made = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute"])
     place = Place(card_by_name("RTX 4090"), 23.0, None)
     text = planning.refusal(made, place)
-    assert "needs at least 51" in text
+    assert "needs at least 50" in text
     mends = [line.split("   ")[0].split() for line in text.splitlines()[2:]]
     assert len(mends) == 3
     for mend in mends:

@@ -18,7 +18,6 @@ from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, spread
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, load_transformer
-from ltx_train.model.linear import LoweredWeights, LowRankLinear
 from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
 from tests.golden.support import losses, modality, read
@@ -215,37 +214,3 @@ def test_nothing_is_compiled_once_every_bucket_has_been_seen() -> None:
     for name in (CASE, "transformer_d_video_ref", CASE):
         gradients(made, name)
     assert graphs() == seen
-
-
-@pytest.mark.parametrize(("keep", "compiled"), [(Keep.inputs, False), (Keep.everything, True)])
-def test_weights_lowered_once_a_pass_give_the_gradients_of_weights_lowered_layer_by_layer(
-    keep: Keep, compiled: bool
-) -> None:
-    found: list[list[torch.Tensor]] = []
-    for once in (False, True):
-        made = load_transformer(TINY, dtype=torch.bfloat16)
-        adapter.attach(made, LORA, 0)
-        with torch.no_grad():
-            for parameter in adapter.lora_parameters(made).values():
-                parameter.add_(0.01)
-        made.run_block = BlockRunner([keep] * 3, compiled=compiled)
-        lowered = LoweredWeights(made, torch.bfloat16)
-        if once:
-            made.before_blocks = lowered
-        found.append(gradients(made))
-        layers = [m for m in made.modules() if isinstance(m, LowRankLinear)]
-        assert all(layer.low_down is None and layer.low_up is None for layer in layers), "held after the pass"
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert all(g.dtype == torch.float32 for g in found[1])
-
-
-def test_nothing_is_lowered_for_a_pass_without_gradient() -> None:
-    made = load_transformer(TINY, dtype=torch.bfloat16)
-    adapter.attach(made, LORA, 0)
-    made.before_blocks = LoweredWeights(made, torch.bfloat16)
-    case = read(CASE)
-    made(modality(case, "video"), modality(case, "audio"))  # a pass that no backward follows
-    with torch.no_grad():
-        made(modality(case, "video"), modality(case, "audio"))
-    layers = [m for m in made.modules() if isinstance(m, LowRankLinear)]
-    assert all(layer.low_down is None for layer in layers)
