@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,19 @@ def test_folders_prepared_without_dropping_are_named(
 ) -> None:
     assert command("check", *settings(prepared, clips), "data.caption_dropout=0.1", "check.previews=0") == 78
     assert "data.dropped_caption was None, now" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_with_dropped_captions_measures_what_captions_tell(rich: Path, tmp_path: Path) -> None:
+    """Captions take turns and are dropped; the held-out measurement compares each with another identity's."""
+    table = rich.parent / "table.json"
+    asked = settings(rich, table, "data.reference_scale=1", "data.caption_dropout=0.5", "data.caption=null")
+    run = ("data.trigger=OHWX", f"run.root={tmp_path}", "optim.steps=4", "memory=none", "eval.interval=2")
+    assert command("fit", *asked, *run) == 0
+    rows = [json.loads(line) for line in (tmp_path / "audio_reference/main/metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "val/loss" in row]
+    assert len(measured) == 2
+    for row in measured:
+        assert math.isfinite(row["val/caption_gap"])
+        assert row["val/caption_gap"] != 0
+        assert row["val/caption_gap_ci95"] >= 0
