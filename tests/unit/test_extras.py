@@ -71,7 +71,8 @@ def rich(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = json.loads((clips / "CAPTIONS.json").read_text())["captions"][:8]
     table = [
         {
-            "video": str(clips / row["file"]), "speaker": row["speaker"], "caption": [f"{row['speaker']} first", f"{row['speaker']} second"],
+            "video": str(clips / row["file"]), "speaker": row["speaker"],
+            "caption": [f"{row['speaker']} first", f"{row['speaker']} second"],
             "reference_video": str(REPOSITORY / "data/sample/speaker09_0.mp4"), "mask": "mask.mp4",
             "audio_mask": "0-0.4",
         }
