@@ -35,7 +35,9 @@ class Measurement:
     def __post_init__(self) -> None:
         self.grid: Grid = session.grid(self.config, self.index)
         self._settings = session.evaluation(self.config, self.grid)
-        self._share = (self.ranks.rank, self.ranks.world)
+        # Ranks that share the model's blocks have to pass through them together, so each measures everything.
+        self._apart = self.config.strategy.name != "zero3"
+        self._share = (self.ranks.rank, self.ranks.world) if self._apart else (0, 1)
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Of the whole split, on every rank."""
@@ -44,7 +46,7 @@ class Measurement:
             transformer, str(self.root), self.index, self._settings, self._device, with_base=with_base,
             share=self._share,
         )  # fmt: skip
-        everyone = [row for rows in self.ranks.gather(own) for row in rows]
+        everyone = [row for rows in self.ranks.gather(own) for row in rows] if self._apart else own
         if with_base:
             self._base = [row for row in everyone if row.arm == BASE]
             return everyone
@@ -59,7 +61,7 @@ class Measurement:
         own = attention_mass.measure(
             transformer, str(self.root), self.index, self._settings, picked, self._device, self._share
         )
-        return [mass for masses in self.ranks.gather(own) for mass in masses]
+        return [mass for masses in self.ranks.gather(own) for mass in masses] if self._apart else own
 
     def likeness(self) -> float | None:
         """How alike references and their own targets are beyond chance; None without references."""

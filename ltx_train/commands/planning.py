@@ -63,6 +63,9 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, Planned | 
         raise UserError("memory.graphs=true records work of a GPU, and this run is on the CPU: leave it out")
     if on_cpu or not training:
         config = replace(config, memory=replace(config.memory, graphs=False))
+    if training and _shards(config) > 1:
+        layers = int(session.layout(config).config["transformer"]["num_layers"])
+        config = replace(config, memory=replace(config.memory, graphs=False, stream_blocks=layers))
     place = here(config)
     if place is None:
         return _settled(config, _plain(config)), None
@@ -119,8 +122,13 @@ def allowed(config: Config, host_gib: float | None) -> Allowed:
     return Allowed(
         ("none",) if memory.compute == "fp8" and memory.quantize == "auto" else quantize, memory.compute,
         None if memory.keep is None else Keep(memory.keep), memory.keep_everything, memory.stream_blocks,
-        memory.stream_slots, memory.offload_inputs, memory.graphs, host_gib,
+        memory.stream_slots, memory.offload_inputs, memory.graphs, _shards(config), host_gib,
     )  # fmt: skip
+
+
+def _shards(config: Config) -> int:
+    """Over how many devices the frozen blocks are spread; those of other machines come on top."""
+    return config.strategy.devices if config.strategy.name == "zero3" else 1
 
 
 def refusal(config: Config, place: Place) -> str:

@@ -58,7 +58,7 @@ def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, w
     """Trains to the end, or to a signal. A tracker that refuses says so before anything is loaded."""
     opened: list[Metrics] = []
     ranks.lead(lambda: opened.append(_tracker(config, start)))
-    transformer = transformers.trainable(config, fresh=start.checkpoint is None)
+    transformer = transformers.trainable(config, fresh=start.checkpoint is None, ranks=ranks)
     monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
     selection, clock = Selection(config.eval.patience), Clock(_peak_flops(config, ranks))
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)

@@ -14,22 +14,25 @@ from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
 from ltx_train.memory.graph import CudaRecorder, StepGraphs
 from ltx_train.memory.offload import InputOffload
+from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Transformer
+from ltx_train.training.ranks import ALONE, Ranks
 
 _FLOAT8_CAPABILITY = (8, 9)
 
 
-def trainable(config: Config, *, fresh: bool = True) -> Transformer:
+def trainable(config: Config, *, fresh: bool = True, ranks: Ranks = ALONE) -> Transformer:
     """The configured transformer on its device, with an adapter or all weights trainable (float32).
 
-    fresh: the weights begin as configured; otherwise a checkpoint's are to be loaded into it.
+    fresh: the weights begin as configured; otherwise a checkpoint's are to be loaded into it. ranks: those that share
+    the frozen blocks, where the strategy says so.
     """
-    transformer = opened(config)
+    transformer = opened(config, ranks)
     if config.adapter.kind == "lora":
         lora = session.lora(config)
         adapter.attach(transformer, lora, config.run.seed)
@@ -41,9 +44,9 @@ def trainable(config: Config, *, fresh: bool = True) -> Transformer:
     return transformer.train()
 
 
-def opened(config: Config) -> Transformer:
+def opened(config: Config, ranks: Ranks = ALONE) -> Transformer:
     """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used."""
-    device = session.device(config)
+    device = session.device(config, ranks.local if ranks.world > 1 else None)
     _limit(config, device)
     layout, memory = session.weights(config), config.memory
     layers = layout.config["transformer"]["num_layers"]
@@ -51,7 +54,9 @@ def opened(config: Config) -> Transformer:
         layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0, memory.stream_blocks or 0,
         memory.offload_inputs or False,
     )  # fmt: skip
-    stream = WeightStream(arranged.streamed, memory.stream_slots, device) if arranged.streamed else None
+    stream = None
+    if arranged.streamed:
+        stream = WeightStream(arranged.streamed, memory.stream_slots, device, _origin(config, ranks, device))
     transformer = load_transformer(
         layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(memory.quantize, memory.compute),
         arrived=stream.stash_if_streamed if stream else None,
@@ -64,6 +69,12 @@ def opened(config: Config) -> Transformer:
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
+
+
+def _origin(config: Config, ranks: Ranks, device: torch.device) -> Origin:
+    if config.strategy.name == "zero3" and ranks.world > 1:
+        return PeerOrigin(ranks.rank, ranks.world, device, ranks.gatherer())
+    return HostOrigin(device)
 
 
 def recorded(

@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "memory.compute": ("bf16", "fp8"),
     "memory.keep": (None, "everything", "attention", "inputs"),
     "memory.compile": ("auto", "on", "off"),
-    "strategy.name": ("single", "ddp"),
+    "strategy.name": ("single", "ddp", "zero3"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "supervise.notice": ("none", "aws", "gcp"),
     "logger.wandb": ("offline", "online", "disabled"),
@@ -169,9 +169,29 @@ def _validate_adapter(config: Config) -> None:
 def _validate_strategy(config: Config) -> None:
     strategy = config.strategy
     if strategy.name == "single" and strategy.devices > 1:
-        raise ConfigError(f"strategy.devices={strategy.devices} needs strategy=ddp")
+        raise ConfigError(f"strategy.devices={strategy.devices} needs strategy=ddp or strategy=zero3")
     if strategy.name == "ddp" and config.adapter.kind == "full":
         raise ConfigError("strategy=ddp holds a whole copy per device, which adapter.kind=full has no room for")
+    if strategy.name == "zero3":
+        _validate_sharing(config)
+
+
+def _validate_sharing(config: Config) -> None:
+    """Ranks that share the blocks of a frozen base pass through them together."""
+    refused = {
+        "adapter.kind=full trains what strategy=zero3 shares, the frozen base: train a LoRA":
+            config.adapter.kind == "full",
+        "mixture: ranks whose samples are in different modes do not pass through the blocks together, as "
+        "strategy=zero3 needs: train one mode, or take strategy=ddp": bool(config.mixture),
+        "eval.samples: clips are generated on one rank, and under strategy=zero3 none has the whole model: set "
+        "eval.samples=0 and look at them with evaluate": config.eval.samples > 0,
+        "memory.stream_blocks is for blocks in host memory; under strategy=zero3 they are on the other ranks: leave it "
+        "out": bool(config.memory.stream_blocks),
+        "memory.graphs=true: passes in which ranks exchange weights are not recorded": bool(config.memory.graphs),
+    }  # fmt: skip
+    for message, wrong in refused.items():
+        if wrong:
+            raise ConfigError(message)
 
 
 def _validate_memory(config: Config) -> None:

@@ -84,7 +84,8 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Everything that trades memory for time; the fields are those of `memory` in the configuration."""
+    """Everything that trades memory for time; the fields are those of `memory` in the configuration. shards: over so
+    many devices streamed blocks are spread, 1 for host memory."""
 
     quantize: str = "none"
     compute: str = "bf16"
@@ -94,6 +95,7 @@ class Choice:
     stream_slots: int = 3
     offload_inputs: bool = False
     graphs: bool = False
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     early = waiting + kept + (gradients if always else 0)
     parts = {
         "frozen weights": frozen,
+        "share of streamed weights": streamed * block / choice.shards if choice.shards > 1 else 0.0,
         "ring of streamed weights": min(choice.stream_slots, streamed) * block,
         "trained weights and moments": states,
         "inputs, positions, contexts": _fixed(size, work),
@@ -160,7 +163,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
         "allocator's reserve": (0.0 if choice.graphs else _RESERVE_GIB * GIB) + _RESERVE_SHARE * working,
     }
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
-    host = streamed * block + away * unit
+    host = (streamed * block if choice.shards == 1 else 0.0) + away * unit
     return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
 
 

@@ -42,6 +42,7 @@ class Allowed:
     stream_slots: int = 3
     offload_inputs: bool | None = None
     graphs: bool | None = None
+    shards: int = 1
     host_gib: float | None = None
 
 
@@ -111,7 +112,15 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
                 for kept in [layers] if keep is Keep.everything else everything:
                     for offload, graph in product(offloads, graphs):
                         yield Choice(
-                            quantize, allowed.compute, keep, kept, streamed, allowed.stream_slots, offload, graph
+                            quantize,
+                            allowed.compute,
+                            keep,
+                            kept,
+                            streamed,
+                            allowed.stream_slots,
+                            offload,
+                            graph,
+                            allowed.shards,
                         )
 
 

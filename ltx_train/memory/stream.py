@@ -1,7 +1,7 @@
-"""Weight streaming (block swap): frozen weights travel from pinned host memory into a ring of slots.
+"""Weight streaming (block swap, ZeRO-3 of frozen weights): blocks travel from where they are kept into a ring of slots.
 
-Owns where a streamed block's weights are and when they may be overwritten. Weights travel one way
-only; adapters never travel. Who runs the blocks tells it where forward and backward are: module
+Owns when a slot is filled and when it may be overwritten; where weights are kept is the origin's. Weights
+travel one way only; adapters never travel. Who runs the blocks tells it where forward and backward are: module
 hooks do not fire in a checkpoint's recomputation.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ltx_train.memory.pinned import pinned
+from ltx_train.memory.origin import Origin
 from ltx_train.model.linear import remember_norms
 
 _ALIGNMENT = 256
@@ -49,13 +49,13 @@ class WeightStream:
     forward and around its backward drive it.
     """
 
-    def __init__(self, indices: Sequence[int], slots: int, device: torch.device) -> None:
+    def __init__(self, indices: Sequence[int], slots: int, device: torch.device, origin: Origin) -> None:
         self._order = sorted(indices)
         self._rank = {index: rank for rank, index in enumerate(self._order)}
         self._device, self._slot_count = device, min(slots, len(self._order))
         self._cuda = device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(device) if self._cuda else None
-        self._masters: dict[int, Tensor] = {}
+        self._origin = origin
         self._places: dict[int, list[_Place]] = {}
         self._slots: list[_Slot] = []
         self._where: dict[int, int] = {}
@@ -68,7 +68,7 @@ class WeightStream:
         return index in self._rank
 
     def stash(self, index: int, block: nn.Module) -> None:
-        """Moves a block's frozen tensors into one pinned buffer and leaves empty ones behind."""
+        """Gives a block's frozen tensors to the origin, as one buffer, and leaves empty ones behind."""
         remember_norms(block)
         tensors = list(_frozen(block))
         places: list[_Place] = []
@@ -77,11 +77,12 @@ class WeightStream:
             size = tensor.numel() * tensor.element_size()
             places.append(_Place(owner, name, offset, tensor.shape, tensor.dtype, size))
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        master = pinned(offset, self._device)
+        whole = self._origin.room(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
-            master[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
+            whole[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
-        self._masters[index], self._places[index] = master, places
+        self._origin.keep(index, whole)
+        self._places[index] = places
 
     def stash_if_streamed(self, index: int, block: nn.Module) -> None:
         """For the loader, which reports every block."""
@@ -90,10 +91,10 @@ class WeightStream:
 
     def ready(self) -> None:
         """Allocates the ring and fetches the first blocks; every streamed block must have been stashed."""
-        missing = [i for i in self._order if i not in self._masters]
+        missing = [i for i in self._order if i not in self._places]
         if missing:
             raise ValueError(f"blocks {missing} were never stashed")
-        size = max((m.numel() for m in self._masters.values()), default=0)
+        size = self._origin.largest
         for _ in range(self._slot_count):
             memory = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._slots.append(_Slot(memory, None, self._event(), self._event()))
@@ -150,14 +151,12 @@ class WeightStream:
         self._replays += 1
 
     def verify(self) -> None:
-        """Compares every slot with its master; RuntimeError when a copy is not what was sent."""
+        """Compares every slot with what was kept; RuntimeError when a copy is not what was sent."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
         for slot in self._slots:
-            if slot.owner is not None:
-                master = self._masters[slot.owner]
-                if not torch.equal(slot.memory[: master.numel()].cpu(), master):
-                    raise RuntimeError(f"the streamed weights of block {slot.owner} differ from their master")
+            if slot.owner is not None and not self._origin.matches(slot.owner, slot.memory):
+                raise RuntimeError(f"the streamed weights of block {slot.owner} differ from their master")
 
     def _window(self, rank: int, *, backward: bool, training: bool) -> list[int]:
         """The blocks of the next accesses from here on, the present one first."""
@@ -181,13 +180,13 @@ class WeightStream:
                 self._fetch(index, number)
 
     def _fetch(self, index: int, number: int) -> None:
-        slot, master = self._slots[number], self._masters[index]
+        slot = self._slots[number]
         if slot.owner is not None:
             del self._where[slot.owner]
         with torch.cuda.stream(self._copies) if self._cuda else nullcontext():
             if self._cuda:
                 self._copies.wait_event(slot.free)
-            slot.memory[: master.numel()].copy_(master, non_blocking=True)
+            self._origin.send(index, slot.memory)
             if self._cuda:
                 slot.ready.record(self._copies)
         slot.owner = index

@@ -21,6 +21,8 @@ from torch import Tensor
 from ltx_train.contracts import UserError
 
 T = TypeVar("T")
+# torch 2.13 has given it another name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
 _BUCKET_BYTES = 64 * 2**20
 
 
@@ -79,6 +81,17 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def gatherer(self) -> Callable[[Tensor, Tensor], None]:
+        """gather(whole, share) fills `whole` with all ranks' shares by rank, in the order of the current stream; over
+        connections of its own, because it runs beside other collectives. Every rank must ask for it, and call it alike.
+        """
+        group = dist.new_group()
+
+        def gather(whole: Tensor, share: Tensor) -> None:
+            _all_gather(whole, share, group=group)
+
+        return gather
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replaces gradients by their mean over the ranks, in flat pieces of 64 MiB."""

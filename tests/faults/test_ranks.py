@@ -83,6 +83,32 @@ def test_two_ranks_give_the_curve_of_one_in_a_mixture_with_balance_and_average(
             assert float((other[name] - tensor).norm()) <= 1e-4 * float(tensor.norm()) + 1e-6
 
 
+def test_two_ranks_that_share_the_base_are_bitwise_two_with_a_copy_each(
+    prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """20 steps with int8 weights, dropout and measurements, and a run that goes on from one kind to the other."""
+    more = ("optim.steps=20", "adapter.dropout=0.1", "memory.quantize=int8", "memory.stream_slots=2")
+    shared = ("strategy=zero3", "strategy.devices=2")
+    assert end(fit(prepared, clips, tmp_path / "copies", *more, *TWO), tmp_path / "log") == 0
+    assert end(fit(prepared, clips, tmp_path / "shares", *more, *shared), tmp_path / "log") == 0
+    for last, how in ((10, shared), (20, TWO)):
+        steps = f"optim.steps={last}"
+        assert end(fit(prepared, clips, tmp_path / "changing", *more, *how, steps), tmp_path / "log") == 0
+    folders = [tmp_path / n / "audio_reference/main" for n in ("copies", "shares", "changing")]
+    first, *others = folders
+    for other in others:
+        for file in ("weights.safetensors", "optimizer.safetensors"):
+            assert (newest(first) / file).read_bytes() == (newest(other) / file).read_bytes(), other
+    one, two = (read_rows(folder / "metrics.jsonl") for folder in folders[:2])
+    names = [n for n in one[-1] if n.startswith(("train/", "val/"))]
+    assert "val/reference_gap" in names
+    for row, same in zip(one, two, strict=True):
+        for name in set(names) & set(row):
+            assert same[name] == pytest.approx(row[name], rel=1e-6, abs=1e-9), (row["step"], name)
+    config = (folders[1] / "config.yaml").read_text()
+    assert "stream_blocks: 3" in config
+
+
 def _one_after_the_other(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         os.kill(pid, number)

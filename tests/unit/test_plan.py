@@ -179,3 +179,20 @@ def test_running_out_of_memory_says_what_the_refusal_says() -> None:
     assert "ran out of memory" in text
     assert "planned: " in text
     assert "memory.budget_gib=" in text
+
+
+def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
+    """By hand: the blocks of the 22B in bfloat16 are 34.4 GiB, a quarter of them 8.6, three in the ring 2.2."""
+    place = Place(H200, 40.0, None)
+    made = config.compose_config([*REAL, "strategy=zero3", "strategy.devices=4", "memory=recompute"])
+    made = replace(made, memory=replace(made.memory, stream_blocks=48, graphs=False))
+    found = planning.planned(made, place)
+    assert found is not None
+    assert found.choice.shards == 4
+    parts = {name: size / 2**30 for name, size in found.footprint.parts.items()}
+    assert parts["share of streamed weights"] == pytest.approx(8.6, abs=0.1)
+    assert parts["ring of streamed weights"] == pytest.approx(2.15, abs=0.05)
+    assert found.footprint.host_gib < 0.1
+    alone = planning.planned(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
+    assert alone is not None
+    assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)

@@ -14,6 +14,7 @@ import torch._dynamo
 from ltx_train.contracts import Modality
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.offload import InputOffload
+from ltx_train.memory.origin import HostOrigin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, spread
 from ltx_train.memory.stream import WeightStream
@@ -23,6 +24,7 @@ from tests.conftest import TINY
 from tests.golden.support import losses, modality, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CPU = torch.device("cpu")
 CASE = "transformer_c_audio_ref_negative"
 LORA = adapter.Lora(4, 4, 0.0, ("to_q", "audio_ff.net.2"))
 
@@ -36,7 +38,7 @@ def model(
     compiled: bool = False,
     lora: adapter.Lora = LORA,
 ) -> tuple[Transformer, WeightStream | None]:
-    stream = WeightStream(streamed, slots, torch.device("cpu")) if streamed else None
+    stream = WeightStream(streamed, slots, CPU, HostOrigin(CPU)) if streamed else None
     offload = InputOffload(offloaded, torch.device("cpu")) if offloaded else None
     made = load_transformer(
         TINY, quantize=block_quantizer(quantize), arrived=stream.stash_if_streamed if stream else None
@@ -120,7 +122,7 @@ def test_a_wrong_copy_is_found() -> None:
 
 
 def test_windows_follow_forward_and_backward() -> None:
-    stream = WeightStream([0, 2, 4, 6], 3, torch.device("cpu"))
+    stream = WeightStream([0, 2, 4, 6], 3, CPU, HostOrigin(CPU))
     assert stream._window(0, backward=False, training=True) == [0, 2, 4]
     assert stream._window(2, backward=False, training=True) == [4, 6, 2]
     assert stream._window(3, backward=False, training=True) == [6, 4, 2]
@@ -133,7 +135,7 @@ def test_windows_follow_forward_and_backward() -> None:
 
 def test_a_block_that_never_came_is_an_error() -> None:
     with pytest.raises(ValueError, match="never stashed"):
-        WeightStream([0], 2, torch.device("cpu")).ready()
+        WeightStream([0], 2, CPU, HostOrigin(CPU)).ready()
 
 
 @pytest.mark.parametrize("keep", list(Keep))
@@ -214,3 +216,31 @@ def test_nothing_is_compiled_once_every_bucket_has_been_seen() -> None:
     for name in (CASE, "transformer_d_video_ref", CASE):
         gradients(made, name)
     assert graphs() == seen
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 1000, 4096])
+def test_shares_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> None:
+    """Three ranks in one process; gathering puts their shares one behind the other."""
+    block = torch.randint(1, 255, (size,), dtype=torch.uint8)
+    shares: list[torch.Tensor] = []
+
+    def gather(whole: torch.Tensor, _share: torch.Tensor) -> None:
+        whole.copy_(torch.cat(shares))
+
+    origins = [PeerOrigin(rank, 3, CPU, gather) for rank in range(3)]
+    for origin in origins:
+        whole = origin.room(size)
+        whole[:size] = block
+        origin.keep(7, whole)
+        shares.append(origin._shares[7])
+    assert {len(share) for share in shares} == {-(-size // 768) * 256}
+    for origin in origins:
+        memory = torch.zeros(origin.largest + 5, dtype=torch.uint8)
+        origin.send(7, memory)
+        assert torch.equal(memory[:size], block)
+        assert origin.matches(7, memory)
+        memory[size // 2] += 1
+        assert not origin.matches(7, memory)
+    shares[0], shares[1] = shares[1], shares[0]
+    origins[0].send(7, memory)
+    assert origins[0].matches(7, memory) == torch.equal(shares[0], shares[1])

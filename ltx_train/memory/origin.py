@@ -1,0 +1,107 @@
+"""Where streamed weights come from: this machine's memory, or the other ranks' devices, a share on each.
+
+Owns what is kept of a block while it is not in the ring. A block is one flat buffer of bytes here; which
+tensors lie in it is the stream's knowledge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ltx_train.memory.pinned import pinned
+
+Gather = Callable[[Tensor, Tensor], None]
+_ALIGNMENT = 256
+
+
+class Origin(Protocol):
+    """Keeps flat buffers by block, and fills memory on the device from them."""
+
+    @property
+    def largest(self) -> int:
+        """Bytes that the largest kept block fills."""
+        ...
+
+    def room(self, size: int) -> Tensor:
+        """At least `size` bytes to write a block into."""
+        ...
+
+    def keep(self, index: int, whole: Tensor) -> None:
+        """Takes over what `room` gave, now written."""
+        ...
+
+    def send(self, index: int, memory: Tensor) -> None:
+        """Fills the beginning of `memory` with a kept block, in the order of the current stream."""
+        ...
+
+    def matches(self, index: int, memory: Tensor) -> bool:
+        """Whether `memory` begins with the block as it was kept."""
+        ...
+
+
+class HostOrigin:
+    """Whole blocks in page-locked host memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._masters: dict[int, Tensor] = {}
+
+    @property
+    def largest(self) -> int:
+        return max((m.numel() for m in self._masters.values()), default=0)
+
+    def room(self, size: int) -> Tensor:
+        return pinned(size, self._device)
+
+    def keep(self, index: int, whole: Tensor) -> None:
+        self._masters[index] = whole
+
+    def send(self, index: int, memory: Tensor) -> None:
+        master = self._masters[index]
+        memory[: master.numel()].copy_(master, non_blocking=True)
+
+    def matches(self, index: int, memory: Tensor) -> bool:
+        master = self._masters[index]
+        return torch.equal(memory[: master.numel()].cpu(), master)
+
+
+class PeerOrigin:
+    """A share of every block on each rank's own device (ZeRO-3 of frozen weights); sending gathers the shares.
+
+    gather(whole, share): fills `whole` with all ranks' shares by rank; every rank must send the same blocks in the
+    same order. No rank ever holds more than its shares, the block that is being loaded, and the ring.
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device, gather: Gather) -> None:
+        self._rank, self._world, self._device, self._gather = rank, world, device, gather
+        self._shares: dict[int, Tensor] = {}
+        self._sums: dict[int, int] = {}
+
+    @property
+    def largest(self) -> int:
+        return max((self._world * s.numel() for s in self._shares.values()), default=0)
+
+    def room(self, size: int) -> Tensor:
+        step = self._world * _ALIGNMENT
+        return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._device)
+
+    def keep(self, index: int, whole: Tensor) -> None:
+        self._shares[index] = whole.chunk(self._world)[self._rank].clone()
+        self._sums[index] = _checksum(whole)
+
+    def send(self, index: int, memory: Tensor) -> None:
+        share = self._shares[index]
+        self._gather(memory[: self._world * share.numel()], share)
+
+    def matches(self, index: int, memory: Tensor) -> bool:
+        return _checksum(memory[: self._world * self._shares[index].numel()]) == self._sums[index]
+
+
+def _checksum(memory: Tensor) -> int:
+    """Of bytes and their places: blocks differ in every part that the ranks hold."""
+    parts = memory.view(-1, _ALIGNMENT).sum(dim=1, dtype=torch.int64)
+    return int((parts * torch.arange(1, len(parts) + 1, device=memory.device)).sum())
