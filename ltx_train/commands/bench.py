@@ -37,6 +37,7 @@ from ltx_train.training.optim import build_optimizer
 
 def run(config: Config) -> int:
     """Prints one record; bench.out collects records of several calls in one list."""
+    config = replace(config, strategy=replace(config.strategy, name="single", devices=1))  # it is one process
     peer = _peer(config) if config.bench.baseline else {}
     config, planned = planning.settle(config)
     device = session.device(config)

@@ -76,7 +76,7 @@ def overrides(choice: Choice) -> str:
         "compute": choice.compute if choice.compute != "bf16" else None,
         "keep": choice.keep.value,
         "keep_everything": choice.keep_everything,
-        "stream_blocks": choice.stream_blocks,
+        "stream_blocks": choice.stream_blocks if choice.shards == 1 else None,
         "offload_inputs": str(choice.offload_inputs).lower(),
         "graphs": str(choice.graphs).lower(),
     }

@@ -63,9 +63,6 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, Planned | 
         raise UserError("memory.graphs=true records work of a GPU, and this run is on the CPU: leave it out")
     if on_cpu or not training:
         config = replace(config, memory=replace(config.memory, graphs=False))
-    if training and _shards(config) > 1:
-        layers = int(session.layout(config).config["transformer"]["num_layers"])
-        config = replace(config, memory=replace(config.memory, graphs=False, stream_blocks=layers))
     place = here(config)
     if place is None:
         return _settled(config, _plain(config)), None
@@ -81,6 +78,8 @@ def planned(config: Config, place: Place, *, training: bool = True) -> Planned |
     limits = allowed(config, place.host_gib)
     if not training:
         limits = replace(limits, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
+    elif _shards(config) > 1:
+        limits = replace(limits, stream_blocks=wanted.size.layers, graphs=False, shards=_shards(config))
     return plan.choose(wanted, limits, place.card, place.budget_gib)
 
 
@@ -122,7 +121,7 @@ def allowed(config: Config, host_gib: float | None) -> Allowed:
     return Allowed(
         ("none",) if memory.compute == "fp8" and memory.quantize == "auto" else quantize, memory.compute,
         None if memory.keep is None else Keep(memory.keep), memory.keep_everything, memory.stream_blocks,
-        memory.stream_slots, memory.offload_inputs, memory.graphs, _shards(config), host_gib,
+        memory.stream_slots, memory.offload_inputs, memory.graphs, host_gib=host_gib,
     )  # fmt: skip
 
 
@@ -271,6 +270,7 @@ def _plain(config: Config) -> Choice:
 def _settled(config: Config, choice: Choice) -> Config:
     memory = replace(
         config.memory, quantize=choice.quantize, keep=choice.keep.value, keep_everything=choice.keep_everything,
-        stream_blocks=choice.stream_blocks, offload_inputs=choice.offload_inputs, graphs=choice.graphs,
+        stream_blocks=None if choice.shards > 1 else choice.stream_blocks, offload_inputs=choice.offload_inputs,
+        graphs=choice.graphs,
     )  # fmt: skip
     return replace(config, memory=memory)

@@ -109,7 +109,8 @@ def how(choice: Choice) -> str:
     if choice.keep_everything:
         parts.append(f"{choice.keep_everything} blocks keep everything")
     if choice.stream_blocks:
-        parts.append(f"{choice.stream_blocks} blocks streamed")
+        where = "streamed" if choice.shards == 1 else f"shared by {choice.shards} devices"
+        parts.append(f"{choice.stream_blocks} blocks {where}")
     if choice.offload_inputs:
         parts.append("inputs on the host")
     if choice.graphs:

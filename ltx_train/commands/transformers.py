@@ -14,7 +14,7 @@ from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
 from ltx_train.memory.graph import CudaRecorder, StepGraphs
 from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
+from ltx_train.memory.origin import HostOrigin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
 from ltx_train.memory.stream import WeightStream
@@ -50,13 +50,15 @@ def opened(config: Config, ranks: Ranks = ALONE) -> Transformer:
     _limit(config, device)
     layout, memory = session.weights(config), config.memory
     layers = layout.config["transformer"]["num_layers"]
+    shared = config.strategy.name == "zero3" and ranks.world > 1
     arranged = arrange(
-        layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0, memory.stream_blocks or 0,
-        memory.offload_inputs or False,
+        layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0,
+        layers if shared else memory.stream_blocks or 0, memory.offload_inputs or False,
     )  # fmt: skip
     stream = None
     if arranged.streamed:
-        stream = WeightStream(arranged.streamed, memory.stream_slots, device, _origin(config, ranks, device))
+        peers = PeerOrigin(ranks.rank, ranks.world, device, ranks.gatherer()) if shared else None
+        stream = WeightStream(arranged.streamed, memory.stream_slots, device, peers or HostOrigin(device))
     transformer = load_transformer(
         layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(memory.quantize, memory.compute),
         arrived=stream.stash_if_streamed if stream else None,
@@ -69,12 +71,6 @@ def opened(config: Config, ranks: Ranks = ALONE) -> Transformer:
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
-
-
-def _origin(config: Config, ranks: Ranks, device: torch.device) -> Origin:
-    if config.strategy.name == "zero3" and ranks.world > 1:
-        return PeerOrigin(ranks.rank, ranks.world, device, ranks.gatherer())
-    return HostOrigin(device)
 
 
 def recorded(

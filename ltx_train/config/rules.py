@@ -187,6 +187,8 @@ def _validate_sharing(config: Config) -> None:
         "eval.samples=0 and look at them with evaluate": config.eval.samples > 0,
         "memory.stream_blocks is for blocks in host memory; under strategy=zero3 they are on the other ranks: leave it "
         "out": bool(config.memory.stream_blocks),
+        "memory.keep=everything: under strategy=zero3 a block's weights have moved on when its backward comes: take "
+        "attention or inputs": config.memory.keep == "everything",
         "memory.graphs=true: passes in which ranks exchange weights are not recorded": bool(config.memory.graphs),
     }  # fmt: skip
     for message, wrong in refused.items():

@@ -42,8 +42,8 @@ class Allowed:
     stream_slots: int = 3
     offload_inputs: bool | None = None
     graphs: bool | None = None
-    shards: int = 1
     host_gib: float | None = None
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)

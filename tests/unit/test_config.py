@@ -65,6 +65,7 @@ CONDITIONS = "mode.conditions"
         (["strategy=zero3", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples are in different modes"),
         (["strategy=zero3", "eval.samples=1"], "eval.samples: clips are generated on one rank"),
         (["strategy=zero3", "memory.stream_blocks=2"], "memory.stream_blocks is for blocks in host memory"),
+        (["strategy=zero3", "memory=none"], "memory.keep=everything: under strategy=zero3"),
         (["strategy=zero3", "memory.graphs=true"], "memory.graphs=true: passes in which ranks exchange weights"),
         (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp or strategy=zero3"),
         (["mode=i2v", "data.buckets=[64x64x1]"], "first_frame: 64x64x1 has one frame"),

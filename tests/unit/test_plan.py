@@ -185,7 +185,6 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     """By hand: the blocks of the 22B in bfloat16 are 34.4 GiB, a quarter of them 8.6, three in the ring 2.2."""
     place = Place(H200, 40.0, None)
     made = config.compose_config([*REAL, "strategy=zero3", "strategy.devices=4", "memory=recompute"])
-    made = replace(made, memory=replace(made.memory, stream_blocks=48, graphs=False))
     found = planning.planned(made, place)
     assert found is not None
     assert found.choice.shards == 4
