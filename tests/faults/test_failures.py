@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
-    """Losses that are not finite in the given steps (from 0)."""
+    """Gradients that are not finite in the given steps (from 0)."""
     from ltx_train.training.task import Task
 
-    original = Task.losses
+    original = Task._backward
 
-    def poisoned(task: Task, inputs: Any) -> StepResult:
-        result = original(task, inputs)
-        return replace(result, loss=result.loss * float("nan")) if task.step in steps else result
+    def poisoned(task: Task, mode: Any, batch: Any, share: float) -> StepResult:
+        return original(task, mode, batch, share * float("nan") if task.step in steps else share)
 
-    monkeypatch.setattr(Task, "losses", poisoned)
+    monkeypatch.setattr(Task, "_backward", poisoned)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(
