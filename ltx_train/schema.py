@@ -156,8 +156,8 @@ class MemoryConfig:
     compute: bf16, or fp8 for the large products, whose outputs are then kept. keep: what a block keeps for
     backward: everything, attention or inputs. keep_everything: so many blocks keep everything nevertheless.
     stream_blocks: so many blocks live in host memory and pass through stream_slots slots on the device.
-    offload_inputs: what blocks keep of their inputs waits in host memory. compile: auto (on a GPU), on or off. graphs: forward and backward as
-    one CUDA graph per shape, which keeps the gradients' memory between steps.
+    offload_inputs: what blocks keep of their inputs waits in host memory. compile: auto (on a GPU), on or off.
+    graphs: forward and backward as one CUDA graph per shape, which keeps the gradients' memory between steps.
     """
 
     budget_gib: float | None = None
