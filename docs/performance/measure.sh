@@ -22,7 +22,7 @@ declare -A cases=(
   [A_fp8]="$A memory=fp8 memory.keep=inputs $RESIDENT"
   [A_fp8_140gib]="$A memory=fp8 memory.budget_gib=138"
   [A_dropout]="$A adapter.dropout=0.05 memory=recompute"
-  [B_bf16]="$B memory=auto memory.budget_gib=54.7"
+  [B_bf16]="$B memory=auto memory.budget_gib=54.7 bench.baseline=true"
   [B_bf16_recompute]="$B memory=recompute"
   [B_bf16_attention]="$B memory=auto memory.keep=attention $RESIDENT"
   [B_int8_30gib]="$B memory=int8 memory.budget_gib=30"

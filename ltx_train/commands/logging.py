@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +32,12 @@ def sinks(config: Config, folder: Path, first_step: int) -> list[Sink]:
 def _system() -> dict[str, Any]:
     """What a curve depends on beside its configuration."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    versions = {name: version(name) for name in _LIBRARIES}
+    versions = {name: _version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), "cuda": torch.version.cuda, "devices": devices, **versions}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a checkout that is run without being installed
+        return "not installed"

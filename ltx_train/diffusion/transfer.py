@@ -80,4 +80,5 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Through pinned memory when it goes to a GPU: only then does the copy run beside the computation."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # An expanded tensor, one noise level for all samples, has no memory of its own to be filled.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -110,6 +111,18 @@ def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
             step(number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_inputs_that_share_memory_reach_the_device() -> None:
+    """Measuring has one noise level for all samples: an expanded tensor."""
+    made = settled("optim.batch_size=2")
+    batch = bench.random_batch(made, 0)
+    drawn = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+    level = torch.full((1,), 0.5).expand(2)
+    inputs = conditions.assemble(batch, made.mode, replace(drawn, sigma=level))
+    arrived = transfer.to_device(inputs, session.device(made))
+    assert arrived.audio is not None
+    assert arrived.audio.sigma.tolist() == [0.5, 0.5]
 
 
 def test_a_run_is_held_to_its_budget() -> None:
