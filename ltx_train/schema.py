@@ -174,10 +174,10 @@ class MemoryConfig:
 
 @dataclass
 class StrategyConfig:
-    """name: single; for several devices ddp, or zero3, which shares the frozen base out over them. device: auto, cpu
-    or cuda. devices: processes on this machine; on several machines srun or torchrun starts them. A process without
-    progress for step_timeout_s (start_timeout_s while it loads, validates or saves) ends with its stacks written
-    down; 0 switches that off."""
+    """name: single; for several devices ddp, or what they share out: zero1 masters and moments, zero2 gradients too,
+    zero3 the blocks (of a frozen base these alone). device: auto, cpu or cuda. devices: processes on this machine; on
+    several machines srun or torchrun starts them. A process without progress for step_timeout_s (start_timeout_s while
+    it loads, validates or saves) ends with its stacks written down; 0 switches that off."""
 
     name: str = "single"
     device: str = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from ltx_train.commands import bench, session
+from ltx_train.commands import bench, optimizing, session
 from ltx_train.config import Config
 from ltx_train.contracts import Modality, UserError
 from ltx_train.model.transformer import Section
+from ltx_train.training.ranks import ALONE
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def _step(config: Config, model: Any, device: torch.device) -> Callable[[int], T
             raise UserError("bench.baseline=true compares with diffusers, which always runs both modalities")
         return _forward(model, video, audio, device)
 
-    return bench.optimizer_step(config, predict, [p for p in model.parameters() if p.requires_grad], device)
+    plain = replace(config, memory=replace(config.memory, graphs=False))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return bench.optimizer_step(config, predict, optimizing.whole(plain, trained, ALONE), device)
 
 
 def _forward(model: Any, video: Modality, audio: Modality, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from ltx_train import rng
-from ltx_train.commands import planning, session, summary, transformers
+from ltx_train.commands import launch, optimizing, planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, Exit, ModalityName, Role, StepResult, UserError
 from ltx_train.diffusion import conditions, objective, positions, transfer
@@ -29,26 +30,50 @@ from ltx_train.memory.cards import GIB, card_of_device
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.footprint import model_flops
 from ltx_train.memory.graph import StepGraphs
+from ltx_train.memory.plan import Planned
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, codecs
 from ltx_train.model.transformer import Transformer
-from ltx_train.training.optim import build_optimizer
+from ltx_train.training.ranks import Ranks, found, joined
+from ltx_train.training.updates import Updates
 
 
 def run(config: Config) -> int:
-    """Prints one record; bench.out collects records of several calls in one list."""
-    config = replace(config, strategy=replace(config.strategy, name="single", devices=1))  # it is one process
+    """Prints one record; bench.out collects records of several calls in one list. Several devices step together."""
+    ranks = found(os.environ)
+    if ranks.world == 1 and config.strategy.devices > 1:
+        return launch.run(run, config, config.strategy.devices)
+    if config.bench.baseline and ranks.world > 1:
+        raise UserError("bench.baseline=true compares one device: set strategy=single")
     peer = _peer(config) if config.bench.baseline else {}
-    config, planned = planning.settle(config)
-    device = session.device(config)
+    with joined(ranks, session.device(config, ranks.local), config.strategy.start_timeout_s or 86400):
+        return _run(config, ranks, peer)
+
+
+def _run(config: Config, ranks: Ranks, peer: dict[str, Any]) -> int:
+    config, planned = ranks.lead(lambda: planning.settle(config))
+    device = session.device(config, ranks.local if ranks.world > 1 else None)
     started = time.perf_counter()
-    transformer = transformers.trainable(config)
+    transformer, updates = optimizing.opened(config, ranks)
     loaded = time.perf_counter() - started
     try:
-        measured = timed(config, _step(config, transformer, device), device, transformer)
+        measured = timed(config, _step(config, transformer, updates, device, ranks), device, transformer)
     except torch.OutOfMemoryError as error:
         raise UserError(planning.out_of_memory(config, planned)) from error
-    record = {**_about(config), "load_s": round(loaded, 1), **measured, **_rates(config, measured, device), **peer}
+    measured |= _most(measured, ranks)
+    if ranks.leads:
+        about = {**_about(config), "ranks": ranks.world, "load_s": round(loaded, 1)}
+        _report(config, planned, {**about, **measured, **_rates(config, measured, device, ranks), **peer})
+    return Exit.DONE
+
+
+def _most(measured: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Of memory, what the rank that takes most of it takes."""
+    everyone = ranks.gather(measured)
+    return {name: max(m[name] for m in everyone) for name in measured if name.endswith("_gib")}
+
+
+def _report(config: Config, planned: Planned | None, record: dict[str, Any]) -> None:
     if planned is not None:
         record["memory"] = summary.describe(planned)
         record["planned_gib"] = round(planned.footprint.gib, 2)
@@ -56,7 +81,6 @@ def run(config: Config) -> int:
     print(json.dumps(record))
     if config.bench.out:
         _collect(Path(config.bench.out), record)
-    return Exit.DONE
 
 
 def _peer(config: Config) -> dict[str, Any]:
@@ -70,7 +94,9 @@ def _peer(config: Config) -> dict[str, Any]:
     return {"peer": f"diffusers model, eager, every block checkpointed{quantized}; same call", **found}
 
 
-def _step(config: Config, transformer: Transformer, device: torch.device) -> Callable[[int], torch.Tensor]:
+def _step(
+    config: Config, transformer: Transformer, updates: Updates, device: torch.device, ranks: Ranks
+) -> Callable[[int], torch.Tensor]:
     parameters = list(adapter.trainable_parameters(transformer).values())
     dropout = adapter.DropoutKeys(transformer)
 
@@ -79,21 +105,19 @@ def _step(config: Config, transformer: Transformer, device: torch.device) -> Cal
         dropout.set([rng.key_seed(config.run.seed, "dropout", key, draw) for key, draw in pairs])
 
     recorded = transformers.recorded(config, transformer, parameters, device)
-    return optimizer_step(config, transformer, parameters, device, keyed, recorded)
+    return optimizer_step(config, transformer, updates, device, keyed, recorded, ranks.rank)
 
 
 def optimizer_step(
-    config: Config, predict: objective.Predictor, parameters: list[torch.nn.Parameter], device: torch.device,
-    before: Callable[[Batch], None] = lambda _batch: None, recorded: StepGraphs | None = None,
+    config: Config, predict: objective.Predictor, updates: Updates, device: torch.device,
+    before: Callable[[Batch], None] = lambda _batch: None, recorded: StepGraphs | None = None, rank: int = 0,
 ) -> Callable[[int], torch.Tensor]:  # fmt: skip
     """One whole optimizer step on keyed random data: noising, forward, backward, clipping, update. The data itself is
     made once: a run's comes from workers of its own."""
-    o = config.optim
-    optimizer = build_optimizer(o.name, parameters, o.lr, (o.betas[0], o.betas[1]), o.weight_decay)
     distribution = session.sigma_distribution(config)
     weights = Weights(config.loss.video_weight, config.loss.audio_weight, config.loss.weighting)
     once: Callable[[objective.Pass], StepResult] = recorded or partial(objective.backward, predict)
-    data = random_batch(config, 0)
+    data = random_batch(config, rank)
 
     def step(number: int) -> torch.Tensor:
         count = config.optim.batch_size
@@ -102,9 +126,9 @@ def optimizer_step(
         draws = conditions.draw(batch, config.mode, distribution, config.run.seed)
         inputs = transfer.to_device(conditions.assemble(batch, config.mode, draws), device)
         loss = once(objective.Pass(inputs, weights)).loss
-        torch.nn.utils.clip_grad_norm_(parameters, o.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=recorded is None)
+        updates.passed()
+        updates.average()
+        updates.step(config.optim.clip)
         return loss
 
     return step
@@ -191,15 +215,16 @@ def timed(
     return record
 
 
-def _rates(config: Config, measured: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _rates(config: Config, measured: dict[str, Any], device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """Tokens per second, and the share of the card's dense bf16 rate that the model's own arithmetic takes."""
     needed, seconds = planning.need(config), measured["step_s_median"]
     work = needed.work
-    rates = {"tokens_per_s": round(work.batch * (work.video + work.audio) / seconds, 1)}
+    rates = {"tokens_per_s": round(ranks.world * work.batch * (work.video + work.audio) / seconds, 1)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         card = card_of_device(properties.name, properties.total_memory / GIB)
-        rates["mfu"] = round(model_flops(needed.size, work) / seconds / (card.bf16_tflops * 1e12), 4)
+        flops = model_flops(needed.size, work, full=needed.trained.full)
+        rates["mfu"] = round(flops / seconds / (card.bf16_tflops * 1e12), 4)
     return rates
 
 

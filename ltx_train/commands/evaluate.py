@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ltx_train import config as configuration
@@ -30,6 +31,8 @@ def run(config: Config) -> int:
     trained_with, checkpoint = open_run(folder, config.export.step)
     config, _ = planning.settle(configuration.continued(config, trained_with, 1), training=False)
     configuration.refuse_drift(trained_with, config, folder)
+    # In the arithmetic of the run, which its strategy decides where all weights are trained.
+    config = replace(config, strategy=replace(config.strategy, name=trained_with.strategy.name))
     root, index, stale = session.prepared(config)
     refuse_bad(audit(root, index, session.asked(config), stale), root)
     if not index.split(HELDOUT):

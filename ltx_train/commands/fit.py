@@ -32,7 +32,9 @@ def run(config: Config) -> int:
     if ranks.world == 1 and config.strategy.devices > 1:
         return launch.run(run, config, config.strategy.devices)
     if ranks.world > 1 and config.strategy.name == "single":
-        raise UserError(f"{ranks.world} processes were started, but strategy=single: set strategy=ddp or zero3")
+        raise UserError(
+            f"{ranks.world} processes were started, but strategy=single: set strategy=ddp, zero1, zero2 or zero3"
+        )
     stop_before_training()
     device = session.device(config, ranks.local)
     with joined(ranks, device, config.strategy.start_timeout_s or 86400):

@@ -80,6 +80,8 @@ def planned(config: Config, place: Place, *, training: bool = True) -> Planned |
         limits = replace(limits, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
     elif _shards(config) > 1:
         limits = replace(limits, stream_blocks=wanted.size.layers, graphs=False, shards=_shards(config))
+    elif config.adapter.kind == "full" and wanted.trained.stage:
+        limits = replace(limits, graphs=False)
     return plan.choose(wanted, limits, place.card, place.budget_gib)
 
 
@@ -231,7 +233,7 @@ def _work(config: Config, bucket: str) -> Work:
         max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes),
         max(0 if m.audio is Role.absent else audio + _referenced(m, ModalityName.audio, voice) for m in modes),
         config.model.text_tokens,
-        4 if config.adapter.kind == "full" or config.model.dtype == "float32" else 2,
+        2 if config.model.dtype == "bfloat16" and (config.adapter.kind == "lora" or _stage(config)) else 4,
     )
 
 
@@ -244,12 +246,25 @@ def _referenced(mode: Mode, stream: ModalityName, whole: int) -> int:
 def _trained(config: Config, transformer: Transformer) -> Trained:
     optim = config.optim
     if config.adapter.kind == "full":
-        return Trained(sum(p.numel() for p in transformer.parameters()), optim.name, _rounds(config), full=True)
+        count = sum(p.numel() for p in transformer.parameters())
+        return Trained(count, optim.name, _rounds(config), full=True, stage=_stage(config), shards=_sharers(config))
     lora = session.lora(config)
     names = set(adapter.matched_modules(transformer, lora.targets, lora.modes))
     layers: list[tuple[str, Any]] = [(n, m) for n, m in transformer.named_modules() if n in names]
     count = sum(lora.rank_of(name) * (layer.in_features + layer.out_features) for name, layer in layers)
-    return Trained(count, optim.name, _rounds(config), averaged=config.adapter.ema > 0)
+    return Trained(
+        count, optim.name, _rounds(config), averaged=config.adapter.ema > 0, stage=_stage(config),
+        shards=_sharers(config),
+    )  # fmt: skip
+
+
+def _stage(config: Config) -> int:
+    """Of ZeRO, as far as it shares the updates."""
+    return int(config.strategy.name[-1]) if session.shares_updates(config) else 0
+
+
+def _sharers(config: Config) -> int:
+    return config.strategy.devices if _stage(config) else 1
 
 
 def _rounds(config: Config) -> int:

@@ -188,5 +188,11 @@ def evaluation(config: Config, levels: Grid) -> heldout.Settings:
     )  # fmt: skip
 
 
+def shares_updates(config: Config) -> bool:
+    """Whether ranks update a share of the weights each; ZeRO-3 of a frozen base shares that alone."""
+    name = config.strategy.name
+    return name in ("zero1", "zero2") or (name == "zero3" and config.adapter.kind == "full")
+
+
 def compiles(config: Config) -> bool:
     return config.memory.compile == "on" or (config.memory.compile == "auto" and device(config).type == "cuda")

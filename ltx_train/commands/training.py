@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltx_train import config as configuration
-from ltx_train.commands import logging, measuring, session, summary, transformers
+from ltx_train.commands import logging, measuring, optimizing, session, summary, transformers
 from ltx_train.commands.previews import Previews
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
@@ -32,11 +32,12 @@ from ltx_train.training.balance import Balance
 from ltx_train.training.clock import Clock
 from ltx_train.training.fit import Outside, Plan, fit
 from ltx_train.training.monitor import Monitor
-from ltx_train.training.optim import Schedule, build_optimizer
+from ltx_train.training.optim import Schedule
 from ltx_train.training.ranks import Ranks
 from ltx_train.training.selection import Selection
 from ltx_train.training.task import Objective, Task
 from ltx_train.training.tracking import Metrics
+from ltx_train.training.updates import Updates
 from ltx_train.training.watchdog import Watchdog
 
 
@@ -58,12 +59,12 @@ def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, w
     """Trains to the end, or to a signal. A tracker that refuses says so before anything is loaded."""
     opened: list[Metrics] = []
     ranks.lead(lambda: opened.append(_tracker(config, start)))
-    transformer = transformers.trainable(config, fresh=start.checkpoint is None, ranks=ranks)
+    transformer, updates = optimizing.opened(config, ranks, fresh=start.checkpoint is None)
     monitor = Monitor(config.loss.video_weight, config.loss.audio_weight, planned.footprint.gib if planned else None)
     selection, clock = Selection(config.eval.patience), Clock(_peak_flops(config, ranks))
     base = session.weights(config).fingerprint(TRANSFORMER_PREFIX)
     plan = _plan(config, start, base)
-    task = _task(config, start, transformer, plan, ranks)
+    task = _task(config, start, transformer, updates, plan, ranks)
     if start.checkpoint is not None:
         _restore(checkpointing.load(start.checkpoint), task, monitor, selection, clock, ranks)
     if ranks.leads:
@@ -85,19 +86,18 @@ def _plan(config: Config, start: Start, base: str) -> Plan:
     )  # fmt: skip
 
 
-def _task(config: Config, start: Start, transformer: Transformer, plan: Plan, ranks: Ranks) -> Task:
+def _task(
+    config: Config, start: Start, transformer: Transformer, updates: Updates, plan: Plan, ranks: Ranks
+) -> Task:  # fmt: skip
     optim, loss = config.optim, config.loss
     parameters = adapter.trainable_parameters(transformer)
-    optimizer = build_optimizer(
-        optim.name, parameters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
-    )
     decay = loss.balance_decay if loss.balance == "auto" else None
     device = session.device(config, ranks.local)
     goal = Objective(
         configuration.training(config), session.sigma_distribution(config), dict(loss.token_weights), config.run.seed
     )
     return Task(
-        transformer, goal, Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps), optimizer,
+        transformer, goal, Schedule(optim.schedule, optim.lr, optim.final_lr, optim.warmup, optim.steps), updates,
         optim.clip, start.step, configuration.rounds(config, ranks.world), ranks,
         Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
         Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs, _flops(config),
@@ -137,8 +137,7 @@ def _restore(
     clock: Clock,
     ranks: Ranks,
 ) -> None:
-    adapter.load_state(task.transformer, checkpoint.weights)
-    task.configure_optimizers().load_state_dict(dict(checkpoint.optimizer))
+    task.updates.restore(checkpoint.weights, checkpoint.optimizer)
     notes = checkpoint.notes
     monitor.restore(notes["monitor"], ranks)
     # Checkpoints of releases before these existed have none of them.

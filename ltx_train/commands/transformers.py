@@ -14,9 +14,10 @@ from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
 from ltx_train.memory.graph import CudaRecorder, StepGraphs
 from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import HostOrigin, PeerOrigin
+from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
+from ltx_train.memory.shares import MasterOrigin, Shares
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
@@ -40,25 +41,63 @@ def trainable(config: Config, *, fresh: bool = True, ranks: Ranks = ALONE) -> Tr
             tensors, _ = lora_file.read_lora(config.adapter.start_from)
             export.start_from(transformer, tensors, lora)
     else:
-        transformer.float().requires_grad_(True)
+        # Trained in shares, the weights are computed with as they are; alone they are their own masters.
+        (transformer if session.shares_updates(config) else transformer.float()).requires_grad_(True)
     return transformer.train()
 
 
-def opened(config: Config, ranks: Ranks = ALONE) -> Transformer:
-    """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used."""
+def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transformer, Shares]:
+    """The same where ranks share the updates: an adapter, or all weights in the model's dtype with float32 masters."""
+    exchange, device = ranks.exchange(), session.device(config, ranks.local if ranks.world > 1 else None)
+    if config.adapter.kind == "lora":
+        transformer, dtype = trainable(config, fresh=fresh, ranks=ranks), torch.float32
+        shares = Shares(exchange, device, dtype)
+    else:
+        shares = Shares(exchange, device, session.dtype(config))
+        transformer = opened(config, ranks, shares).requires_grad_(True).train()
+    runner = transformer.run_block
+    assert isinstance(runner, BlockRunner)
+    units: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in adapter.trainable_parameters(transformer).items():
+        units.setdefault(unit_of(name), []).append((name, parameter))
+    gathered = runner.stream if config.adapter.kind == "full" else None
+    for index, block in enumerate(transformer.transformer_blocks):
+        if gathered is not None:
+            shares.bind(block_unit(index), block, index, gathered)
+            del units[block_unit(index)]
+    for name, parameters in units.items():
+        shares.hold(name, parameters)
+    if config.adapter.kind == "full" and config.strategy.name != "zero1":
+        runner.complete = lambda index: shares.reduce(block_unit(index))
+    return transformer, shares
+
+
+def block_unit(index: int) -> str:
+    """What the parameters of a block travel as."""
+    return f"transformer_blocks.{index}"
+
+
+def unit_of(name: str) -> str:
+    """What a parameter travels with: its block, or all that lies outside the blocks."""
+    parts = name.split(".")
+    return block_unit(int(parts[1])) if parts[0] == "transformer_blocks" else "outside"
+
+
+def opened(config: Config, ranks: Ranks = ALONE, shares: Shares | None = None) -> Transformer:
+    """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used. shares: of
+    blocks that are to be trained and gathered for each pass, where the strategy says so."""
     device = session.device(config, ranks.local if ranks.world > 1 else None)
     _limit(config, device)
     layout, memory = session.weights(config), config.memory
     layers = layout.config["transformer"]["num_layers"]
-    shared = config.strategy.name == "zero3" and ranks.world > 1
+    gathered = config.strategy.name == "zero3" and (ranks.world > 1 or shares is not None)
     arranged = arrange(
         layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0,
-        layers if shared else memory.stream_blocks or 0, memory.offload_inputs or False,
+        layers if gathered else memory.stream_blocks or 0, memory.offload_inputs or False,
     )  # fmt: skip
     stream = None
     if arranged.streamed:
-        peers = PeerOrigin(ranks.rank, ranks.world, device, ranks.gatherer()) if shared else None
-        stream = WeightStream(arranged.streamed, memory.stream_slots, device, peers or HostOrigin(device))
+        stream = WeightStream(arranged.streamed, memory.stream_slots, device, _origin(device, gathered, ranks, shares))
     transformer = load_transformer(
         layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(memory.quantize, memory.compute),
         arrived=stream.stash_if_streamed if stream else None,
@@ -71,6 +110,12 @@ def opened(config: Config, ranks: Ranks = ALONE) -> Transformer:
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
+
+
+def _origin(device: torch.device, gathered: bool, ranks: Ranks, shares: Shares | None) -> Origin:
+    if not gathered:
+        return HostOrigin(device)
+    return PeerOrigin(ranks.exchange(), device) if shares is None else MasterOrigin(shares, block_unit)
 
 
 def recorded(

@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "memory.compute": ("bf16", "fp8"),
     "memory.keep": (None, "everything", "attention", "inputs"),
     "memory.compile": ("auto", "on", "off"),
-    "strategy.name": ("single", "ddp", "zero3"),
+    "strategy.name": ("single", "ddp", "zero1", "zero2", "zero3"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "supervise.notice": ("none", "aws", "gcp"),
     "logger.wandb": ("offline", "online", "disabled"),
@@ -169,18 +169,36 @@ def _validate_adapter(config: Config) -> None:
 def _validate_strategy(config: Config) -> None:
     strategy = config.strategy
     if strategy.name == "single" and strategy.devices > 1:
-        raise ConfigError(f"strategy.devices={strategy.devices} needs strategy=ddp or strategy=zero3")
+        raise ConfigError(f"strategy.devices={strategy.devices} needs strategy=ddp, zero1, zero2 or zero3")
     if strategy.name == "ddp" and config.adapter.kind == "full":
-        raise ConfigError("strategy=ddp holds a whole copy per device, which adapter.kind=full has no room for")
+        raise ConfigError(
+            "strategy=ddp holds all weights and moments on each device, which adapter.kind=full has no room for: take "
+            "strategy=zero2 or zero3"
+        )
+    full = config.adapter.kind == "full"
+    if strategy.name in ("zero1", "zero2") or (strategy.name == "zero3" and full):
+        _validate_shared_updates(config)
     if strategy.name == "zero3":
         _validate_sharing(config)
 
 
+def _validate_shared_updates(config: Config) -> None:
+    """Shares of the weights are updated element by element, and gradients are shared out in step."""
+    name, full = config.strategy.name, config.adapter.kind == "full"
+    if config.optim.name != "adamw":
+        raise ConfigError(f"strategy={name} updates shares of the weights, for which optim={config.optim.name} needs "
+                          "whole tensors: set optim=adamw")  # fmt: skip
+    if name == "zero2" and config.mixture:
+        raise ConfigError("mixture: ranks whose samples are in different modes do not finish passes together, as "
+                          "strategy=zero2 needs: train one mode, or take strategy=zero1")  # fmt: skip
+    if full and config.memory.graphs:
+        raise ConfigError(f"memory.graphs=true: passes in which ranks exchange gradients, as under strategy={name} "
+                          "with adapter.kind=full, are not recorded: leave it out")  # fmt: skip
+
+
 def _validate_sharing(config: Config) -> None:
-    """Ranks that share the blocks of a frozen base pass through them together."""
+    """Ranks that share the blocks pass through them together."""
     refused = {
-        "adapter.kind=full trains what strategy=zero3 shares, the frozen base: train a LoRA":
-            config.adapter.kind == "full",
         "mixture: ranks whose samples are in different modes do not pass through the blocks together, as "
         "strategy=zero3 needs: train one mode, or take strategy=ddp": bool(config.mixture),
         "eval.samples: clips are generated on one rank, and under strategy=zero3 none has the whole model: set "

@@ -73,13 +73,15 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What is optimized: how many parameters (float32), by what, over how many micro-batches, and whether a moving
-    average is kept."""
+    average is kept. stage: of ZeRO, over so many shards of the updates; 0 where every device updates everything."""
 
     parameters: int
     optimizer: str
     accumulate: int = 1
     full: bool = False
     averaged: bool = False
+    stage: int = 0
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +139,11 @@ def sizes(transformer: Transformer) -> Sizes:
 def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Card) -> Footprint:
     """The peak of a training step and its duration."""
     streamed = min(choice.stream_blocks, size.layers)
-    block = _block_bytes(size, choice, 4 if trained.full else work.dtype_bytes)
-    frozen = 0.0 if trained.full else (size.layers - streamed) * block + size.outside * work.dtype_bytes
-    states = trained.parameters * ((8 if trained.averaged else 4) + _MOMENT_BYTES[trained.optimizer])
-    gradients = 4.0 * trained.parameters
+    block = _block_bytes(size, choice, work.dtype_bytes)
+    whole = (size.layers - streamed) * block + size.outside * work.dtype_bytes
+    frozen = 0.0 if trained.full and not trained.stage else whole
+    states = _states(trained)
+    gradients = _gradients(trained, block, work.dtype_bytes)
     unit = _unit(size, work)
     here = 4 + choice.keep_everything if choice.offload_inputs else size.layers
     waiting = min(here, size.layers) * unit
@@ -149,11 +152,11 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     again = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * again
     working = _WORKING * unit + _dequantized(size, choice)
-    always = trained.accumulate > 1 or choice.graphs
+    always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
     early = waiting + kept + (gradients if always else 0)
     parts = {
-        "frozen weights": frozen,
-        "share of streamed weights": streamed * block / choice.shards if choice.shards > 1 else 0.0,
+        "weights" if trained.full else "frozen weights": frozen,
+        "share of streamed weights": 0.0 if trained.full or choice.shards == 1 else streamed * block / choice.shards,
         "ring of streamed weights": min(choice.stream_slots, streamed) * block,
         "trained weights and moments": states,
         "inputs, positions, contexts": _fixed(size, work),
@@ -165,6 +168,23 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
     host = (streamed * block if choice.shards == 1 else 0.0) + away * unit
     return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
+
+
+def _states(trained: Trained) -> float:
+    """Masters and moments, and what an average is kept in; an adapter's weights are whole beside shared masters."""
+    shared = trained.parameters * (4 + _MOMENT_BYTES[trained.optimizer]) / trained.shards
+    copies = trained.averaged + (trained.stage > 0 and not trained.full)
+    return shared + 4.0 * trained.parameters * copies
+
+
+def _gradients(trained: Trained, block: float, dtype_bytes: int) -> float:
+    """In float32; shared ones pass through a buffer of two units and are whole before that in stage 1, or in all."""
+    if not trained.stage:
+        return 4.0 * trained.parameters
+    share = 4.0 * trained.parameters / trained.shards
+    if not trained.full:
+        return share + 4.0 * trained.parameters
+    return share + (2 * block + trained.parameters * dtype_bytes if trained.stage == 1 else 3 * block)
 
 
 def model_flops(size: Sizes, work: Work, *, full: bool = False) -> float:

@@ -7,6 +7,7 @@ tensors lie in it is the stream's knowledge.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,8 +15,23 @@ from torch import Tensor
 
 from ltx_train.memory.pinned import pinned
 
-Gather = Callable[[Tensor, Tensor], None]
-_ALIGNMENT = 256
+Collective = Callable[[Tensor, Tensor], None]
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What ranks give each other, in the order of the current stream; every rank must call it alike.
+
+    gather(whole, share) fills `whole` with all ranks' shares by rank. scatter(share, whole) is the sum over the ranks
+    of this rank's part of `whole`. total(values) becomes the sum over the ranks.
+    """
+
+    rank: int
+    world: int
+    gather: Collective
+    scatter: Collective
+    total: Callable[[Tensor], None]
 
 
 class Origin(Protocol):
@@ -72,12 +88,12 @@ class HostOrigin:
 class PeerOrigin:
     """A share of every block on each rank's own device (ZeRO-3 of frozen weights); sending gathers the shares.
 
-    gather(whole, share): fills `whole` with all ranks' shares by rank; every rank must send the same blocks in the
-    same order. No rank ever holds more than its shares, the block that is being loaded, and the ring.
+    Every rank must send the same blocks in the same order. No rank ever holds more than its shares, the block that is
+    being loaded, and the ring.
     """
 
-    def __init__(self, rank: int, world: int, device: torch.device, gather: Gather) -> None:
-        self._rank, self._world, self._device, self._gather = rank, world, device, gather
+    def __init__(self, exchange: Exchange, device: torch.device) -> None:
+        self._rank, self._world, self._device, self._gather = exchange.rank, exchange.world, device, exchange.gather
         self._shares: dict[int, Tensor] = {}
         self._sums: dict[int, int] = {}
 
@@ -86,22 +102,22 @@ class PeerOrigin:
         return max((self._world * s.numel() for s in self._shares.values()), default=0)
 
     def room(self, size: int) -> Tensor:
-        step = self._world * _ALIGNMENT
+        step = self._world * ALIGNMENT
         return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._device)
 
     def keep(self, index: int, whole: Tensor) -> None:
         self._shares[index] = whole.chunk(self._world)[self._rank].clone()
-        self._sums[index] = _checksum(whole)
+        self._sums[index] = checksum(whole)
 
     def send(self, index: int, memory: Tensor) -> None:
         share = self._shares[index]
         self._gather(memory[: self._world * share.numel()], share)
 
     def matches(self, index: int, memory: Tensor) -> bool:
-        return _checksum(memory[: self._world * self._shares[index].numel()]) == self._sums[index]
+        return checksum(memory[: self._world * self._shares[index].numel()]) == self._sums[index]
 
 
-def _checksum(memory: Tensor) -> int:
+def checksum(memory: Tensor) -> int:
     """Of bytes and their places: blocks differ in every part that the ranks hold."""
-    parts = memory.view(-1, _ALIGNMENT).sum(dim=1, dtype=torch.int64)
+    parts = memory.view(-1, ALIGNMENT).sum(dim=1, dtype=torch.int64)
     return int((parts * torch.arange(1, len(parts) + 1, device=memory.device)).sum())

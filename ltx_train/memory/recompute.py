@@ -54,6 +54,8 @@ class BlockRunner:
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
         self._probe: Probe | None = None
+        # Called with a block's number when its gradients are complete.
+        self.complete: Callable[[int], None] | None = None
 
     @contextmanager
     def probed(self, probe: Probe) -> Generator[None]:
@@ -88,7 +90,7 @@ class BlockRunner:
         # to compile, and its marker would not fire.
         video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
         call = self._calls[self._keep[index]]
-        if streamed or (self._offload is not None and index in self._offload):
+        if streamed or self.complete is not None or (self._offload is not None and index in self._offload):
             return self._marked(index, streamed, call, block, video, audio, *rest)
         return call(block, video, audio, *rest)
 
@@ -121,6 +123,9 @@ class BlockRunner:
             self.stream.begin(index, backward=True, training=True)
 
     def _backward_ends(self, index: int, streamed: bool) -> None:
+        # The engine accumulates into parameters before it goes on to what came earlier in forward, as the marker did.
+        if self.complete is not None:
+            self.complete(index)
         if streamed and self.stream is not None:
             self.stream.end(index)
 

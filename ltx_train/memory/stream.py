@@ -21,7 +21,7 @@ from ltx_train.model.linear import remember_norms
 _ALIGNMENT = 256
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """One frozen tensor inside a block's flat buffer."""
 
     owner: nn.Module
@@ -56,7 +56,7 @@ class WeightStream:
         self._cuda = device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(device) if self._cuda else None
         self._origin = origin
-        self._places: dict[int, list[_Place]] = {}
+        self._places: dict[int, list[Place]] = {}
         self._slots: list[_Slot] = []
         self._where: dict[int, int] = {}
         self._stalls: list[tuple[Any, Any]] = []
@@ -71,11 +71,11 @@ class WeightStream:
         """Gives a block's frozen tensors to the origin, as one buffer, and leaves empty ones behind."""
         remember_norms(block)
         tensors = list(_frozen(block))
-        places: list[_Place] = []
+        places: list[Place] = []
         offset = 0
         for owner, name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            places.append(_Place(owner, name, offset, tensor.shape, tensor.dtype, size))
+            places.append(Place(owner, name, offset, tensor.shape, tensor.dtype, size))
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
         whole = self._origin.room(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
@@ -83,6 +83,10 @@ class WeightStream:
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
         self._origin.keep(index, whole)
         self._places[index] = places
+
+    def places(self, index: int) -> list[Place]:
+        """What lies where in a stashed block's buffer."""
+        return self._places[index]
 
     def stash_if_streamed(self, index: int, block: nn.Module) -> None:
         """For the loader, which reports every block."""
@@ -125,6 +129,14 @@ class WeightStream:
         self._stalls.clear()
         self._replays = 0
         return total
+
+    def refresh(self) -> None:
+        """Fetches what is in the ring once more: the weights behind it have changed on the current stream."""
+        if self._cuda:
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        for slot in self._slots:
+            if slot.owner is not None:
+                self._send(slot.owner, slot)
 
     def rewind(self) -> None:
         """The first blocks are in the ring and usable, which every pass that a CUDA graph repeats begins with."""
@@ -183,14 +195,17 @@ class WeightStream:
         slot = self._slots[number]
         if slot.owner is not None:
             del self._where[slot.owner]
+        self._send(index, slot)
+        slot.owner = index
+        self._where[index] = number
+
+    def _send(self, index: int, slot: _Slot) -> None:
         with torch.cuda.stream(self._copies) if self._cuda else nullcontext():
             if self._cuda:
                 self._copies.wait_event(slot.free)
             self._origin.send(index, slot.memory)
             if self._cuda:
                 slot.ready.record(self._copies)
-        slot.owner = index
-        self._where[index] = number
 
     def _wait(self, event: Any) -> None:
         recording = torch.cuda.is_current_stream_capturing()

@@ -149,16 +149,21 @@ def plain_name(name: str) -> str:
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into the trainable parameters; both sides must have the same names and shapes."""
     parameters = trainable_parameters(model)
-    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    shapes = [n for n in parameters.keys() & tensors.keys() if parameters[n].shape != tensors[n].shape]
+    refuse_misfit({name: parameter.shape for name, parameter in parameters.items()}, tensors)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def refuse_misfit(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError when names or shapes differ."""
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [n for n in wanted.keys() & tensors.keys() if wanted[n] != tensors[n].shape]
     if missing or extra or shapes:
         raise AdapterError(
             f"the saved weights do not fit the model: {len(missing)} missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (first: {(missing + extra + shapes)[0]})"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
 
 
 class DropoutKeys:

@@ -1,18 +1,20 @@
 """Checkpoints that are whole or absent: temporary folder, fsync, manifest, rename, then prune.
 
 Owns `checkpoints/step-N/`. Holds trained weights and optimizer moments as safetensors, the rest as
-JSON; no pickle is read or written.
+JSON; no pickle is read or written. Of a sharded one every rank writes a part, and the first commits it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ltx_train.contracts import DataError
+from ltx_train.training import shards
+from ltx_train.training.shards import Shard
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 _AVERAGE = "average.safetensors"
+_DONE, _PENDING = ".done", ".pending"
+# How long the leading rank waits for the others' parts of a sharded checkpoint.
+_PATIENCE_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """step: optimizer steps done. weights by plain name; optimizer as `optimizer.state_dict()`; notes: JSON values.
-    average: the moving average of the weights, empty when there is none."""
+    average: the moving average of the weights, empty when there is none. shard: this rank's part of weights and
+    optimizer, which are empty then. name: of the temporary folder, which all ranks must call alike then."""
 
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     notes: Mapping[str, Any]
     average: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shard: Shard | None = None
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     @property
     def published(self) -> Mapping[str, Tensor]:
@@ -51,13 +61,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
 
     DataError when the disk refuses; nothing half written stays and earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:06d}"
-    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    temporary = _temporary(folder, checkpoint)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True, exist_ok=True)
         _write_parts(temporary, checkpoint)
-        _write_manifest(temporary)
+        known = _others(temporary, checkpoint.shard) if checkpoint.shard is not None else {}
+        _write_manifest(temporary, known)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -69,6 +79,24 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
         ) from error
     _prune(folder, keep, protected)
     return final
+
+
+def contribute(folder: Path, checkpoint: Checkpoint) -> None:
+    """What a rank that does not lead adds to a sharded checkpoint; the leading one waits for it, or for why not."""
+    shard, temporary = checkpoint.shard, _temporary(folder, checkpoint)
+    assert shard is not None
+    done: dict[str, Any] = {}
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        shards.write(temporary, shard)
+        _sync(temporary / shard.file)
+        done = _entry(temporary / shard.file)
+    except (OSError, SafetensorError) as error:
+        done = {"error": str(error)}
+    with contextlib.suppress(OSError):
+        mark = temporary / f"{shard.file}{_PENDING}"
+        mark.write_text(json.dumps(done))
+        mark.rename(temporary / f"{shard.file}{_DONE}")
 
 
 def committed(folder: Path) -> list[Path]:
@@ -92,9 +120,12 @@ def notes(path: Path) -> Mapping[str, Any]:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `verify` finds whole."""
+    """Reads a checkpoint that `verify` finds whole; a sharded one's tensors are read when they are asked for."""
     verify(path)
     state = json.loads((path / _STATE).read_text())
+    if (path / shards.LAYOUT).is_file():
+        spread = shards.Sharded(path)
+        return Checkpoint(state["step"], spread.weights, spread.optimizer, state["notes"])
     tensors = load_file(path / _OPTIMIZER)
     optimizer = {"state": _nested(tensors, state["optimizer"]["state"]), "param_groups": state["optimizer"]["groups"]}
     average = load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {}
@@ -102,6 +133,11 @@ def load(path: Path) -> Checkpoint:
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+    state = {"step": checkpoint.step, "notes": checkpoint.notes, "torch": torch.__version__}
+    if checkpoint.shard is not None:
+        shards.write(folder, checkpoint.shard)
+        (folder / _STATE).write_text(json.dumps(state, indent=1))
+        return
     save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, folder / _WEIGHTS)
     if checkpoint.average:
         save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.average.items()}, folder / _AVERAGE)
@@ -110,8 +146,25 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(tensors, folder / _OPTIMIZER)
     numbers = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
     optimizer = {"state": numbers, "groups": checkpoint.optimizer["param_groups"]}
-    state = {"step": checkpoint.step, "optimizer": optimizer, "notes": checkpoint.notes, "torch": torch.__version__}
-    (folder / _STATE).write_text(json.dumps(state, indent=1))
+    (folder / _STATE).write_text(json.dumps({**state, "optimizer": optimizer}, indent=1))
+
+
+def _others(folder: Path, shard: Shard) -> dict[str, Any]:
+    """Manifest entries of the other ranks' files, once they are written; DataError when one cannot be."""
+    found: dict[str, Any] = {}
+    deadline = time.monotonic() + _PATIENCE_S
+    for rank in range(1, shard.world):
+        name = replace(shard, rank=rank).file
+        mark = folder / f"{name}{_DONE}"
+        while not mark.is_file():
+            if time.monotonic() > deadline:
+                raise DataError(f"rank {rank} has not written its part of {folder} within {_PATIENCE_S / 60:.0f} min")
+            time.sleep(0.05)
+        found[name] = json.loads(mark.read_text())
+        if "error" in found[name]:
+            raise OSError(f"rank {rank}: {found[name]['error']}")
+        mark.unlink()
+    return found
 
 
 def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,16 +188,26 @@ def _nested(*flats: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     return state
 
 
-def _write_manifest(folder: Path) -> None:
-    """The manifest is the commit mark: written and flushed after everything it lists."""
-    files: dict[str, Any] = {}
+def _write_manifest(folder: Path, known: Mapping[str, Any]) -> None:
+    """The manifest is the commit mark: written and flushed after everything it lists. known: entries of files that
+    others have flushed."""
+    files: dict[str, Any] = dict(known)
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        if path.name not in known:
+            _sync(path)
+            files[path.name] = _entry(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
     _sync(manifest)
     _sync(folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _temporary(folder: Path, checkpoint: Checkpoint) -> Path:
+    return folder / f"step-{checkpoint.step:06d}.tmp-{checkpoint.name}"
 
 
 def _is_whole(path: Path) -> bool:

@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ltx_train.contracts import DataError, Exit
 from ltx_train.data.module import ShardData
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
-from ltx_train.training import checkpointing
+from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.clock import Clock
 from ltx_train.training.console import ConsoleProgress
 from ltx_train.training.monitor import Monitor
@@ -81,7 +81,7 @@ class Edge(Callback):
     ) -> None:  # fmt: skip
         self._plan, self._monitor, self._outside, self._selection = plan, monitor, outside, selection
         self._preemption, self._ranks, self._clock = preemption, ranks, clock
-        self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish)
+        self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish, leads=ranks.leads)
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
         self._failed = 0
@@ -182,11 +182,12 @@ class Edge(Callback):
             **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
             "selection": self._selection.state(), "ended": self._selection.ended, "clock": self._clock.state(),
         }  # fmt: skip
-        if self._ranks.leads:
-            optimizer: Any = task.optimizers(use_pl_optimizer=False)
-            weights = {name: p.detach() for name, p in adapter.trainable_parameters(task.transformer).items()}
-            average = task.average.tensors if task.average is not None else {}
-            live = checkpointing.Checkpoint(task.step, weights, optimizer.state_dict(), notes, average)
+        held = task.updates.held()
+        average = task.average.tensors if task.average is not None else {}
+        live = Checkpoint(task.step, held.weights, held.optimizer, notes, average, held.shard)
+        if held.shard is not None:
+            live = replace(live, name=self._ranks.lead(lambda: live.name))
+        if self._ranks.leads or held.shard is not None:
             self._saver.start(live, self._selection.best_step)
         self._saved = task.step
         if must:
@@ -198,6 +199,8 @@ class Edge(Callback):
         if self._saved < 0:
             return
         try:
+            if not self._ranks.leads:
+                self._saver.settle()  # of its own part, whose failure the leading rank tells
             self._ranks.lead(self._saver.settle)
         except (DataError, AgreedError) as error:
             self._failed += 1

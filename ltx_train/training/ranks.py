@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_train.contracts import UserError
+from ltx_train.memory.origin import Exchange
 
 T = TypeVar("T")
-# torch 2.13 has given it another name.
+# torch 2.13 has given them other names.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor")  # noqa: B009
+_all_reduce: Any = dist.all_reduce
 _BUCKET_BYTES = 64 * 2**20
 
 
@@ -82,16 +86,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def gatherer(self) -> Callable[[Tensor, Tensor], None]:
-        """gather(whole, share) fills `whole` with all ranks' shares by rank, in the order of the current stream; over
-        connections of its own, because it runs beside other collectives. Every rank must ask for it, and call it alike.
-        """
+    def exchange(self) -> Exchange:
+        """Shares to wholes and back, over connections of its own, because it runs beside other collectives. Every rank
+        must ask for it."""
+        if self.world == 1:
+            return Exchange(0, 1, _copy, _copy, lambda _values: None)
         group = dist.new_group()
-
-        def gather(whole: Tensor, share: Tensor) -> None:
-            _all_gather(whole, share, group=group)
-
-        return gather
+        return Exchange(
+            self.rank, self.world, partial(_all_gather, group=group), partial(_reduce_scatter, group=group),
+            partial(_all_reduce, group=group),
+        )  # fmt: skip
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replaces gradients by their mean over the ranks, in flat pieces of 64 MiB."""
@@ -149,6 +153,10 @@ def first_host(nodes: str) -> str:
     if match is None:
         raise UserError(f"the SLURM node list {nodes!r} cannot be read: set MASTER_ADDR")
     return match[1] + (match[2] or "")
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
 
 
 def _pieces(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -21,10 +21,11 @@ Publish = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class Saver:
-    """Commits checkpoints into `folder`, then publishes their weights; both in the order they came."""
+    """Commits checkpoints into `folder`, then publishes their weights; both in the order they came. Of ranks that do
+    not lead it takes their part of sharded ones."""
 
-    def __init__(self, folder: Path, keep: int, publish: Publish) -> None:
-        self._folder, self._keep, self._publish = folder, keep, publish
+    def __init__(self, folder: Path, keep: int, publish: Publish, *, leads: bool = True) -> None:
+        self._folder, self._keep, self._publish, self._leads = folder, keep, publish, leads
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[None] | None = None
         self.blocked_s = 0.0
@@ -36,8 +37,10 @@ class Saver:
         """
         assert self._running is None
         started = time.perf_counter()
+        shard = live.shard and replace(live.shard, tensors=_copied(live.shard.tensors))
         still = replace(
-            live, weights=_copied(live.weights), optimizer=_copied(live.optimizer), average=_copied(live.average)
+            live, weights=_copied(live.weights), optimizer=_copied(live.optimizer), average=_copied(live.average),
+            shard=shard,
         )  # fmt: skip
         self._running = self._writer.submit(self._write, still, protected)
         self.blocked_s = time.perf_counter() - started
@@ -53,6 +56,9 @@ class Saver:
         self._writer.shutdown(wait=True)
 
     def _write(self, checkpoint: Checkpoint, protected: int | None) -> None:
+        if not self._leads:
+            checkpointing.contribute(self._folder, checkpoint)
+            return
         checkpointing.save(self._folder, checkpoint, self._keep, protected)
         self._publish(checkpoint.step, checkpoint.published)
 

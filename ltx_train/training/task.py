@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +21,10 @@ from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.average import Average
 from ltx_train.training.balance import Balance
-from ltx_train.training.guard import NonFiniteGuard, step_if_finite
+from ltx_train.training.guard import NonFiniteGuard
 from ltx_train.training.optim import Schedule
 from ltx_train.training.ranks import Ranks
+from ltx_train.training.updates import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,14 @@ class Objective:
 class Task(LightningModule):
     """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on.
 
-    rounds: micro-batches of this rank per optimizer step. Optimization is manual: gradients are averaged over
-    the ranks once a step, and a step whose gradient is not finite changes nothing. detailed: at which steps the
+    rounds: micro-batches of this rank per optimizer step. Optimization is manual: `updates` averages gradients over
+    the ranks, and a step whose gradient is not finite changes nothing. detailed: at which steps the
     gradient's norm is wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
     graphs: of `objective.backward` for this transformer, where passes are recorded.
     """
 
     def __init__(
-        self, transformer: Transformer, goal: Objective, schedule: Schedule, optimizer: torch.optim.Optimizer,
+        self, transformer: Transformer, goal: Objective, schedule: Schedule, updates: Updates,
         clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
         detailed: Callable[[int], bool] = lambda _step: False,
         flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0, graphs: StepGraphs | None = None,
@@ -61,8 +62,7 @@ class Task(LightningModule):
         self.flops = 0.0
         self.grad_norm: Tensor | None = None
         self.grad_norms: dict[str, Tensor] = {}
-        self._optimizer, self._rounds, self._ranks, self._detailed = optimizer, rounds, ranks, detailed
-        self._trained = adapter.trainable_parameters(transformer)
+        self.updates, self._rounds, self._ranks, self._detailed = updates, rounds, ranks, detailed
         self._dropout = adapter.DropoutKeys(transformer)
         self._keys: tuple[str, ...] = ()
         self._round = self._done = 0
@@ -93,7 +93,7 @@ class Task(LightningModule):
             self._graphs.release()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self._optimizer
+        return self.updates.optimizer
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
@@ -107,36 +107,21 @@ class Task(LightningModule):
         inputs = conditions.assemble(batch, mode, draws, goal.token_weights)
         self.flops += self._count(inputs)
         given = objective.Pass(transfer.to_device(inputs, self.device), self.balance.weights, share / self._rounds)
-        return self._pass(given)
+        result = self._pass(given)
+        self.updates.passed()
+        return result
 
     def _update(self) -> None:
         """One optimizer step on the gradients of all rounds and ranks."""
-        parameters = list(self._trained.values())
-        # A mode that none of this rank's samples is in leaves no gradient; moments must go on as on every other rank.
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._ranks.average([p.grad for p in parameters if p.grad is not None])
+        self.updates.average()
         if self._detailed(self.step + 1):
-            self.grad_norms = _norms_by_group(self._trained)
-        limit = self.clip if self.clip > 0 else float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        for group in self._optimizer.param_groups:
+            self.grad_norms = self.updates.norms()
+        for group in self.updates.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
+        self.grad_norm = self.updates.step(self.clip)
         self.guard.saw(self.step + 1, self._keys, self.grad_norm)
-        step_if_finite(self._optimizer, self.grad_norm)
-        self._optimizer.zero_grad(set_to_none=self._graphs is None)
         self.balance.step(self._ranks)
         self._done += 1
         if self.average is not None:
             self.average.update(self.step)
         self._round, self._keys = 0, ()
-
-
-def _norms_by_group(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The gradient's norm by part of the block, before clipping."""
-    groups: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            groups.setdefault(adapter.module_group(name), []).append(parameter.grad)
-    return {group: torch.nn.utils.get_total_norm(grads) for group, grads in groups.items()}

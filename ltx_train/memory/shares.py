@@ -1,0 +1,210 @@
+"""Trained weights shared out over ranks (ZeRO): whole in the model's dtype where they are computed with, otherwise
+one share on each rank, in float32.
+
+Owns the flat layout of a unit (a block, or what lies outside the blocks), this rank's masters, and the ways there
+and back: shares become weights, gradients become a share of their mean. The optimizer sees the masters alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ltx_train.memory.origin import ALIGNMENT, Exchange, checksum
+from ltx_train.memory.stream import WeightStream
+
+_GRADIENT_SLOTS = 2
+
+
+class Place(NamedTuple):
+    """One parameter inside its unit's flat buffer, which begins there at element `start`."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    shape: torch.Size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that travel together; size: elements, padded to equal shares. whole: where they lie between steps,
+    None for a unit that is gathered for each pass."""
+
+    places: list[Place]
+    size: int
+    whole: Tensor | None
+
+
+class Shares:
+    """Masters of the trained weights, by unit. dtype: of the weights that the model computes with, and of their
+    gradients on the way. Every rank must call it alike and in the same order."""
+
+    def __init__(self, exchange: Exchange, device: torch.device, dtype: torch.dtype) -> None:
+        self.exchange, self.device, self.dtype = exchange, device, dtype
+        self.units: dict[str, Unit] = {}
+        self.masters: dict[str, nn.Parameter] = {}
+        self.stream: WeightStream | None = None
+        self._cuda = device.type == "cuda"
+        self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._slots: list[tuple[Tensor, Any]] = []
+        self._turn = 0
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Every trained parameter with its name, in the order of the units."""
+        return [(place.name, place.parameter) for unit in self.units.values() for place in unit.places]
+
+    def hold(self, name: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Makes a unit that stays whole on every rank: the parameters become parts of one buffer."""
+        places: list[Place] = []
+        end = 0
+        for own, parameter in parameters:
+            places.append(Place(own, parameter, end, parameter.shape))
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        step = ALIGNMENT * self.exchange.world
+        whole = torch.zeros(-(-end // step) * step, dtype=self.dtype, device=self.device)
+        for place in places:
+            part = whole[place.start : place.stop]
+            part.copy_(place.parameter.detach().reshape(-1))
+            place.parameter.data = part.view(place.shape)
+        self.units[name] = Unit(places, whole.numel(), whole)
+        self._own(name, whole)
+
+    def bind(self, name: str, block: nn.Module, index: int, stream: WeightStream) -> None:
+        """Tells which parameters lie where in a block that `MasterOrigin` has kept."""
+        names = {id(module): f"{name}.{own}" if own else name for own, module in block.named_modules()}
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        places: list[Place] = []
+        for place in stream.places(index):
+            parameter = getattr(place.owner, place.name)
+            assert place.dtype == self.dtype
+            places.append(Place(f"{names[id(place.owner)]}.{place.name}", parameter, place.offset // size, place.shape))
+        self.units[name] = Unit(places, self.masters[name].numel() * self.exchange.world, None)
+        self.stream = stream
+
+    def keep(self, name: str, whole: Tensor) -> None:
+        """Takes this rank's share of a unit that is gathered for each pass."""
+        self._own(name, whole)
+
+    def send(self, name: str, memory: Tensor) -> None:
+        """Fills memory, of the unit's size and dtype, with the present weights."""
+        self.exchange.gather(memory, self.masters[name].detach().to(self.dtype))
+
+    def reduce(self, name: str, *, in_place: bool = False) -> None:
+        """Adds a share of the ranks' mean gradient to the master's, and drops the parameters' own; in_place: zeroes
+        them where they are."""
+        unit = self.units[name]
+        flat, freed = self._slot(unit.size)
+        given = [(flat[p.start : p.stop].view(p.shape), p.parameter.grad) for p in unit.places]
+        present = [(part, gradient) for part, gradient in given if gradient is not None]
+        if present:
+            parts, gradients = (list(column) for column in zip(*present, strict=True))
+            torch._foreach_copy_(parts, gradients)
+            if in_place:
+                torch._foreach_zero_(gradients)
+        if not in_place:
+            for place in unit.places:
+                place.parameter.grad = None
+        if self._cuda:
+            self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        gradient = self.masters[name].grad
+        assert gradient is not None
+        with self._beside():
+            share = torch.empty(unit.size // self.exchange.world, dtype=self.dtype, device=self.device)
+            self.exchange.scatter(share, flat)
+            gradient.add_(share, alpha=1 / self.exchange.world)
+            if freed is not None:
+                freed.record()
+
+    def settle(self) -> None:
+        """The masters' gradients are complete for what the current stream does next."""
+        if self._cuda:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+
+    def norm(self) -> Tensor:
+        """Of the whole gradient, over all ranks' shares: float32, on the device."""
+        squares = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        self.exchange.total(squares)
+        return squares.sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def forget(self) -> None:
+        """Gradients begin again."""
+        torch._foreach_zero_(self._gradients())
+
+    def publish(self) -> None:
+        """After the masters have changed: the weights follow."""
+        for name, unit in self.units.items():
+            if unit.whole is not None:
+                self.send(name, unit.whole)
+        if self.stream is not None:
+            self.stream.refresh()
+
+    def _own(self, name: str, whole: Tensor) -> None:
+        share = whole.chunk(self.exchange.world)[self.exchange.rank]
+        master = nn.Parameter(share.detach().float().clone())
+        master.grad = torch.zeros_like(master)
+        self.masters[name] = master
+
+    def _gradients(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def _slot(self, size: int) -> tuple[Tensor, Any]:
+        """Zeroed memory for one unit's gradient, and the event to record when it has been sent."""
+        if len(self._slots) < _GRADIENT_SLOTS:
+            largest = max(unit.size for unit in self.units.values())
+            memory = torch.empty(largest, dtype=self.dtype, device=self.device)
+            self._slots.append((memory, torch.cuda.Event() if self._cuda else None))
+        memory, freed = self._slots[self._turn % len(self._slots)]
+        self._turn += 1
+        if freed is not None:
+            torch.cuda.current_stream(self.device).wait_event(freed)
+        return memory[:size].zero_(), freed
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._aside) if self._cuda else nullcontext()
+
+
+class MasterOrigin:
+    """Where the stream gets trained blocks from: `memory.origin.Origin` over masters."""
+
+    def __init__(self, shares: Shares, unit: Callable[[int], str]) -> None:
+        self._shares, self._unit = shares, unit
+        self._sums: dict[int, int] = {}
+
+    @property
+    def largest(self) -> int:
+        masters = self._shares.masters.values()
+        return max((self._bytes(m.numel()) for m in masters), default=0)
+
+    def room(self, size: int) -> Tensor:
+        step = ALIGNMENT * self._shares.exchange.world
+        return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._shares.device)
+
+    def keep(self, index: int, whole: Tensor) -> None:
+        self._shares.keep(self._unit(index), whole.view(self._shares.dtype))
+        self._sums[index] = checksum(whole)
+
+    def send(self, index: int, memory: Tensor) -> None:
+        self._shares.send(self._unit(index), memory[: self._size(index)].view(self._shares.dtype))
+
+    def matches(self, index: int, memory: Tensor) -> bool:
+        """As loaded: masters that have been trained since do not match any more."""
+        return checksum(memory[: self._size(index)]) == self._sums[index]
+
+    def _size(self, index: int) -> int:
+        return self._bytes(self._shares.masters[self._unit(index)].numel())
+
+    def _bytes(self, share: int) -> int:
+        return share * self._shares.exchange.world * torch.empty(0, dtype=self._shares.dtype).element_size()
