@@ -15,7 +15,7 @@ from ltx_train import config as configuration
 from ltx_train.commands import logging, measuring, optimizing, session, summary, transformers
 from ltx_train.commands.previews import Previews
 from ltx_train.config import Config
-from ltx_train.contracts import Exit
+from ltx_train.contracts import DataError, Exit
 from ltx_train.data.index import Index
 from ltx_train.data.module import ShardData, training_order
 from ltx_train.data.reader import Reader
@@ -66,7 +66,8 @@ def train(config: Config, start: Start, planned: Planned | None, ranks: Ranks, w
     plan = _plan(config, start, base)
     task = _task(config, start, transformer, updates, plan, ranks)
     if start.checkpoint is not None:
-        _restore(checkpointing.load(start.checkpoint), task, monitor, selection, clock, ranks)
+        _verify(start.checkpoint, ranks)
+        _restore(checkpointing.load(start.checkpoint, verified=True), task, monitor, selection, clock, ranks)
     if ranks.leads:
         summary.show(config, transformer, start.index, start.folder, start.step, planned)
     outside = _outside(config, start, task, base, ranks, watchdog, opened[0] if opened else None)
@@ -127,6 +128,22 @@ def _peak_flops(config: Config, ranks: Ranks) -> float | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     return card_of_device(properties.name, properties.total_memory / GIB).bf16_tflops * 1e12
+
+
+def _verify(checkpoint: Path, ranks: Ranks) -> None:
+    """The ranks read a part of the files each, and all of them say what one has found."""
+    problem: str | None = None
+    try:
+        checkpointing.verify(checkpoint, ranks.rank, ranks.world)
+    except DataError as error:
+        problem = str(error)
+    found = [said for said in ranks.gather(problem) if said]
+
+    def refuse() -> None:
+        if found:
+            raise DataError(found[0])
+
+    ranks.lead(refuse)
 
 
 def _restore(

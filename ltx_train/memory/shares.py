@@ -53,6 +53,7 @@ class Shares:
         self.units: dict[str, Unit] = {}
         self.masters: dict[str, nn.Parameter] = {}
         self.stream: WeightStream | None = None
+        self.changed = False
         self._cuda = device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
         self._slots: list[tuple[Tensor, Any]] = []
@@ -145,6 +146,7 @@ class Shares:
 
     def publish(self) -> None:
         """After the masters have changed: the weights follow."""
+        self.changed = True
         for name, unit in self.units.items():
             if unit.whole is not None:
                 self.send(name, unit.whole)
@@ -200,8 +202,13 @@ class MasterOrigin:
         self._shares.send(self._unit(index), memory[: self._size(index)].view(self._shares.dtype))
 
     def matches(self, index: int, memory: Tensor) -> bool:
-        """As loaded: masters that have been trained since do not match any more."""
-        return checksum(memory[: self._size(index)]) == self._sums[index]
+        """As loaded; once the masters have been trained, as they are gathered now."""
+        given = memory[: self._size(index)]
+        if not self._shares.changed:
+            return checksum(given) == self._sums[index]
+        again = torch.empty_like(given)
+        self.send(index, again)
+        return torch.equal(again, given)
 
     def _size(self, index: int) -> int:
         return self._bytes(self._shares.masters[self._unit(index)].numel())

@@ -129,6 +129,8 @@ def joined(ranks: Ranks, device: torch.device, timeout_s: float) -> Generator[Ra
     if ranks.world == 1:
         yield ranks
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and events belong to the present device where none is named
     for name, value in _meeting_place(os.environ).items():
         os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -1,0 +1,84 @@
+"""A full fine-tune's state saved in shards and restored, at real widths with fewer blocks: prints one JSON record.
+
+round_trip.py DEVICES LAYERS FOLDER: all devices of this machine step three times, save, and a fresh model restores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ltx_train import config as configuration
+from ltx_train.commands import bench, launch, optimizing, planning, session
+from ltx_train.config import Config
+from ltx_train.memory.cards import GIB
+from ltx_train.model import presets
+from ltx_train.training import checkpointing
+from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.ranks import found, joined
+from ltx_train.training.saving import Saver
+
+if len(sys.argv) == 4:
+    os.environ.update(ROUND_TRIP_LAYERS=sys.argv[2], ROUND_TRIP_FOLDER=sys.argv[3])
+_SIZES = presets.PRESETS["ltx2_3_22b"]
+presets.PRESETS["ltx2_3_22b"] = replace(_SIZES, layers=int(os.environ["ROUND_TRIP_LAYERS"]))
+
+
+def trip(config: Config) -> int:
+    """One rank's part."""
+    ranks, folder = found(os.environ), Path(os.environ["ROUND_TRIP_FOLDER"])
+    device = session.device(config, ranks.local)
+    with joined(ranks, device, 600):
+        config, _ = ranks.lead(lambda: planning.settle(config))
+        transformer, updates = optimizing.opened(config, ranks)
+        step = bench._step(config, transformer, updates, device, ranks)
+        losses = [float(step(number)) for number in range(3)]
+        shard = updates.held().shard
+        assert shard is not None
+        name = ranks.lead(lambda: "trip")
+        saver = Saver(folder, 1, lambda _step, _weights: None, leads=ranks.leads)
+        started = time.perf_counter()
+        saver.start(Checkpoint(3, {}, {}, {}, shard=shard, name=name))
+        saver.settle()
+        written = time.perf_counter() - started
+        ranks.any(False)
+        before = {n: {k: t.cpu() for k, t in kinds.items()} for n, kinds in shard.tensors.items()}
+        losses += [float(step(3))]
+        del transformer, updates, step, shard
+        torch.cuda.empty_cache()
+        started = time.perf_counter()
+        transformer, updates = optimizing.opened(config, ranks)
+        loaded = checkpointing.load(folder / "step-000003")
+        updates.restore(loaded.weights, loaded.optimizer)
+        restored = time.perf_counter() - started
+        again = updates.held().shard
+        assert again is not None
+        equal = all(torch.equal(t.cpu(), before[n][k]) for n, kinds in again.tensors.items() for k, t in kinds.items())
+        losses += [float(bench._step(config, transformer, updates, device, ranks)(3))]
+        everyone = ranks.gather(equal)
+        if ranks.leads:
+            size = sum(path.stat().st_size for path in (folder / "step-000003").iterdir())
+            print(json.dumps({
+                "devices": ranks.world, "state_gib": round(size / GIB, 2), "blocked_s": round(saver.blocked_s, 2),
+                "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),
+                "losses": losses,
+            }))  # fmt: skip
+    return 0
+
+
+def main() -> int:
+    config = configuration.compose_config([
+        "experiment=voice_reference_22b", "model.weights=random", "adapter=full", "optim=adamw", "memory=recompute",
+        "strategy=zero3", f"strategy.devices={sys.argv[1]}", "data.source=none", "data.root=none",
+    ])  # fmt: skip
+    return launch.run(trip, config, int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
