@@ -48,7 +48,7 @@ def trip(config: Config) -> int:
         saver.settle()
         written = time.perf_counter() - started
         ranks.any(False)
-        before = {n: {k: t.cpu() for k, t in kinds.items()} for n, kinds in shard.tensors.items()}
+        before = {n: {k: t.cpu().clone() for k, t in kinds.items()} for n, kinds in shard.tensors.items()}
         losses += [float(step(3))]
         del transformer, updates, step, shard
         torch.cuda.empty_cache()

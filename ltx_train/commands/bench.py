@@ -30,6 +30,7 @@ from ltx_train.memory.cards import GIB, card_of_device
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.footprint import model_flops
 from ltx_train.memory.graph import StepGraphs
+from ltx_train.memory.origin import PeerOrigin
 from ltx_train.memory.plan import Planned
 from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter, codecs
@@ -209,6 +210,8 @@ def timed(
     }
     if stream is not None:
         record["stall_s"] = round(stream.stall_seconds() / config.bench.steps, 4)
+        if isinstance(stream.origin, PeerOrigin):
+            record["direct"] = stream.origin.direct
     if device.type == "cuda":
         record["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
         record["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 2)

@@ -14,10 +14,10 @@ from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
 from ltx_train.memory.graph import CudaRecorder, StepGraphs
 from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
+from ltx_train.memory.origin import Exchange, HostOrigin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, arrange
-from ltx_train.memory.shares import MasterOrigin, Shares
+from ltx_train.memory.shares import Shares
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
@@ -54,16 +54,17 @@ def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transfo
         shares = Shares(exchange, device, dtype)
     else:
         shares = Shares(exchange, device, session.dtype(config))
-        transformer = opened(config, ranks, shares).requires_grad_(True).train()
+        transformer = opened(config, ranks, exchange).requires_grad_(True).train()
     runner = transformer.run_block
     assert isinstance(runner, BlockRunner)
     units: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in adapter.trainable_parameters(transformer).items():
         units.setdefault(unit_of(name), []).append((name, parameter))
-    gathered = runner.stream if config.adapter.kind == "full" else None
-    for index, block in enumerate(transformer.transformer_blocks):
-        if gathered is not None:
-            shares.bind(block_unit(index), block, index, gathered)
+    stream = runner.stream if config.adapter.kind == "full" else None
+    if stream is not None:
+        assert isinstance(stream.origin, PeerOrigin)
+        for index, block in enumerate(transformer.transformer_blocks):
+            shares.bind(block_unit(index), block, index, stream, stream.origin)
             del units[block_unit(index)]
     for name, parameters in units.items():
         shares.hold(name, parameters)
@@ -83,21 +84,22 @@ def unit_of(name: str) -> str:
     return block_unit(int(parts[1])) if parts[0] == "transformer_blocks" else "outside"
 
 
-def opened(config: Config, ranks: Ranks = ALONE, shares: Shares | None = None) -> Transformer:
-    """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used. shares: of
-    blocks that are to be trained and gathered for each pass, where the strategy says so."""
+def opened(config: Config, ranks: Ranks = ALONE, exchange: Exchange | None = None) -> Transformer:
+    """The frozen transformer; streamed weights are proven to arrive as they were sent before it is used. exchange:
+    of ranks that will update shares of them."""
     device = session.device(config, ranks.local if ranks.world > 1 else None)
     _limit(config, device)
     layout, memory = session.weights(config), config.memory
     layers = layout.config["transformer"]["num_layers"]
-    gathered = config.strategy.name == "zero3" and (ranks.world > 1 or shares is not None)
+    gathered = config.strategy.name == "zero3" and (ranks.world > 1 or exchange is not None)
     arranged = arrange(
         layers, Keep(memory.keep or "inputs"), memory.keep_everything or 0,
         layers if gathered else memory.stream_blocks or 0, memory.offload_inputs or False,
     )  # fmt: skip
     stream = None
     if arranged.streamed:
-        stream = WeightStream(arranged.streamed, memory.stream_slots, device, _origin(device, gathered, ranks, shares))
+        origin = PeerOrigin(exchange or ranks.exchange(), device) if gathered else HostOrigin(device)
+        stream = WeightStream(arranged.streamed, memory.stream_slots, device, origin)
     transformer = load_transformer(
         layout, device=device, dtype=session.dtype(config), quantize=block_quantizer(memory.quantize, memory.compute),
         arrived=stream.stash_if_streamed if stream else None,
@@ -110,12 +112,6 @@ def opened(config: Config, ranks: Ranks = ALONE, shares: Shares | None = None) -
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
-
-
-def _origin(device: torch.device, gathered: bool, ranks: Ranks, shares: Shares | None) -> Origin:
-    if not gathered:
-        return HostOrigin(device)
-    return PeerOrigin(ranks.exchange(), device) if shares is None else MasterOrigin(shares, block_unit)
 
 
 def recorded(

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ltx_train.memory.peers import Tell, reached
 from ltx_train.memory.pinned import pinned
 
 Collective = Callable[[Tensor, Tensor], None]
@@ -24,7 +25,8 @@ class Exchange:
     """What ranks give each other, in the order of the current stream; every rank must call it alike.
 
     gather(whole, share) fills `whole` with all ranks' shares by rank. scatter(share, whole) is the sum over the ranks
-    of this rank's part of `whole`. total(values) becomes the sum over the ranks.
+    of this rank's part of `whole`. total(values) becomes the sum over the ranks. tell(value) gives every rank's value
+    on the host.
     """
 
     rank: int
@@ -32,6 +34,7 @@ class Exchange:
     gather: Collective
     scatter: Collective
     total: Callable[[Tensor], None]
+    tell: Tell
 
 
 class Origin(Protocol):
@@ -86,35 +89,67 @@ class HostOrigin:
 
 
 class PeerOrigin:
-    """A share of every block on each rank's own device (ZeRO-3 of frozen weights); sending gathers the shares.
+    """A share of every block on each rank's own device (ZeRO-3); sending brings the shares together: by copies from
+    the other devices' memory where that can be reached, which takes none of the processors that compute, else by a
+    collective.
 
     Every rank must send the same blocks in the same order. No rank ever holds more than its shares, the block that is
     being loaded, and the ring.
     """
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
-        self._rank, self._world, self._device, self._gather = exchange.rank, exchange.world, device, exchange.gather
+        self._exchange, self._device = exchange, device
         self._shares: dict[int, Tensor] = {}
         self._sums: dict[int, int] = {}
+        self._reached: dict[int, list[Tensor]] | None = None
+        self._asked = False
 
     @property
     def largest(self) -> int:
-        return max((self._world * s.numel() for s in self._shares.values()), default=0)
+        return max((self._exchange.world * s.numel() for s in self._shares.values()), default=0)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the other devices' memory is read."""
+        return self._reached is not None
 
     def room(self, size: int) -> Tensor:
-        step = self._world * ALIGNMENT
+        step = self._exchange.world * ALIGNMENT
         return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._device)
 
     def keep(self, index: int, whole: Tensor) -> None:
-        self._shares[index] = whole.chunk(self._world)[self._rank].clone()
+        self._shares[index] = whole.chunk(self._exchange.world)[self._exchange.rank].clone()
         self._sums[index] = checksum(whole)
 
     def send(self, index: int, memory: Tensor) -> None:
-        share = self._shares[index]
-        self._gather(memory[: self._world * share.numel()], share)
+        share, world = self._shares[index], self._exchange.world
+        if not self._asked:
+            self._asked = True
+            self._reached = reached(self._shares, self._exchange.rank, self._device, self._exchange.tell)
+        parts = memory[: world * share.numel()].chunk(world)
+        if self._reached is None:
+            self._exchange.gather(memory[: world * share.numel()], share)
+            return
+        for turn in range(world):  # each begins with another one
+            rank = (self._exchange.rank + turn) % world
+            parts[rank].copy_(self._reached[index][rank], non_blocking=True)
 
     def matches(self, index: int, memory: Tensor) -> bool:
-        return checksum(memory[: self._world * self._shares[index].numel()]) == self._sums[index]
+        """As it was loaded, or, where shares have been changed, as it is now."""
+        given = memory[: self._exchange.world * self._shares[index].numel()]
+        if index in self._sums:
+            return checksum(given) == self._sums[index]
+        again = torch.empty_like(given)
+        self.send(index, again)
+        return torch.equal(again, given)
+
+    def share(self, index: int) -> Tensor:
+        """This rank's bytes of a block, to be read, or changed while no rank sends."""
+        return self._shares[index]
+
+    def changed(self) -> None:
+        """Shares are not what was loaded any more."""
+        self._sums.clear()
 
 
 def checksum(memory: Tensor) -> int:

@@ -7,7 +7,7 @@ and back: shares become weights, gradients become a share of their mean. The opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ltx_train.memory.origin import ALIGNMENT, Exchange, checksum
+from ltx_train.memory.origin import ALIGNMENT, Exchange, PeerOrigin
 from ltx_train.memory.stream import WeightStream
 
 _GRADIENT_SLOTS = 2
@@ -52,8 +52,8 @@ class Shares:
         self.exchange, self.device, self.dtype = exchange, device, dtype
         self.units: dict[str, Unit] = {}
         self.masters: dict[str, nn.Parameter] = {}
-        self.stream: WeightStream | None = None
-        self.changed = False
+        self._streamed: dict[str, Tensor] = {}
+        self._ring: tuple[WeightStream, PeerOrigin] | None = None
         self._cuda = device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
         self._slots: list[tuple[Tensor, Any]] = []
@@ -78,10 +78,10 @@ class Shares:
             part.copy_(place.parameter.detach().reshape(-1))
             place.parameter.data = part.view(place.shape)
         self.units[name] = Unit(places, whole.numel(), whole)
-        self._own(name, whole)
+        self.masters[name] = _master(whole.chunk(self.exchange.world)[self.exchange.rank])
 
-    def bind(self, name: str, block: nn.Module, index: int, stream: WeightStream) -> None:
-        """Tells which parameters lie where in a block that `MasterOrigin` has kept."""
+    def bind(self, name: str, block: nn.Module, index: int, stream: WeightStream, origin: PeerOrigin) -> None:
+        """Makes a unit of a streamed block, whose present weights the origin keeps a share of."""
         names = {id(module): f"{name}.{own}" if own else name for own, module in block.named_modules()}
         size = torch.empty(0, dtype=self.dtype).element_size()
         places: list[Place] = []
@@ -89,16 +89,11 @@ class Shares:
             parameter = getattr(place.owner, place.name)
             assert place.dtype == self.dtype
             places.append(Place(f"{names[id(place.owner)]}.{place.name}", parameter, place.offset // size, place.shape))
-        self.units[name] = Unit(places, self.masters[name].numel() * self.exchange.world, None)
-        self.stream = stream
-
-    def keep(self, name: str, whole: Tensor) -> None:
-        """Takes this rank's share of a unit that is gathered for each pass."""
-        self._own(name, whole)
-
-    def send(self, name: str, memory: Tensor) -> None:
-        """Fills memory, of the unit's size and dtype, with the present weights."""
-        self.exchange.gather(memory, self.masters[name].detach().to(self.dtype))
+        share = origin.share(index).view(self.dtype)
+        self.units[name] = Unit(places, share.numel() * self.exchange.world, None)
+        self.masters[name] = _master(share)
+        self._streamed[name] = share
+        self._ring = (stream, origin)
 
     def reduce(self, name: str, *, in_place: bool = False) -> None:
         """Adds a share of the ranks' mean gradient to the master's, and drops the parameters' own; in_place: zeroes
@@ -127,9 +122,11 @@ class Shares:
                 freed.record()
 
     def settle(self) -> None:
-        """The masters' gradients are complete for what the current stream does next."""
+        """The masters' gradients are complete for what the current stream does next, and nothing reads the shares."""
         if self._cuda:
             torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        if self._ring is not None:
+            self._ring[0].settle()
 
     def norm(self) -> Tensor:
         """Of the whole gradient, over all ranks' shares: float32, on the device."""
@@ -146,18 +143,17 @@ class Shares:
 
     def publish(self) -> None:
         """After the masters have changed: the weights follow."""
-        self.changed = True
         for name, unit in self.units.items():
             if unit.whole is not None:
-                self.send(name, unit.whole)
-        if self.stream is not None:
-            self.stream.refresh()
-
-    def _own(self, name: str, whole: Tensor) -> None:
-        share = whole.chunk(self.exchange.world)[self.exchange.rank]
-        master = nn.Parameter(share.detach().float().clone())
-        master.grad = torch.zeros_like(master)
-        self.masters[name] = master
+                self.exchange.gather(unit.whole, self.masters[name].detach().to(self.dtype))
+        if self._ring is None:
+            return
+        names = list(self._streamed)
+        torch._foreach_copy_([self._streamed[n] for n in names], [self.masters[n].detach() for n in names])
+        stream, origin = self._ring
+        origin.changed()
+        self.exchange.total(torch.zeros(1, device=self.device))  # every rank's shares are new before one is read
+        stream.refresh()
 
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
@@ -178,40 +174,7 @@ class Shares:
         return torch.cuda.stream(self._aside) if self._cuda else nullcontext()
 
 
-class MasterOrigin:
-    """Where the stream gets trained blocks from: `memory.origin.Origin` over masters."""
-
-    def __init__(self, shares: Shares, unit: Callable[[int], str]) -> None:
-        self._shares, self._unit = shares, unit
-        self._sums: dict[int, int] = {}
-
-    @property
-    def largest(self) -> int:
-        masters = self._shares.masters.values()
-        return max((self._bytes(m.numel()) for m in masters), default=0)
-
-    def room(self, size: int) -> Tensor:
-        step = ALIGNMENT * self._shares.exchange.world
-        return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._shares.device)
-
-    def keep(self, index: int, whole: Tensor) -> None:
-        self._shares.keep(self._unit(index), whole.view(self._shares.dtype))
-        self._sums[index] = checksum(whole)
-
-    def send(self, index: int, memory: Tensor) -> None:
-        self._shares.send(self._unit(index), memory[: self._size(index)].view(self._shares.dtype))
-
-    def matches(self, index: int, memory: Tensor) -> bool:
-        """As loaded; once the masters have been trained, as they are gathered now."""
-        given = memory[: self._size(index)]
-        if not self._shares.changed:
-            return checksum(given) == self._sums[index]
-        again = torch.empty_like(given)
-        self.send(index, again)
-        return torch.equal(again, given)
-
-    def _size(self, index: int) -> int:
-        return self._bytes(self._shares.masters[self._unit(index)].numel())
-
-    def _bytes(self, share: int) -> int:
-        return share * self._shares.exchange.world * torch.empty(0, dtype=self._shares.dtype).element_size()
+def _master(share: Tensor) -> nn.Parameter:
+    master = nn.Parameter(share.detach().float().clone())
+    master.grad = torch.zeros_like(master)
+    return master

@@ -55,7 +55,7 @@ class WeightStream:
         self._device, self._slot_count = device, min(slots, len(self._order))
         self._cuda = device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(device) if self._cuda else None
-        self._origin = origin
+        self.origin = origin
         self._places: dict[int, list[Place]] = {}
         self._slots: list[_Slot] = []
         self._where: dict[int, int] = {}
@@ -77,11 +77,11 @@ class WeightStream:
             size = tensor.numel() * tensor.element_size()
             places.append(Place(owner, name, offset, tensor.shape, tensor.dtype, size))
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        whole = self._origin.room(offset)
+        whole = self.origin.room(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
             whole[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
-        self._origin.keep(index, whole)
+        self.origin.keep(index, whole)
         self._places[index] = places
 
     def places(self, index: int) -> list[Place]:
@@ -98,7 +98,7 @@ class WeightStream:
         missing = [i for i in self._order if i not in self._places]
         if missing:
             raise ValueError(f"blocks {missing} were never stashed")
-        size = self._origin.largest
+        size = self.origin.largest
         for _ in range(self._slot_count):
             memory = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._slots.append(_Slot(memory, None, self._event(), self._event()))
@@ -129,6 +129,11 @@ class WeightStream:
         self._stalls.clear()
         self._replays = 0
         return total
+
+    def settle(self) -> None:
+        """What the current stream does next comes after every copy that was begun."""
+        if self._cuda:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
     def refresh(self) -> None:
         """Fetches what is in the ring once more: the weights behind it have changed on the current stream."""
@@ -167,7 +172,7 @@ class WeightStream:
         if self._cuda:
             torch.cuda.synchronize(self._device)
         for slot in self._slots:
-            if slot.owner is not None and not self._origin.matches(slot.owner, slot.memory):
+            if slot.owner is not None and not self.origin.matches(slot.owner, slot.memory):
                 raise RuntimeError(f"the streamed weights of block {slot.owner} differ from their master")
 
     def _window(self, rank: int, *, backward: bool, training: bool) -> list[int]:
@@ -203,7 +208,7 @@ class WeightStream:
         with torch.cuda.stream(self._copies) if self._cuda else nullcontext():
             if self._cuda:
                 self._copies.wait_event(slot.free)
-            self._origin.send(index, slot.memory)
+            self.origin.send(index, slot.memory)
             if self._cuda:
                 slot.ready.record(self._copies)
 

@@ -90,11 +90,11 @@ class Ranks:
         """Shares to wholes and back, over connections of its own, because it runs beside other collectives. Every rank
         must ask for it."""
         if self.world == 1:
-            return Exchange(0, 1, _copy, _copy, lambda _values: None)
+            return Exchange(0, 1, _copy, _copy, lambda _values: None, self.gather)
         group = dist.new_group()
         return Exchange(
             self.rank, self.world, partial(_all_gather, group=group), partial(_reduce_scatter, group=group),
-            partial(_all_reduce, group=group),
+            partial(_all_reduce, group=group), self.gather,
         )  # fmt: skip
 
     def average(self, gradients: Sequence[Tensor]) -> None:
@@ -105,8 +105,8 @@ class Ranks:
             flat = torch.cat([g.reshape(-1) for g in piece])
             dist.all_reduce(flat)
             flat /= self.world
-            for gradient, part in zip(piece, flat.split([g.numel() for g in piece]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            parts = flat.split([g.numel() for g in piece])
+            torch._foreach_copy_(list(piece), [part.view_as(g) for g, part in zip(piece, parts, strict=True)])
 
 
 ALONE = Ranks()
@@ -137,6 +137,7 @@ def joined(ranks: Ranks, device: torch.device, timeout_s: float) -> Generator[Ra
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
     try:
         yield ranks
+        ranks.any(False)  # none may leave while another still reads its device's memory
     finally:
         dist.destroy_process_group()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch._dynamo
 from ltx_train.contracts import Modality
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import HostOrigin, PeerOrigin
+from ltx_train.memory.origin import Exchange, HostOrigin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, spread
 from ltx_train.memory.stream import WeightStream
@@ -227,7 +229,11 @@ def test_shares_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> 
     def gather(whole: torch.Tensor, _share: torch.Tensor) -> None:
         whole.copy_(torch.cat(shares))
 
-    origins = [PeerOrigin(rank, 3, CPU, gather) for rank in range(3)]
+    def unused(*_: torch.Tensor) -> None:
+        raise AssertionError
+
+    tell: Callable[[Any], list[Any]] = lambda value: [value] * 3  # noqa: E731
+    origins = [PeerOrigin(Exchange(rank, 3, gather, unused, unused, tell), CPU) for rank in range(3)]
     for origin in origins:
         whole = origin.room(size)
         whole[:size] = block
