@@ -107,6 +107,8 @@ def opened(config: Config, ranks: Ranks = ALONE, exchange: Exchange | None = Non
     if stream is not None:
         stream.ready()
         stream.verify()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took for whole blocks
     offload = InputOffload(arranged.offloaded, device) if arranged.offloaded else None
     transformer.run_block = BlockRunner(
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload

@@ -44,6 +44,15 @@ class Unit:
     whole: Tensor | None
 
 
+@dataclass
+class _Slot:
+    """Memory that gradients are sent from; layout: of the unit that was there last."""
+
+    memory: Tensor
+    freed: Any
+    layout: list[tuple[int, torch.Size]] | None = None
+
+
 class Shares:
     """Masters of the trained weights, by unit. dtype: of the weights that the model computes with, and of their
     gradients on the way. Every rank must call it alike and in the same order."""
@@ -56,8 +65,8 @@ class Shares:
         self._ring: tuple[WeightStream, PeerOrigin] | None = None
         self._cuda = device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
-        self._slots: list[tuple[Tensor, Any]] = []
-        self._turn = 0
+        self._slots: list[_Slot] = []
+        self._parts: dict[str, tuple[int, list[Tensor]]] = {}
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -99,12 +108,14 @@ class Shares:
         """Adds a share of the ranks' mean gradient to the master's, and drops the parameters' own; in_place: zeroes
         them where they are."""
         unit = self.units[name]
-        flat, freed = self._slot(unit.size)
-        given = [(flat[p.start : p.stop].view(p.shape), p.parameter.grad) for p in unit.places]
+        flat, parts, freed = self._slot(name, unit)
+        given = zip(parts, [place.parameter.grad for place in unit.places], strict=True)
         present = [(part, gradient) for part, gradient in given if gradient is not None]
+        if len(present) < len(unit.places):
+            flat.zero_()
         if present:
-            parts, gradients = (list(column) for column in zip(*present, strict=True))
-            torch._foreach_copy_(parts, gradients)
+            targets, gradients = (list(column) for column in zip(*present, strict=True))
+            torch._foreach_copy_(targets, gradients)
             if in_place:
                 torch._foreach_zero_(gradients)
         if not in_place:
@@ -158,17 +169,31 @@ class Shares:
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
-    def _slot(self, size: int) -> tuple[Tensor, Any]:
-        """Zeroed memory for one unit's gradient, and the event to record when it has been sent."""
-        if len(self._slots) < _GRADIENT_SLOTS:
-            largest = max(unit.size for unit in self.units.values())
-            memory = torch.empty(largest, dtype=self.dtype, device=self.device)
-            self._slots.append((memory, torch.cuda.Event() if self._cuda else None))
-        memory, freed = self._slots[self._turn % len(self._slots)]
-        self._turn += 1
-        if freed is not None:
-            torch.cuda.current_stream(self.device).wait_event(freed)
-        return memory[:size].zero_(), freed
+    def _slot(self, name: str, unit: Unit) -> tuple[Tensor, list[Tensor], Any]:
+        """Memory for a unit's gradient, its parts by parameter, and the event to record when it has been sent; what
+        lies between the parts is zero."""
+        if name not in self._parts:
+            self._give_slots()
+        number, parts = self._parts[name]
+        slot = self._slots[number]
+        if slot.freed is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.freed)
+        layout = [(place.start, place.shape) for place in unit.places]
+        if slot.layout != layout:
+            slot.memory.zero_()
+            slot.layout = layout
+        return slot.memory[: unit.size], parts, slot.freed
+
+    def _give_slots(self) -> None:
+        """Each unit always has the same one."""
+        largest = max(unit.size for unit in self.units.values())
+        for _ in range(min(_GRADIENT_SLOTS, len(self.units))):
+            memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
+            self._slots.append(_Slot(memory, torch.cuda.Event() if self._cuda else None))
+        for number, (name, unit) in enumerate(self.units.items()):
+            slot = number % len(self._slots)
+            memory = self._slots[slot].memory
+            self._parts[name] = (slot, [memory[p.start : p.stop].view(p.shape) for p in unit.places])
 
     def _beside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._aside) if self._cuda else nullcontext()

@@ -57,6 +57,7 @@ class WeightStream:
         self._copies: Any = torch.cuda.Stream(device) if self._cuda else None
         self.origin = origin
         self._places: dict[int, list[Place]] = {}
+        self._views: dict[int, list[Tensor]] = {}
         self._slots: list[_Slot] = []
         self._where: dict[int, int] = {}
         self._stalls: list[tuple[Any, Any]] = []
@@ -111,8 +112,7 @@ class WeightStream:
         slot = self._slots[self._where[index]]
         if self._cuda:
             self._wait(slot.ready)
-        for place in self._places[index]:
-            view = slot.memory[place.offset : place.offset + place.size].view(place.dtype).view(place.shape)
+        for place, view in zip(self._places[index], self._viewed(index, slot), strict=True):
             getattr(place.owner, place.name).data = view
 
     def end(self, index: int) -> None:
@@ -174,6 +174,14 @@ class WeightStream:
         for slot in self._slots:
             if slot.owner is not None and not self.origin.matches(slot.owner, slot.memory):
                 raise RuntimeError(f"the streamed weights of block {slot.owner} differ from their master")
+
+    def _viewed(self, index: int, slot: _Slot) -> list[Tensor]:
+        """A block's tensors in its slot, which is always the same one: made once, for the sake of the host's time."""
+        if index not in self._views:
+            self._views[index] = [
+                slot.memory[p.offset : p.offset + p.size].view(p.dtype).view(p.shape) for p in self._places[index]
+            ]
+        return self._views[index]
 
     def _window(self, rank: int, *, backward: bool, training: bool) -> list[int]:
         """The blocks of the next accesses from here on, the present one first."""

@@ -152,7 +152,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _others(folder: Path, shard: Shard) -> dict[str, Any]:
-    """Manifest entries of the other ranks' files, once they are written; DataError when one cannot be."""
+    """Manifest entries of the other ranks' files, once they are written; OSError when one cannot be."""
     found: dict[str, Any] = {}
     deadline = time.monotonic() + _PATIENCE_S
     for rank in range(1, shard.world):
@@ -160,7 +160,7 @@ def _others(folder: Path, shard: Shard) -> dict[str, Any]:
         mark = folder / f"{name}{_DONE}"
         while not mark.is_file():
             if time.monotonic() > deadline:
-                raise DataError(f"rank {rank} has not written its part of {folder} within {_PATIENCE_S / 60:.0f} min")
+                raise OSError(f"rank {rank} has not written its part within {_PATIENCE_S / 60:.0f} min")
             time.sleep(0.05)
         found[name] = json.loads(mark.read_text())
         if "error" in found[name]:

@@ -6,6 +6,7 @@ stalls no GPU; only the trained weights' gradients travel between devices.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -137,7 +138,8 @@ def joined(ranks: Ranks, device: torch.device, timeout_s: float) -> Generator[Ra
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
     try:
         yield ranks
-        ranks.any(False)  # none may leave while another still reads its device's memory
+        gc.collect()
+        ranks.any(False)  # none may leave while another still holds its device's memory
     finally:
         dist.destroy_process_group()
 

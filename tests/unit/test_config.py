@@ -61,13 +61,19 @@ CONDITIONS = "mode.conditions"
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["strategy=zero3", "adapter=full"], "adapter.kind=full trains what strategy=zero3 shares"),
+        (["strategy=ddp", "adapter=full", "memory=none"], "take strategy=zero2 or zero3"),
+        (["strategy=zero1", "optim=adamw8bit"], "strategy=zero1 updates shares of the weights"),
+        (["strategy=zero2", "optim=adamw", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples"),
+        (
+            ["strategy=zero2", "optim=adamw", "adapter=full", "memory=none", "memory.graphs=true"],
+            "passes in which ranks exchange gradients",
+        ),
         (["strategy=zero3", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples are in different modes"),
         (["strategy=zero3", "eval.samples=1"], "eval.samples: clips are generated on one rank"),
         (["strategy=zero3", "memory.stream_blocks=2"], "memory.stream_blocks is for blocks in host memory"),
         (["strategy=zero3", "memory=none"], "memory.keep=everything: under strategy=zero3"),
         (["strategy=zero3", "memory.graphs=true"], "memory.graphs=true: passes in which ranks exchange weights"),
-        (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp or strategy=zero3"),
+        (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp, zero1, zero2 or zero3"),
         (["mode=i2v", "data.buckets=[64x64x1]"], "first_frame: 64x64x1 has one frame"),
         (["mode=extend", "mode.conditions.0.latents=[5]"], "prefix may give 5 of the 5 video latents of 64x64x33"),
         (["mode=extend", "mode.conditions.0.latents=[3,1]"], "must be [n] or [lowest, highest]"),
