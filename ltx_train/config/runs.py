@@ -37,10 +37,29 @@ _FREE_IN_A_RUN = (
 )
 
 
+# What goes on as the same run, but not as if nothing had happened.
+_WARNED = {
+    "optim.steps": "the learning rate's course follows the new number of steps from here on",
+    "optim.batch_size": "sums are taken in another order: near the unbroken run, not bit for bit",
+    "strategy.": "sums are taken in another order: near the unbroken run, not bit for bit",
+    "memory.": "other kernels or another order of sums: near the unbroken run, not bit for bit",
+    "eval.": "held-out numbers from here on do not compare with those before",
+    "model.path": "the same base, if its weights are",
+}
+
+
+# Exceptions from these: they change nothing that is computed.
+_UNNOTICED = (
+    "strategy.step_timeout_s", "strategy.start_timeout_s", "memory.budget_gib", "memory.stream", "eval.interval",
+    "eval.patience", "eval.samples",
+)  # fmt: skip
+
+
 def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
     """Compares a run's saved configuration with the present one before it is continued.
 
-    Returns the harmless differences; ConfigError lists those that would make another run of it.
+    Returns the differences that it may have, each with what it means if it means something; ConfigError lists those
+    that would make another run of it.
     """
     old, new = flat(saved), flat(now)
     changed = [
@@ -55,7 +74,14 @@ def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
             "start a new run (run.id=...), undo the changes to continue this one, "
             f"or mean it: run.allow=[{','.join(line.split(':')[0] for line in refused)}]"
         )
-    return changed
+    return [f"{line}{_meaning(line, free[len(_FREE_IN_A_RUN) :])}" for line in changed]
+
+
+def _meaning(line: str, allowed: tuple[str, ...]) -> str:
+    if allowed and line.startswith(allowed):
+        return " (warning: allowed by run.allow, another course from here on)"
+    why = next((why for name, why in _WARNED.items() if line.startswith(name)), None)
+    return "" if why is None or line.startswith(_UNNOTICED) else f" (warning: {why})"
 
 
 def continued(config: Config, before: Config | None, world: int) -> Config:

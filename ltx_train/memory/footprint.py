@@ -156,7 +156,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     early = waiting + kept + (gradients if always else 0)
     parts = {
         "weights" if trained.full else "frozen weights": frozen,
-        "share of streamed weights": 0.0 if trained.full or choice.shards == 1 else streamed * block / choice.shards,
+        "share of streamed weights": streamed * block / choice.shards if choice.shards > 1 else 0.0,
         "ring of streamed weights": min(choice.stream_slots, streamed) * block,
         "trained weights and moments": states,
         "inputs, positions, contexts": _fixed(size, work),

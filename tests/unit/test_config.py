@@ -174,10 +174,30 @@ def test_a_foreign_configuration_is_refused(tmp_path: Path) -> None:
 def test_drift_is_sorted_into_harmless_and_refused(tmp_path: Path) -> None:
     old = config.compose_config([])
     harmless = config.compose_config(["optim.steps=5", "logger.every=3", "data.workers=1"])
-    assert len(config.refuse_drift(old, harmless, tmp_path)) == 3
+    said = config.refuse_drift(old, harmless, tmp_path)
+    assert [line.partition(":")[0] for line in said] == ["data.workers", "logger.every", "optim.steps"]
+    assert [("warning" in line) for line in said] == [False, False, True]
     for change in ("optim.lr=1", "run.seed=3", "adapter.rank=8", "mode=a2v", "data.caption=x"):
         with pytest.raises(ConfigError, match="another configuration"):
             config.refuse_drift(old, config.compose_config([change]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("strategy=ddp", "not bit for bit"),
+        ("memory.keep=attention", "not bit for bit"),
+        ("eval.sigmas=[0.5]", "do not compare"),
+        ("run.allow=[optim.lr] optim.lr=1", "another course"),
+        ("eval.interval=7", ""),
+        ("memory.budget_gib=9", ""),
+    ],
+)
+def test_drift_that_may_be_says_what_it_means(change: str, why: str, tmp_path: Path) -> None:
+    said = config.refuse_drift(config.compose_config([]), config.compose_config(change.split()), tmp_path)
+    line = next(line for line in said if not line.startswith("run.allow"))
+    assert ("warning" in line) == bool(why)
+    assert why in line
 
 
 def test_a_users_own_tree(tmp_path: Path) -> None:

@@ -191,6 +191,40 @@ def test_running_out_of_memory_says_what_the_refusal_says() -> None:
     assert "memory.budget_gib=" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "devices", "expected"),
+    [
+        # In GiB: weights whole on the device; shares of them; the ring; masters and moments; gradients.
+        ("zero3", 8, (0.8, 4.3, 2.15, 26.5, 8.8 + 2.15)),
+        ("zero2", 8, (35.4, 0.0, 0.0, 26.5, 8.8 + 2.15)),
+        ("zero1", 4, (35.4, 0.0, 0.0, 53.1, 17.7 + 1.43 + 35.4)),
+    ],
+)
+def test_all_weights_in_shares(name: str, devices: int, expected: tuple[float, ...]) -> None:
+    """By hand, of 18.99 billion parameters: 2 bytes each in bfloat16, 12 of state and 4 of summed gradients shared."""
+    made = config.compose_config(
+        [*REAL, "adapter=full", "optim=adamw", "memory=recompute", f"strategy={name}", f"strategy.devices={devices}"]
+    )
+    found = planning.planned(made, Place(H200, 300.0, None))
+    assert found is not None
+    assert not found.choice.graphs
+    parts = {part: size / 2**30 for part, size in found.footprint.parts.items()}
+    names = (
+        "weights", "share of streamed weights", "ring of streamed weights", "trained weights and moments", "gradients",
+    )  # fmt: skip
+    assert [parts[part] for part in names] == pytest.approx(expected, abs=0.15)
+
+
+def test_the_measured_peak_of_a_full_fine_tune_on_four_devices() -> None:
+    """docs/performance/several.json: 87.2 GiB allocated, reserved from loading on."""
+    made = config.compose_config(
+        [*REAL, "adapter=full", "optim=adamw", "memory=recompute", "strategy=zero3", "strategy.devices=4"]
+    )
+    found = planning.planned(made, Place(H200, 139.0, None))
+    assert found is not None
+    assert found.footprint.gib == pytest.approx(87.2, rel=0.05)
+
+
 def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     """By hand: the blocks of the 22B in bfloat16 are 34.4 GiB, a quarter of them 8.6, three in the ring 2.2."""
     place = Place(H200, 40.0, None)
