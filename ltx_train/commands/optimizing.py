@@ -37,8 +37,10 @@ def whole(config: Config, parameters: Mapping[str, nn.Parameter], ranks: Ranks) 
 def _shared(config: Config, transformer: Transformer, shares: Shares) -> Updates:
     optim, full, name = config.optim, config.adapter.kind == "full", config.strategy.name
     optimizer = build_optimizer(
-        optim.name, shares.masters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
-    )
+        optim.name, shares.masters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay,
+        fused=True if config.strategy.offload else None,
+    )  # fmt: skip
+    shares.lay_out(optimizer)
     order = list(adapter.trainable_parameters(transformer))
     left = [unit for unit in shares.units if name == "zero1" or not full or unit == "outside"]
     return SharedUpdates(

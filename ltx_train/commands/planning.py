@@ -247,7 +247,15 @@ def _trained(config: Config, transformer: Transformer) -> Trained:
     optim = config.optim
     if config.adapter.kind == "full":
         count = sum(p.numel() for p in transformer.parameters())
-        return Trained(count, optim.name, _rounds(config), full=True, stage=_stage(config), shards=_sharers(config))
+        return Trained(
+            count,
+            optim.name,
+            _rounds(config),
+            full=True,
+            stage=_stage(config),
+            shards=_sharers(config),
+            away=config.strategy.offload is not None,
+        )
     lora = session.lora(config)
     names = set(adapter.matched_modules(transformer, lora.targets, lora.modes))
     layers: list[tuple[str, Any]] = [(n, m) for n, m in transformer.named_modules() if n in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from ltx_train.contracts import UserError
 from ltx_train.diffusion import objective
 from ltx_train.memory.cards import GIB
 from ltx_train.memory.graph import CudaRecorder, StepGraphs
+from ltx_train.memory.host import Host
 from ltx_train.memory.offload import InputOffload
 from ltx_train.memory.origin import Exchange, HostOrigin, PeerOrigin
 from ltx_train.memory.quantize import block_quantizer
@@ -53,7 +55,7 @@ def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transfo
         transformer, dtype = trainable(config, fresh=fresh, ranks=ranks), torch.float32
         shares = Shares(exchange, device, dtype)
     else:
-        shares = Shares(exchange, device, session.dtype(config))
+        shares = Shares(exchange, device, session.dtype(config), host=_host(config, ranks))
         transformer = opened(config, ranks, exchange).requires_grad_(True).train()
     runner = transformer.run_block
     assert isinstance(runner, BlockRunner)
@@ -71,6 +73,15 @@ def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transfo
     if config.adapter.kind == "full" and config.strategy.name != "zero1":
         runner.complete = lambda index: shares.reduce(block_unit(index))
     return transformer, shares
+
+
+def _host(config: Config, ranks: Ranks) -> Host | None:
+    """Where the optimizer's state is kept, if not on the device."""
+    place = config.strategy.offload
+    if place is None:
+        return None
+    own = f"{config.run.experiment}-{config.run.id}-rank-{ranks.rank:05d}"
+    return Host(None if place == "cpu" else Path(place) / own)
 
 
 def block_unit(index: int) -> str:

@@ -176,6 +176,11 @@ def _validate_strategy(config: Config) -> None:
             "strategy=zero2 or zero3"
         )
     full = config.adapter.kind == "full"
+    if strategy.offload and not (full and strategy.name in ("zero1", "zero2", "zero3")):
+        raise ConfigError(
+            "strategy.offload moves the shares that a full fine-tune updates: set adapter=full and strategy=zero3, or "
+            "take memory.stream_blocks for a frozen base"
+        )
     if strategy.name in ("zero1", "zero2") or (strategy.name == "zero3" and full):
         _validate_shared_updates(config)
     if strategy.name == "zero3":

@@ -73,7 +73,8 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What is optimized: how many parameters (float32), by what, over how many micro-batches, and whether a moving
-    average is kept. stage: of ZeRO, over so many shards of the updates; 0 where every device updates everything."""
+    average is kept. stage: of ZeRO, over so many shards of the updates; 0 where every device updates everything.
+    away: these shares are in host memory."""
 
     parameters: int
     optimizer: str
@@ -82,6 +83,7 @@ class Trained:
     averaged: bool = False
     stage: int = 0
     shards: int = 1
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     block = _block_bytes(size, choice, work.dtype_bytes)
     whole = (size.layers - streamed) * block + size.outside * work.dtype_bytes
     frozen = 0.0 if trained.full and not trained.stage else whole
-    states = _states(trained)
+    states = 0.0 if trained.away else _states(trained)
     gradients = _gradients(trained, block, work.dtype_bytes)
     unit = _unit(size, work)
     here = 4 + choice.keep_everything if choice.offload_inputs else size.layers
@@ -166,7 +168,9 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
         "allocator's reserve": (0.0 if choice.graphs else _RESERVE_GIB * GIB) + _RESERVE_SHARE * working,
     }
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
-    host = (streamed * block if choice.shards == 1 else 0.0) + away * unit
+    host = (streamed * block if choice.shards == 1 and not trained.full else 0.0) + away * unit
+    if trained.away:
+        host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.shards
     return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
 
 
@@ -181,7 +185,7 @@ def _gradients(trained: Trained, block: float, dtype_bytes: int) -> float:
     """In float32; shared ones pass through a buffer of two units and are whole before that in stage 1, or in all."""
     if not trained.stage:
         return 4.0 * trained.parameters
-    share = 4.0 * trained.parameters / trained.shards
+    share = 0.0 if trained.away else 4.0 * trained.parameters / trained.shards
     if not trained.full:
         return share + 4.0 * trained.parameters
     return share + (2 * block + trained.parameters * dtype_bytes if trained.stage == 1 else 3 * block)

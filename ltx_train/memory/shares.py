@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ltx_train.memory.host import Host
 from ltx_train.memory.origin import ALIGNMENT, Exchange, PeerOrigin
 from ltx_train.memory.stream import WeightStream
 
@@ -55,10 +56,13 @@ class _Slot:
 
 class Shares:
     """Masters of the trained weights, by unit. dtype: of the weights that the model computes with, and of their
-    gradients on the way. Every rank must call it alike and in the same order."""
+    gradients on the way. host: masters and summed gradients live in host memory. Every rank must call it alike and in
+    the same order."""
 
-    def __init__(self, exchange: Exchange, device: torch.device, dtype: torch.dtype) -> None:
-        self.exchange, self.device, self.dtype = exchange, device, dtype
+    def __init__(
+        self, exchange: Exchange, device: torch.device, dtype: torch.dtype, *, host: Host | None = None
+    ) -> None:
+        self.exchange, self.device, self.dtype, self._host = exchange, device, dtype, host
         self.units: dict[str, Unit] = {}
         self.masters: dict[str, nn.Parameter] = {}
         self._streamed: dict[str, Tensor] = {}
@@ -87,7 +91,7 @@ class Shares:
             part.copy_(place.parameter.detach().reshape(-1))
             place.parameter.data = part.view(place.shape)
         self.units[name] = Unit(places, whole.numel(), whole)
-        self.masters[name] = _master(whole.chunk(self.exchange.world)[self.exchange.rank])
+        self.masters[name] = self._master(name, whole.chunk(self.exchange.world)[self.exchange.rank])
 
     def bind(self, name: str, block: nn.Module, index: int, stream: WeightStream, origin: PeerOrigin) -> None:
         """Makes a unit of a streamed block, whose present weights the origin keeps a share of."""
@@ -100,7 +104,7 @@ class Shares:
             places.append(Place(f"{names[id(place.owner)]}.{place.name}", parameter, place.offset // size, place.shape))
         share = origin.share(index).view(self.dtype)
         self.units[name] = Unit(places, share.numel() * self.exchange.world, None)
-        self.masters[name] = _master(share)
+        self.masters[name] = self._master(name, share)
         self._streamed[name] = share
         self._ring = (stream, origin)
 
@@ -123,12 +127,13 @@ class Shares:
                 place.parameter.grad = None
         if self._cuda:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        gradient = self.masters[name].grad
-        assert gradient is not None
         with self._beside():
             share = torch.empty(unit.size // self.exchange.world, dtype=self.dtype, device=self.device)
             self.exchange.scatter(share, flat)
-            gradient.add_(share, alpha=1 / self.exchange.world)
+            if self._host is None:
+                self._add(name, share)
+            else:
+                self._host.take(name, share, self._add)
             if freed is not None:
                 freed.record()
 
@@ -136,35 +141,61 @@ class Shares:
         """The masters' gradients are complete for what the current stream does next, and nothing reads the shares."""
         if self._cuda:
             torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        if self._host is not None:
+            self._host.settle(self._add)
         if self._ring is not None:
             self._ring[0].settle()
 
     def norm(self) -> Tensor:
         """Of the whole gradient, over all ranks' shares: float32, on the device."""
-        squares = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        squares = torch.stack(torch._foreach_norm(self._gradients())).square().sum().to(self.device)
         self.exchange.total(squares)
         return squares.sqrt()
 
     def scale(self, factor: Tensor) -> None:
-        torch._foreach_mul_(self._gradients(), factor)
+        gradients = self._gradients()
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def forget(self) -> None:
         """Gradients begin again."""
         torch._foreach_zero_(self._gradients())
 
+    def lay_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moments lie where the masters do, where that is not for the optimizer to choose."""
+        if self._host is None:
+            return
+        for name, master in self.masters.items():
+            moments = {k: self._host.room(f"{name}/{k}", torch.zeros_like(master)) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+
     def publish(self) -> None:
         """After the masters have changed: the weights follow."""
         for name, unit in self.units.items():
             if unit.whole is not None:
-                self.exchange.gather(unit.whole, self.masters[name].detach().to(self.dtype))
+                self.exchange.gather(unit.whole, self.masters[name].detach().to(self.device, self.dtype))
         if self._ring is None:
             return
         names = list(self._streamed)
-        torch._foreach_copy_([self._streamed[n] for n in names], [self.masters[n].detach() for n in names])
+        if self._host is None:
+            torch._foreach_copy_([self._streamed[n] for n in names], [self.masters[n].detach() for n in names])
+        else:
+            for name in names:
+                self._streamed[name].copy_(self.masters[name].detach())
         stream, origin = self._ring
         origin.changed()
         self.exchange.total(torch.zeros(1, device=self.device))  # every rank's shares are new before one is read
         stream.refresh()
+
+    def _master(self, name: str, share: Tensor) -> nn.Parameter:
+        value = share.detach().float().clone() if self._host is None else self._host.room(f"{name}/master", share)
+        master = nn.Parameter(value)
+        master.grad = torch.zeros_like(master)
+        return master
+
+    def _add(self, name: str, share: Tensor) -> None:
+        gradient = self.masters[name].grad
+        assert gradient is not None
+        gradient.add_(share, alpha=1 / self.exchange.world)
 
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
@@ -197,9 +228,3 @@ class Shares:
 
     def _beside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._aside) if self._cuda else nullcontext()
-
-
-def _master(share: Tensor) -> nn.Parameter:
-    master = nn.Parameter(share.detach().float().clone())
-    master.grad = torch.zeros_like(master)
-    return master

@@ -35,13 +35,15 @@ class Schedule:
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """`adamw` (torch), `adamw8bit` and `paged_adamw8bit` (bitsandbytes; the latter's moments may leave a full GPU), or
-    `prodigy` (prodigyopt), whose learning rate is a factor on its own estimate: 1 is the usual one."""
+    name: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float, *,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """`adamw` (torch; fused: in one kernel, null for GPUs alone), `adamw8bit` and `paged_adamw8bit` (bitsandbytes; the
+    latter's moments may leave a full GPU), or `prodigy` (prodigyopt), whose learning rate is a factor on its own
+    estimate: 1 is the usual one."""
     parameters = list(parameters)
     if name == "adamw":
-        fused = parameters[0].is_cuda
+        fused = parameters[0].is_cuda if fused is None else fused
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     if name == "prodigy":
         return _prodigy(parameters, lr, betas, weight_decay)

@@ -166,13 +166,14 @@ class SharedUpdates:
 
     def _state(self, master: Tensor, unit: Unit, saved: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         numbered = [(place, saved[self._number[place.name]]) for place in unit.places]
-        state = {kind: torch.zeros_like(master) for kind in MOMENTS}
+        present = self.optimizer.state.get(master, {})
+        state = {kind: present[kind] if kind in present else torch.zeros_like(master) for kind in MOMENTS}
         for kind, share in state.items():
             self._fill(share, [(place, lambda own=values, kind=kind: own[kind]) for place, values in numbered])
         steps = torch.as_tensor(numbered[0][1]["step"], dtype=torch.float32)
         # torch keeps the number of steps where its kernel reads it.
         fused = self.optimizer.param_groups[0].get("fused")
-        return state | {"step": steps.to(master.device if fused else "cpu", copy=True)}
+        return {**state, "step": steps.to(master.device if fused else "cpu", copy=True)}
 
     def _reduce(self) -> None:
         for name in self._left:

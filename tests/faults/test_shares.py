@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -56,14 +57,19 @@ def assert_near(first: Path, other: Path) -> None:
 
 
 def test_a_full_fine_tune_in_shares_gives_the_curve_of_one_process(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    """20 steps on two ranks that share everything, held-out losses included; and a run that goes from way to way."""
+    """20 steps on two ranks that share everything, held-out losses included; and a run that goes from way to way, with
+    the optimizer's state on the device, in files, and in host memory."""
     log, steps = tmp_path / "log", "optim.steps=20"
     assert command(*fit(prepared, clips, tmp_path / "single", *FULL, steps)) == 0
     assert end(fit(prepared, clips, tmp_path / "zero3", *FULL, steps, *on("zero3")), log) == 0
     assert_near(tmp_path / "single", tmp_path / "zero3")
-    for last, way in ((6, on("zero1")), (10, ()), (14, on("zero2")), (20, on("zero3", 1))):
+    in_files = (*on("zero2"), f"strategy.offload={tmp_path / 'disk'}")
+    for last, way in ((6, on("zero1")), (10, ()), (14, in_files), (20, on("zero3_offload", 1))):
         arguments = fit(prepared, clips, tmp_path / "changing", *FULL, *way, f"optim.steps={last}")
         assert (end(arguments, log) if len(way) and "=2" in way[1] else command(*arguments)) == 0, way
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {
+        "audio_reference-main-rank-00000", "audio_reference-main-rank-00001",
+    }  # fmt: skip
     losses, changing = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("single", "changing"))
     assert changing == pytest.approx(losses, rel=1e-5)
     alone = weights(tmp_path / "single")
@@ -113,3 +119,16 @@ def test_an_adapter_in_shares_is_saved_as_one_process_saves_it(prepared: Path, c
         one, other = (load_file(newest(run(tmp_path / n)) / file) for n in ("single", "changing"))
         assert other.keys() == one.keys()
         assert all(float((other[n] - one[n]).norm()) <= 1e-3 * float(one[n].norm()) + 1e-6 for n in one)
+
+
+def test_a_step_on_several_devices_is_measured_once(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    arguments = [
+        "bench", "experiment=audio_reference", "model.weights=random", "strategy.device=cpu", "optim=adamw", *FULL,
+        "optim.batch_size=1", "bench.steps=2", "bench.warmup=1", f"bench.out={out}", *on("zero3"),
+    ]  # fmt: skip
+    assert end(arguments, tmp_path / "log") == 0
+    (record,) = json.loads(out.read_text())
+    assert record["ranks"] == 2
+    assert record["direct"] is False
+    assert len(record["losses"]) == 3

@@ -62,6 +62,7 @@ CONDITIONS = "mode.conditions"
     ("overrides", "expected"),
     [
         (["strategy=ddp", "adapter=full", "memory=none"], "take strategy=zero2 or zero3"),
+        (["strategy=zero3_offload"], "strategy.offload moves the shares that a full fine-tune updates"),
         (["strategy=zero1", "optim=adamw8bit"], "strategy=zero1 updates shares of the weights"),
         (["strategy=zero2", "optim=adamw", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples"),
         (

@@ -215,6 +215,19 @@ def test_all_weights_in_shares(name: str, devices: int, expected: tuple[float, .
     assert [parts[part] for part in names] == pytest.approx(expected, abs=0.15)
 
 
+def test_shares_in_host_memory_leave_the_device() -> None:
+    """12 bytes of state, 4 of summed gradients and 2 that are on their way, of 18.99 billion over four."""
+    full = [*REAL, "adapter=full", "optim=adamw", "memory=recompute", "strategy.devices=4"]
+    here, away = (
+        planning.planned(config.compose_config([*full, f"strategy={name}"]), Place(H200, 139.0, 500.0))
+        for name in ("zero3", "zero3_offload")
+    )
+    assert here is not None
+    assert away is not None
+    assert here.footprint.gib - away.footprint.gib == pytest.approx(4.75e9 * 16 / 2**30, rel=0.01)
+    assert away.footprint.host_gib == pytest.approx(4.75e9 * 18 / 2**30, rel=0.01)
+
+
 def test_the_measured_peak_of_a_full_fine_tune_on_four_devices() -> None:
     """docs/performance/several.json: 87.2 GiB allocated, reserved from loading on."""
     made = config.compose_config(
