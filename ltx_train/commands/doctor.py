@@ -12,20 +12,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ltx_train.commands import planning, session
+from ltx_train.commands import launch, planning, session
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.memory.cards import GIB
+from ltx_train.training.ranks import found, joined
 
 _PROBE_BYTES = 256 * 2**20
 # A notice of 30 seconds, of which 25 are used: what a disk has to take for a save in that time.
 _NOTICE_S = 25.0
+_MEETING_S = 60.0
 _LIBRARIES = ("torch", "lightning", "diffusers", "peft", "transformers", "optimum-quanto", "bitsandbytes", "wandb")
 
 
@@ -99,6 +102,41 @@ def _links() -> Iterator[Finding]:
         yield Finding("peers", "warn" if apart else "pass", text, "gradients travel through the host" if apart else "")
 
 
+def _ranks(config: Config) -> Iterator[Finding]:
+    """Whether the processes of a run on several devices find each other, and how fast they add up 64 MiB."""
+    count = config.strategy.devices
+    if count == 1:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        code = launch.run(partial(_meet, said), config, count)
+        if code != 0 or not said.is_file():
+            mend = "what went wrong stands above; NCCL_DEBUG=INFO makes NCCL tell more"
+            yield Finding("all-reduce", "fail", f"{count} processes did not add up a tensor", mend)
+            return
+        yield Finding("all-reduce", "pass", f"{count} processes: {said.read_text()}")
+
+
+def _meet(said: Path, config: Config) -> int:
+    """One of the processes."""
+    ranks = found(os.environ)
+    device = session.device(config, ranks.local)
+    with joined(ranks, device, _MEETING_S):
+        exchange, taken = ranks.exchange(), list[float]()
+        for _ in range(3):
+            values = torch.full((_PROBE_BYTES // 16,), float(ranks.rank + 1), device=device)
+            ranks.any(False)
+            started = time.perf_counter()
+            exchange.total(values)
+            total = float(values[-1])
+            taken.append(time.perf_counter() - started)
+            if total != ranks.world * (ranks.world + 1) / 2:
+                raise UserError(f"rank {ranks.rank}: an all-reduce over {ranks.world} processes gave {total:g}")
+        if ranks.leads:
+            said.write_text(f"64 MiB in {1000 * min(taken):.1f} ms")
+    return Exit.DONE
+
+
 def _memory(_config: Config) -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
@@ -114,13 +152,13 @@ def _plan(config: Config) -> Iterator[Finding]:
     place = planning.here(config)
     if place is None:
         return
-    found = planning.planned(config, place)
-    if found is None:
+    fitting = planning.planned(config, place)
+    if fitting is None:
         yield Finding(
             "plan", "fail", planning.refusal(config, place).splitlines()[0], "ltx-train plan names three ways"
         )
     else:
-        foot = found.footprint
+        foot = fitting.footprint
         yield Finding(
             "plan", "pass", f"needs {foot.gib:.1f} of {place.budget_gib:.1f} GiB, about {foot.step_s:.2f} s a step"
         )
@@ -202,15 +240,15 @@ def _tracker(config: Config) -> Iterator[Finding]:
 
 
 def _cluster(_config: Config) -> Iterator[Finding]:
-    found = shutil.which("sbatch")
-    text = f"SLURM: {found}" if found else "no SLURM here"
+    sbatch = shutil.which("sbatch")
+    text = f"SLURM: {sbatch}" if sbatch else "no SLURM here"
     yield Finding("cluster", "pass", text)
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield Finding("ports", "pass", f"processes can listen (tried {probe.getsockname()[1]})")
 
 
-_CHECKS = (_libraries, _gpus, _memory, _weights, _data, _plan, _disk, _tracker, _cluster)
+_CHECKS = (_libraries, _gpus, _ranks, _memory, _weights, _data, _plan, _disk, _tracker, _cluster)
 _MARKS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 
 

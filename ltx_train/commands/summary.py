@@ -18,8 +18,11 @@ from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.diffusion import positions
 from ltx_train.evaluation import heldout
 from ltx_train.memory.footprint import Choice
+from ltx_train.memory.origin import PeerOrigin
 from ltx_train.memory.plan import Planned
+from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
+from ltx_train.model.loaders import build_transformer
 from ltx_train.model.reach import sees_loss
 from ltx_train.model.transformer import Transformer
 
@@ -57,12 +60,13 @@ def layers(config: Config, transformer: Transformer) -> Table:
 def _lines(
     config: Config, transformer: Transformer, index: Index, folder: Path, step: int, planned: Planned | None
 ) -> list[tuple[str, str]]:
-    trained = adapter.trainable_parameters(transformer)
-    total = sum(p.numel() for p in transformer.parameters())
-    count = sum(p.numel() for p in trained.values())
+    # From the layout: of blocks that are elsewhere the parameters are empty.
+    base = {name: p.numel() for name, p in build_transformer(session.layout(config)).named_parameters()}
+    trained = {name: base.get(name) or p.numel() for name, p in adapter.trainable_parameters(transformer).items()}
+    total, count = sum(base.values()), sum(trained.values())
     groups: Counter[str] = Counter()
-    for name, parameter in trained.items():
-        groups[adapter.module_group(name)] += parameter.numel()
+    for name, size in trained.items():
+        groups[adapter.module_group(name)] += size
     largest = ", ".join(f"{name} {_short(n)}" for name, n in groups.most_common(6))
     optim = config.optim
     source = config.model.path or f"random {config.model.preset}"
@@ -134,8 +138,22 @@ def _tokens(config: Config) -> str:
 def _memory(transformer: Transformer, trained: int, config: Config) -> str:
     frozen = sum(t.numel() * t.element_size() for t in transformer.parameters() if not t.requires_grad)
     moments = 2 if config.optim.name == "adamw8bit" else 8
-    state = trained * (4 + 4 + moments) / 2**30
-    return f"{frozen / 2**30:.2f} GiB frozen weights + {state:.2f} GiB trained weights, gradients and moments"
+    shares = config.strategy.devices if session.shares_updates(config) else 1
+    state = trained * (4 + 4 + moments) / shares / 2**30
+    kept = "in host memory or files" if config.strategy.offload else "masters, gradients and moments"
+    parts = [f"{frozen / 2**30:.2f} GiB frozen weights"] if frozen else []
+    return " + ".join([*parts, f"{state:.2f} GiB {kept}"]) + _gathering(transformer)
+
+
+def _gathering(transformer: Transformer) -> str:
+    """How shared blocks are brought together, where that is worth a word."""
+    runner = transformer.run_block
+    origin = runner.stream.origin if isinstance(runner, BlockRunner) and runner.stream is not None else None
+    if not isinstance(origin, PeerOrigin):
+        return ""
+    if origin.direct:
+        return "; blocks copied from the other devices' memory"
+    return "; blocks gathered by collectives (on one machine, without expandable_segments, they would be copied)"
 
 
 def _short(count: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ltx_train.commands import transformers
+from ltx_train.commands import optimizing, transformers
+from ltx_train.config import Config
 from ltx_train.contracts import Exit
 from ltx_train.diffusion import objective
 from ltx_train.memory.graph import StepGraphs, signature
+from ltx_train.training.updates import Updates
 from tests.conftest import command, settings
 
 
@@ -129,9 +131,15 @@ def test_a_run_with_recorded_passes_is_the_run_without(
     def recorded(_config: Any, transformer: Any, parameters: Any, _device: Any) -> StepGraphs:
         return StepGraphs(partial(objective.backward, transformer), parameters, recorder)
 
+    whole = optimizing.whole
+
+    def in_place(made: Config, *given: Any) -> Updates:
+        return whole(replace(made, memory=replace(made.memory, graphs=True)), *given)
+
     for name in ("plain", "recorded"):
         if name == "recorded":
             monkeypatch.setattr(transformers, "recorded", recorded)
+            monkeypatch.setattr(optimizing, "whole", in_place)
         more = (
             f"run.experiment={name}", f"run.root={tmp_path}", "optim.steps=8", "optim.batch_size=2",
             "optim.global_batch=4", "optim.name=adamw", "adapter.dropout=0.1", "memory=none", "eval.interval=4",
