@@ -201,8 +201,8 @@ def test_an_error_of_the_first_rank_is_said_once(prepared: Path, clips: Path, tm
 
 def test_doctor_lets_the_processes_of_a_run_meet(tmp_path: Path) -> None:
     arguments = [
-        "doctor", "experiment=audio_reference", "model.weights=random", f"data.root={tmp_path / 'none'}", f"run.root={tmp_path}",
-        "strategy.device=cpu", *TWO,
+        "doctor", "experiment=audio_reference", "model.weights=random", f"data.root={tmp_path / 'none'}",
+        f"run.root={tmp_path}", "strategy.device=cpu", *TWO,
     ]  # fmt: skip
     assert end(arguments, tmp_path / "log") == 0
     said = (tmp_path / "log").read_text()
