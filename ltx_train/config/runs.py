@@ -36,7 +36,6 @@ _FREE_IN_A_RUN = (
     "optim.batch_size",
 )
 
-
 # What goes on as the same run, but not as if nothing had happened.
 _WARNED = {
     "optim.steps": "the learning rate's course follows the new number of steps from here on",
@@ -46,8 +45,6 @@ _WARNED = {
     "eval.": "held-out numbers from here on do not compare with those before",
     "model.path": "the same base, if its weights are",
 }
-
-
 # Exceptions from these: they change nothing that is computed.
 _UNNOTICED = (
     "strategy.step_timeout_s", "strategy.start_timeout_s", "memory.budget_gib", "memory.stream", "eval.interval",

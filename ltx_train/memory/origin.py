@@ -119,7 +119,7 @@ class PeerOrigin:
 
     def keep(self, index: int, whole: Tensor) -> None:
         self._shares[index] = whole.chunk(self._exchange.world)[self._exchange.rank].clone()
-        self._sums[index] = checksum(whole)
+        self._sums[index] = _checksum(whole)
 
     def send(self, index: int, memory: Tensor) -> None:
         share, world = self._shares[index], self._exchange.world
@@ -138,7 +138,7 @@ class PeerOrigin:
         """As it was loaded, or, where shares have been changed, as it is now."""
         given = memory[: self._exchange.world * self._shares[index].numel()]
         if index in self._sums:
-            return checksum(given) == self._sums[index]
+            return _checksum(given) == self._sums[index]
         again = torch.empty_like(given)
         self.send(index, again)
         return torch.equal(again, given)
@@ -152,7 +152,7 @@ class PeerOrigin:
         self._sums.clear()
 
 
-def checksum(memory: Tensor) -> int:
+def _checksum(memory: Tensor) -> int:
     """Of bytes and their places: blocks differ in every part that the ranks hold."""
     parts = memory.view(-1, ALIGNMENT).sum(dim=1, dtype=torch.int64)
     return int((parts * torch.arange(1, len(parts) + 1, device=memory.device)).sum())

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ltx_train.memory.origin import Origin
+from ltx_train.memory.origin import ALIGNMENT, Origin
 from ltx_train.model.linear import remember_norms
-
-_ALIGNMENT = 256
 
 
 class Place(NamedTuple):
@@ -77,7 +75,7 @@ class WeightStream:
         for owner, name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             places.append(Place(owner, name, offset, tensor.shape, tensor.dtype, size))
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
         whole = self.origin.room(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
             whole[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
