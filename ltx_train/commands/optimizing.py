@@ -13,6 +13,7 @@ from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.optim import build_optimizer
 from ltx_train.training.ranks import Ranks
+from ltx_train.training.shards import MOMENTS
 from ltx_train.training.updates import SharedUpdates, Updates, WholeUpdates
 
 
@@ -40,7 +41,7 @@ def _shared(config: Config, transformer: Transformer, shares: Shares) -> Updates
         optim.name, shares.masters.values(), optim.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay,
         fused=True if config.strategy.offload else None,
     )  # fmt: skip
-    shares.lay_out(optimizer)
+    shares.lay_out(optimizer, MOMENTS)
     order = list(adapter.trainable_parameters(transformer))
     left = [unit for unit in shares.units if name == "zero1" or not full or unit == "outside"]
     return SharedUpdates(

@@ -160,12 +160,12 @@ class Shares:
         """Gradients begin again."""
         torch._foreach_zero_(self._gradients())
 
-    def lay_out(self, optimizer: torch.optim.Optimizer) -> None:
-        """Moments lie where the masters do, where that is not for the optimizer to choose."""
+    def lay_out(self, optimizer: torch.optim.Optimizer, kinds: Iterable[str]) -> None:
+        """Moments of these kinds lie where the masters do, where that is not for the optimizer to choose."""
         if self._host is None:
             return
         for name, master in self.masters.items():
-            moments = {k: self._host.room(f"{name}/{k}", torch.zeros_like(master)) for k in ("exp_avg", "exp_avg_sq")}
+            moments = {k: self._host.room(f"{name}/{k}", torch.zeros_like(master)) for k in kinds}
             optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
 
     def publish(self) -> None:
