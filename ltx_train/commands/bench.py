@@ -98,14 +98,13 @@ def _peer(config: Config) -> dict[str, Any]:
 def _step(
     config: Config, transformer: Transformer, updates: Updates, device: torch.device, ranks: Ranks
 ) -> Callable[[int], torch.Tensor]:
-    parameters = list(adapter.trainable_parameters(transformer).values())
     dropout = adapter.DropoutKeys(transformer)
 
     def keyed(batch: Batch) -> None:
         pairs = zip(batch.keys, batch.draws, strict=True)
         dropout.set([rng.key_seed(config.run.seed, "dropout", key, draw) for key, draw in pairs])
 
-    recorded = transformers.recorded(config, transformer, parameters, device)
+    recorded = transformers.recorded(config, transformer, updates.gathering, device)
     return optimizer_step(config, transformer, updates, device, keyed, recorded, ranks.rank)
 
 

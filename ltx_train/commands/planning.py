@@ -79,8 +79,8 @@ def planned(config: Config, place: Place, *, training: bool = True) -> Planned |
     if not training:
         limits = replace(limits, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
     elif _shards(config) > 1:
-        limits = replace(limits, stream_blocks=wanted.size.layers, graphs=False, shards=_shards(config))
-    elif config.adapter.kind == "full" and wanted.trained.stage:
+        limits = replace(limits, stream_blocks=wanted.size.layers, shards=_shards(config))
+    if wanted.trained.away:
         limits = replace(limits, graphs=False)
     return plan.choose(wanted, limits, place.card, place.budget_gib)
 

@@ -102,7 +102,7 @@ def _task(
         optim.clip, start.step, configuration.rounds(config, ranks.world), ranks,
         Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
         Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs, _flops(config),
-        transformers.recorded(config, transformer, list(parameters.values()), device),
+        transformers.recorded(config, transformer, updates.gathering, device),
     )  # fmt: skip
 
 

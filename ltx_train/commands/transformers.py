@@ -72,6 +72,7 @@ def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transfo
         shares.hold(name, parameters)
     if config.adapter.kind == "full" and config.strategy.name != "zero1":
         runner.complete = lambda index: shares.reduce(block_unit(index))
+        runner.beside.append(shares)
     return transformer, shares
 
 
@@ -128,13 +129,13 @@ def opened(config: Config, ranks: Ranks = ALONE, exchange: Exchange | None = Non
 
 
 def recorded(
-    config: Config, transformer: Transformer, parameters: Sequence[torch.nn.Parameter], device: torch.device
+    config: Config, transformer: Transformer, gathering: Sequence[torch.nn.Parameter], device: torch.device
 ) -> StepGraphs | None:
-    """Passes as CUDA graphs, where the settled configuration wants them."""
+    """Passes as CUDA graphs, where the settled configuration wants them; gathering: whose gradients they add to."""
     runner = transformer.run_block
     if not config.memory.graphs or not isinstance(runner, BlockRunner):
         return None
-    return StepGraphs(partial(objective.backward, transformer), parameters, CudaRecorder(runner, device))
+    return StepGraphs(partial(objective.backward, transformer), gathering, CudaRecorder(runner, device))
 
 
 def _limit(config: Config, device: torch.device) -> None:

@@ -189,16 +189,16 @@ def _validate_strategy(config: Config) -> None:
 
 def _validate_shared_updates(config: Config) -> None:
     """Shares of the weights are updated element by element, and gradients are shared out in step."""
-    name, full = config.strategy.name, config.adapter.kind == "full"
+    name = config.strategy.name
     if config.optim.name != "adamw":
         raise ConfigError(f"strategy={name} updates shares of the weights, for which optim={config.optim.name} needs "
                           "whole tensors: set optim=adamw")  # fmt: skip
     if name == "zero2" and config.mixture:
         raise ConfigError("mixture: ranks whose samples are in different modes do not finish passes together, as "
                           "strategy=zero2 needs: train one mode, or take strategy=zero1")  # fmt: skip
-    if full and config.memory.graphs:
-        raise ConfigError(f"memory.graphs=true: passes in which ranks exchange gradients, as under strategy={name} "
-                          "with adapter.kind=full, are not recorded: leave it out")  # fmt: skip
+    if config.strategy.offload and config.memory.graphs:
+        raise ConfigError("memory.graphs=true: passes in which the host adds up gradients, as with strategy.offload, "
+                          "are not recorded: leave it out")  # fmt: skip
 
 
 def _validate_sharing(config: Config) -> None:
@@ -210,9 +210,6 @@ def _validate_sharing(config: Config) -> None:
         "eval.samples=0 and look at them with evaluate": config.eval.samples > 0,
         "memory.stream_blocks is for blocks in host memory; under strategy=zero3 they are on the other ranks: leave it "
         "out": bool(config.memory.stream_blocks),
-        "memory.keep=everything: under strategy=zero3 a block's weights have moved on when its backward comes: take "
-        "attention or inputs": config.memory.keep == "everything",
-        "memory.graphs=true: passes in which ranks exchange weights are not recorded": bool(config.memory.graphs),
     }  # fmt: skip
     for message, wrong in refused.items():
         if wrong:

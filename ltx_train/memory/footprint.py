@@ -29,6 +29,8 @@ _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 _STREAM_OVERHEAD = 0.05
+# Of the link between devices what copies reach, and bytes that updating one weight of a full fine-tune moves.
+_PEER, _UPDATE_BYTES = 0.8, 80.0
 # What is left of the host's link for weights while inputs travel the other way.
 _BOTH_WAYS = 0.87
 _BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
@@ -171,7 +173,7 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     host = (streamed * block if choice.shards == 1 and not trained.full else 0.0) + away * unit
     if trained.away:
         host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.shards
-    return Footprint(parts, _seconds(size, work, choice, card, streamed * block), host)
+    return Footprint(parts, _seconds(size, work, trained, choice, card, streamed * block), host)
 
 
 def _states(trained: Trained) -> float:
@@ -268,10 +270,12 @@ def _fixed(size: Sizes, work: Work) -> float:
     return float(work.batch * (tables + contexts + latents))
 
 
-def _seconds(size: Sizes, work: Work, choice: Choice, card: Card, streamed_bytes: float) -> float:
+def _seconds(
+    size: Sizes, work: Work, trained: Trained, choice: Choice, card: Card, streamed_bytes: float
+) -> float:  # fmt: skip
     """Products and attention at the rates kernels reach, passes over activations at bandwidth, copies beside them."""
     everything = choice.keep_everything / size.layers
-    linear = size.layers * _linear_seconds(size, work, choice, card, everything)
+    linear = size.layers * _linear_seconds(size, work, choice, card, everything, full=trained.full)
     forward = size.layers * _attention_flops(size, work)
     again = 0.0 if choice.keep is not Keep.inputs else 1 - everything
     attention = forward * (3.5 + again) / (card.bf16_tflops * 1e12 * _ATTENTION)
@@ -280,21 +284,29 @@ def _seconds(size: Sizes, work: Work, choice: Choice, card: Card, streamed_bytes
     overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 2 * 1.5 * _dequantized(size, choice) / _DEQUANTIZED / bandwidth
+    if trained.full:
+        compute += trained.parameters / trained.shards * _UPDATE_BYTES / bandwidth
     if choice.offload_inputs:
         compute *= 1.03
     compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
+    if choice.shards > 1:
+        travelling = (2 + trained.full) * streamed_bytes * (choice.shards - 1) / choice.shards
+        return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER))
     link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
     return max(compute, 2 * streamed_bytes / link)
 
 
-def _linear_seconds(size: Sizes, work: Work, choice: Choice, card: Card, everything: float) -> float:
-    """One block's products: forward, again without the last one, and the gradients of inputs that want them."""
+def _linear_seconds(
+    size: Sizes, work: Work, choice: Choice, card: Card, everything: float, *, full: bool
+) -> float:  # fmt: skip
+    """One block's products: forward, again without the last one, the gradients of inputs that want them, and, when all
+    weights are trained (full), theirs."""
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
     total = 0.0
     for layer in size.linears:
         flops = 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
         again = 0.0 if layer.name.endswith("ff.net.2") else 1 - everything
-        times = 1 + again + (0 if layer.rows == "text" else 1)
+        times = 1 + again + (0 if layer.rows == "text" else 1) + full
         fp8 = choice.compute == "fp8" and card.fp8_tflops > 0 and re.fullmatch(MANY_ROWS, layer.name)
         rate = card.fp8_tflops if fp8 else card.bf16_tflops
         total += times * flops / (rate * 1e12 * _LINEAR)

@@ -97,7 +97,7 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
     layers = need.size.layers
     counts = sorted({round(layers * step / _STEPS) for step in range(_STEPS + 1)})
     streams = [0] if need.trained.full else counts
-    # A streamed block cannot keep everything: its weights have moved on when backward comes.
+    # Quantized blocks that are streamed would keep their dequantized weights, which is what streaming is to save.
     streams = [0] if allowed.keep is Keep.everything else streams
     streams = streams if allowed.stream_blocks is None else [min(allowed.stream_blocks, layers)]
     keeps = [Keep.inputs, Keep.attention] if allowed.keep is None else [allowed.keep]
@@ -105,9 +105,10 @@ def _choices(need: Need, allowed: Allowed) -> Iterator[Choice]:
     graphs = [False, True] if allowed.graphs is None else [allowed.graphs]
     for quantize in allowed.quantize:
         for streamed in streams:
-            everything = [n for n in counts if n + streamed <= layers or n == 0]
+            most = layers if allowed.shards > 1 else layers - streamed
+            everything = [n for n in counts if n <= most]
             if allowed.keep_everything is not None:
-                everything = [min(allowed.keep_everything, layers - streamed)]
+                everything = [min(allowed.keep_everything, most)]
             for keep in keeps:
                 for kept in [layers] if keep is Keep.everything else everything:
                     for offload, graph in product(offloads, graphs):
@@ -136,5 +137,6 @@ def _near(need: Need, allowed: Allowed, found: Choice) -> Iterator[Choice]:
     if allowed.keep_everything is not None or fixed:
         counts = [found.keep_everything]
     for streamed, kept in product(streams, counts):
-        if streamed >= 0 and kept >= 0 and streamed + kept <= layers:
+        most = layers if found.shards > 1 else layers - streamed
+        if streamed >= 0 and 0 <= kept <= most:
             yield replace(found, stream_blocks=streamed, keep_everything=kept)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ class Keep(StrEnum):
     inputs = "inputs"
 
 
+class Beside(Protocol):
+    """Work on streams of its own, beside the blocks."""
+
+    def fork(self) -> None:
+        """Becomes part of the CUDA graph that is being recorded, where earlier events mean nothing."""
+        ...
+
+    def join(self) -> None:
+        """The recording ends behind it."""
+        ...
+
+
 class BlockRunner:
     """`transformer.run_block`: calls block `index` the way it was planned."""
 
@@ -51,6 +63,7 @@ class BlockRunner:
         offload: InputOffload | None = None,
     ) -> None:  # fmt: skip
         self._keep, self.stream, self._offload = list(keep), stream, offload
+        self.beside: list[Beside] = [copies for copies in (stream, offload) if copies is not None]
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
         self._probe: Probe | None = None
@@ -75,12 +88,11 @@ class BlockRunner:
     @contextmanager
     def recorded(self) -> Generator[Callable[[], None]]:
         """While a CUDA graph records a training pass; yields what to call after each replay."""
-        aside = [copies for copies in (self.stream, self._offload) if copies is not None]
-        for copies in aside:
-            copies.fork()
+        for work in self.beside:
+            work.fork()
         yield (lambda: None) if self.stream is None else self.stream.replayed
-        for copies in aside:
-            copies.join()
+        for work in self.beside:
+            work.join()
 
     def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
         streamed = self.stream is not None and index in self.stream
@@ -165,7 +177,9 @@ def arrange(layers: int, keep: Keep, keep_everything: int, stream_blocks: int, o
     """Counts to indices: all evenly spaced; resident blocks are the first to keep everything."""
     streamed = spread(min(stream_blocks, layers), layers)
     resident = [i for i in range(layers) if i not in set(streamed)]
-    more = {resident[i] for i in spread(min(keep_everything, len(resident)), len(resident))}
+    more: set[int] = set()
+    for blocks in (resident, streamed):
+        more |= {blocks[i] for i in spread(min(keep_everything - len(more), len(blocks)), len(blocks))}
     kept = [Keep.everything if i in more else keep for i in range(layers)]
     waiting = [i for i in range(layers) if offload_inputs and kept[i] is not Keep.everything]
     return Arrangement(streamed, kept, waiting)

@@ -137,6 +137,19 @@ class Shares:
             if freed is not None:
                 freed.record()
 
+    def fork(self) -> None:
+        """Sending becomes part of the CUDA graph that is being recorded, where earlier events mean nothing."""
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        for slot in self._slots:
+            slot.freed = torch.cuda.Event()
+            slot.freed.record()
+
+    def join(self) -> None:
+        """The recording ends behind what was sent; the events within it end with it."""
+        torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        for slot in self._slots:
+            slot.freed = torch.cuda.Event()
+
     def settle(self) -> None:
         """The masters' gradients are complete for what the current stream does next, and nothing reads the shares."""
         if self._cuda:

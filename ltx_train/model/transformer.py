@@ -223,7 +223,9 @@ class Transformer(nn.Module):
         table = getattr(self, f"{name}scale_shift_table")
         shift, scale = (table[None] + stream.embedded[:, None]).unbind(1)
         normed = getattr(self, f"{name}norm_out")(hidden)
-        return getattr(self, f"{name}proj_out")(_scaled(normed, shift[stream.level], scale[stream.level]))
+        return getattr(self, f"{name}proj_out")(
+            _scaled(normed, _gathered(shift, stream.level), _gathered(scale, stream.level))
+        )
 
 
 def transformer_widths(config: Section) -> tuple[int, int]:
@@ -283,7 +285,31 @@ def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:
 def _modulation(table: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     """Per-token modulation: table (n, D) + levels (U, n * D), gathered by index (B, T) -> n tensors (B, T, D)."""
     values = table[None] + levels.unflatten(-1, (table.shape[0], -1))
-    return tuple(row[index] for row in values.unbind(1))
+    return tuple(_gathered(row, index) for row in values.unbind(1))
+
+
+class _Rows(torch.autograd.Function):
+    """values[index] whose backward is a product: a kernel that adds thousands of tokens' gradients to the same few
+    rows takes them one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(values)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        hits = index.flatten()[None] == torch.arange(ctx.count, device=index.device)[:, None]
+        return hits.to(gradient.dtype) @ gradient, None
+
+
+def _gathered(values: Tensor, index: Tensor) -> Tensor:
+    """values (U, D) by index (B, T) -> (B, T, D)."""
+    rows: Any = _Rows.apply(values, index)  # pyright: ignore[reportArgumentType]
+    return rows
 
 
 def _prompt_modulation(table: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,11 @@ class Updates(Protocol):
 
     optimizer: torch.optim.Optimizer
 
+    @property
+    def gathering(self) -> list[nn.Parameter]:
+        """Those whose gradients stay where they are from pass to pass, where gradients keep their memory."""
+        ...
+
     def passed(self) -> None:
         """After each backward pass."""
         ...
@@ -63,6 +68,10 @@ class WholeUpdates:
     ) -> None:
         self._named, self._parameters = parameters, list(parameters.values())
         self.optimizer, self._ranks, self._in_place = optimizer, ranks, in_place
+
+    @property
+    def gathering(self) -> list[nn.Parameter]:
+        return self._parameters
 
     def passed(self) -> None:
         pass
@@ -113,6 +122,10 @@ class SharedUpdates:
         self._shares, self.optimizer, self._left = shares, optimizer, left
         self._number = {name: number for number, name in enumerate(order)}
         self._early, self._sharded, self._in_place = early, sharded, in_place
+
+    @property
+    def gathering(self) -> list[nn.Parameter]:
+        return [place.parameter for name in self._left for place in self._shares.units[name].places]
 
     def passed(self) -> None:
         if self._early:

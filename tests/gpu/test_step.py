@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ltx_train import config, rng
-from ltx_train.commands import bench, planning, session, transformers
+from ltx_train.commands import bench, optimizing, planning, session, transformers
 from ltx_train.config import Config
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
@@ -18,6 +18,7 @@ from ltx_train.memory.recompute import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.optim import build_optimizer
+from ltx_train.training.ranks import ALONE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +95,28 @@ def test_20_streamed_and_recorded_steps_are_bitwise_those_of_resident_weights(qu
         assert all(torch.equal(a, b) for a, b in zip(weights, found[0][1], strict=True)), way
 
 
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize("strategy", ["zero3", "zero2"])
+@pytest.mark.parametrize("keep", ["everything", "inputs"])
+def test_recorded_steps_of_a_shared_full_fine_tune_are_bitwise_those_that_are_launched(
+    strategy: str, keep: str
+) -> None:
+    found: list[tuple[list[float], list[torch.Tensor]]] = []
+    for graphs in (False, True):
+        made = settled(
+            "adapter=full", "optim=adamw", f"strategy={strategy}", f"memory.keep={keep}", "memory.stream_slots=2",
+            f"memory.graphs={graphs}",
+        )  # fmt: skip
+        transformer, updates = optimizing.opened(made, ALONE)
+        step = bench._step(made, transformer, updates, session.device(made), ALONE)
+        losses = [float(step(number)) for number in range(STEPS)]
+        shard = updates.held().shard
+        assert shard is not None
+        found.append((losses, [t.clone() for kinds in shard.tensors.values() for t in kinds.values()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("streamed", [0, 3])
 def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
@@ -119,7 +142,7 @@ def test_inputs_that_share_memory_reach_the_device() -> None:
     batch = bench.random_batch(made, 0)
     drawn = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
     level = torch.full((1,), 0.5).expand(2)
-    inputs = conditions.assemble(batch, made.mode, replace(drawn, sigma=level))
+    inputs = conditions.assemble(batch, made.mode, replace(drawn, video_sigma=level, audio_sigma=level))
     arrived = transfer.to_device(inputs, session.device(made))
     assert arrived.audio is not None
     assert arrived.audio.sigma.tolist() == [0.5, 0.5]

@@ -127,7 +127,8 @@ def test_blocks_that_keep_everything_are_resident() -> None:
     kept = {i for i, keep in enumerate(made.keep) if keep is Keep.everything}
     assert kept == set(range(48)) - set(made.streamed)
     assert set(made.offloaded) == set(made.streamed)
-    assert arrange(3, Keep.inputs, 9, 9, offload_inputs=False).streamed == [0, 1, 2]
+    assert arrange(3, Keep.inputs, 0, 9, offload_inputs=False).streamed == [0, 1, 2]
+    assert arrange(3, Keep.inputs, 2, 3, offload_inputs=False).keep.count(Keep.everything) == 2
 
 
 def test_cards_by_name() -> None:
@@ -207,7 +208,6 @@ def test_all_weights_in_shares(name: str, devices: int, expected: tuple[float, .
     )
     found = planning.planned(made, Place(H200, 300.0, None))
     assert found is not None
-    assert not found.choice.graphs
     parts = {part: size / 2**30 for part, size in found.footprint.parts.items()}
     names = (
         "weights", "share of streamed weights", "ring of streamed weights", "trained weights and moments", "gradients",
