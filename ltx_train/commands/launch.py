@@ -34,8 +34,9 @@ def run(entry: Entry, config: Config, count: int) -> int:
     """Runs `entry` in `count` processes; the exit code of the first that failed, else the common one."""
     context = get_context("spawn")
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    if config.strategy.device == "cpu":
-        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # Each takes its part of the processors: all of them would begin with a thread and a compiler for every one.
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        shared[name] = os.environ.get(name, str(min(32, max(1, (os.cpu_count() or 1) // count))))
     children: list[Any] = [context.Process(target=_child, args=(entry, config, os.getpid())) for _ in range(count)]
     previous = {number: signal.signal(number, _forwarding(children)) for number in _FORWARDED}
     try:

@@ -73,6 +73,7 @@ def shared(config: Config, ranks: Ranks, *, fresh: bool = True) -> tuple[Transfo
     if config.adapter.kind == "full" and config.strategy.name != "zero1":
         runner.complete = lambda index: shares.reduce(block_unit(index))
         runner.beside.append(shares)
+    shares.ready()
     return transformer, shares
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltx_train.memory.host import Host
 from ltx_train.memory.origin import ALIGNMENT, Exchange, PeerOrigin
+from ltx_train.memory.peers import PeerSums
 from ltx_train.memory.stream import WeightStream
 
 _GRADIENT_SLOTS = 2
@@ -71,6 +72,7 @@ class Shares:
         self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
         self._slots: list[_Slot] = []
         self._parts: dict[str, tuple[int, list[Tensor]]] = {}
+        self._sums: PeerSums | None = None
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -108,11 +110,25 @@ class Shares:
         self._streamed[name] = share
         self._ring = (stream, origin)
 
+    def ready(self) -> None:
+        """Memory that gradients are sent from; every unit is there. Each unit always has the same slot."""
+        largest = max(unit.size for unit in self.units.values())
+        for _ in range(min(_GRADIENT_SLOTS, len(self.units))):
+            memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
+            self._slots.append(_Slot(memory, torch.cuda.Event() if self._cuda else None))
+        for number, (name, unit) in enumerate(self.units.items()):
+            slot = number % len(self._slots)
+            memory = self._slots[slot].memory
+            self._parts[name] = (slot, [memory[p.start : p.stop].view(p.shape) for p in unit.places])
+        exchange = self.exchange
+        self._sums = PeerSums.over([s.memory for s in self._slots], exchange.rank, exchange.world, exchange.tell)
+
     def reduce(self, name: str, *, in_place: bool = False) -> None:
         """Adds a share of the ranks' mean gradient to the master's, and drops the parameters' own; in_place: zeroes
         them where they are."""
         unit = self.units[name]
-        flat, parts, freed = self._slot(name, unit)
+        number, parts = self._parts[name]
+        flat, freed = self._slot(number, unit)
         given = zip(parts, [place.parameter.grad for place in unit.places], strict=True)
         present = [(part, gradient) for part, gradient in given if gradient is not None]
         if len(present) < len(unit.places):
@@ -128,8 +144,7 @@ class Shares:
         if self._cuda:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))
         with self._beside():
-            share = torch.empty(unit.size // self.exchange.world, dtype=self.dtype, device=self.device)
-            self.exchange.scatter(share, flat)
+            share = self._summed(number, flat)
             if self._host is None:
                 self._add(name, share)
             else:
@@ -213,12 +228,18 @@ class Shares:
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
-    def _slot(self, name: str, unit: Unit) -> tuple[Tensor, list[Tensor], Any]:
-        """Memory for a unit's gradient, its parts by parameter, and the event to record when it has been sent; what
-        lies between the parts is zero."""
-        if name not in self._parts:
-            self._give_slots()
-        number, parts = self._parts[name]
+    def _summed(self, number: int, flat: Tensor) -> Tensor:
+        """This rank's part of the ranks' sum."""
+        dtype = torch.float32 if self._sums is not None and self._host is None else self.dtype
+        share = torch.empty(len(flat) // self.exchange.world, dtype=dtype, device=self.device)
+        if self._sums is None:
+            self.exchange.scatter(share, flat)
+        else:
+            self._sums(number, len(flat), share)
+        return share
+
+    def _slot(self, number: int, unit: Unit) -> tuple[Tensor, Any]:
+        """Memory for a unit's gradient, zero between its parts, and the event to record when it has been sent."""
         slot = self._slots[number]
         if slot.freed is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.freed)
@@ -226,18 +247,7 @@ class Shares:
         if slot.layout != layout:
             slot.memory.zero_()
             slot.layout = layout
-        return slot.memory[: unit.size], parts, slot.freed
-
-    def _give_slots(self) -> None:
-        """Each unit always has the same one."""
-        largest = max(unit.size for unit in self.units.values())
-        for _ in range(min(_GRADIENT_SLOTS, len(self.units))):
-            memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
-            self._slots.append(_Slot(memory, torch.cuda.Event() if self._cuda else None))
-        for number, (name, unit) in enumerate(self.units.items()):
-            slot = number % len(self._slots)
-            memory = self._slots[slot].memory
-            self._parts[name] = (slot, [memory[p.start : p.stop].view(p.shape) for p in unit.places])
+        return slot.memory[: unit.size], slot.freed
 
     def _beside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._aside) if self._cuda else nullcontext()

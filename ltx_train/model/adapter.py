@@ -94,20 +94,29 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         rank_pattern=other,
     )
     config._register_custom_module({nn.Linear: LowRankLinear})
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    # peft would draw every matrix on the CPU, only for them to be drawn again below.
+    inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=True)
     for module in modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LowRankLinear)
+        _materialize(layer)
         layer.scaling[_NAME] = lora.scale_of(module)
         if lora.dora:
             layer.add_magnitude(_NAME)
     for name, parameter in lora_parameters(model).items():
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
         if ".lora_A." in name and not parameter.is_meta:
             _begin(
                 parameter, lora.init, torch.Generator(parameter.device).manual_seed(rng.key_seed(seed, "lora", name))
             )
+
+
+def _materialize(layer: LowRankLinear) -> None:
+    """The low-rank weights in zeros, where the layer's own are."""
+    base: Any = layer.get_base_layer()
+    for part in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
+        assert isinstance(part, nn.Linear)
+        part.weight = nn.Parameter(torch.zeros(part.weight.shape, device=base.weight.device))
 
 
 def _begin(parameter: nn.Parameter, init: str, stream: torch.Generator) -> None:

@@ -104,8 +104,8 @@ def test_recorded_steps_of_a_shared_full_fine_tune_are_bitwise_those_that_are_la
     found: list[tuple[list[float], list[torch.Tensor]]] = []
     for graphs in (False, True):
         made = settled(
-            "adapter=full", "optim=adamw", f"strategy={strategy}", f"memory.keep={keep}", "memory.stream_slots=2",
-            f"memory.graphs={graphs}",
+            "adapter=full", "optim=adamw", "memory.quantize=none", f"strategy={strategy}", f"memory.keep={keep}",
+            "memory.keep_everything=0", f"memory.graphs={graphs}",
         )  # fmt: skip
         transformer, updates = optimizing.opened(made, ALONE)
         step = bench._step(made, transformer, updates, session.device(made), ALONE)
