@@ -48,11 +48,18 @@ class Unit:
 
 @dataclass
 class _Slot:
-    """Memory that gradients are sent from; layout: of the unit that was there last."""
+    """Memory that gradients are sent from."""
 
     memory: Tensor
     freed: Any
-    layout: list[tuple[int, torch.Size]] | None = None
+
+
+class _Layout(NamedTuple):
+    """A unit's gradient in its slot: by parameter, and what lies between them."""
+
+    slot: int
+    parts: list[Tensor]
+    gaps: list[Tensor]
 
 
 class Shares:
@@ -71,7 +78,7 @@ class Shares:
         self._cuda = device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(device) if self._cuda else None
         self._slots: list[_Slot] = []
-        self._parts: dict[str, tuple[int, list[Tensor]]] = {}
+        self._layouts: dict[str, _Layout] = {}
         self._sums: PeerSums | None = None
 
     @property
@@ -119,7 +126,11 @@ class Shares:
         for number, (name, unit) in enumerate(self.units.items()):
             slot = number % len(self._slots)
             memory = self._slots[slot].memory
-            self._parts[name] = (slot, [memory[p.start : p.stop].view(p.shape) for p in unit.places])
+            parts = [memory[p.start : p.stop].view(p.shape) for p in unit.places]
+            ends = [0, *(p.stop for p in unit.places)]
+            begins = [*(p.start for p in unit.places), unit.size]
+            gaps = [memory[end:begin] for end, begin in zip(ends, begins, strict=True) if end < begin]
+            self._layouts[name] = _Layout(slot, parts, gaps)
         exchange = self.exchange
         self._sums = PeerSums.over([s.memory for s in self._slots], exchange.rank, exchange.world, exchange.tell)
 
@@ -127,12 +138,16 @@ class Shares:
         """Adds a share of the ranks' mean gradient to the master's, and drops the parameters' own; in_place: zeroes
         them where they are."""
         unit = self.units[name]
-        number, parts = self._parts[name]
-        flat, freed = self._slot(number, unit)
+        number, parts, gaps = self._layouts[name]
+        flat, freed = self._slots[number].memory[: unit.size], self._slots[number].freed
+        if freed is not None:
+            torch.cuda.current_stream(self.device).wait_event(freed)
         given = zip(parts, [place.parameter.grad for place in unit.places], strict=True)
         present = [(part, gradient) for part, gradient in given if gradient is not None]
         if len(present) < len(unit.places):
             flat.zero_()
+        elif gaps:
+            torch._foreach_zero_(gaps)
         if present:
             targets, gradients = (list(column) for column in zip(*present, strict=True))
             torch._foreach_copy_(targets, gradients)
@@ -237,17 +252,6 @@ class Shares:
         else:
             self._sums(number, len(flat), share)
         return share
-
-    def _slot(self, number: int, unit: Unit) -> tuple[Tensor, Any]:
-        """Memory for a unit's gradient, zero between its parts, and the event to record when it has been sent."""
-        slot = self._slots[number]
-        if slot.freed is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.freed)
-        layout = [(place.start, place.shape) for place in unit.places]
-        if slot.layout != layout:
-            slot.memory.zero_()
-            slot.layout = layout
-        return slot.memory[: unit.size], slot.freed
 
     def _beside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._aside) if self._cuda else nullcontext()
