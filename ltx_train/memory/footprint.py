@@ -17,7 +17,7 @@ from ltx_train.memory.recompute import Keep
 from ltx_train.model.transformer import Transformer, transformer_widths
 
 # In units of one block's input (tokens x width, both modalities): fitted to runs on an H200.
-_KEPT_EVERYTHING = 26.6
+_KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
 # A block's dequantized weights alive at once in backward, as a share of the block in bfloat16.
 _DEQUANTIZED = 0.75
@@ -152,7 +152,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
     here = 4 + choice.keep_everything if choice.offload_inputs else size.layers
     waiting = min(here, size.layers) * unit
     # A block that keeps everything keeps its dequantized weights too.
-    kept = choice.keep_everything * (_KEPT_EVERYTHING * unit + _dequantized(size, choice) / _DEQUANTIZED)
+    everything = _KEPT_EVERYTHING_FULL if trained.full else _KEPT_EVERYTHING
+    kept = choice.keep_everything * (everything * unit + _dequantized(size, choice) / _DEQUANTIZED)
     again = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * again
     working = _WORKING * unit + _dequantized(size, choice)
@@ -184,13 +185,13 @@ def _states(trained: Trained) -> float:
 
 
 def _gradients(trained: Trained, block: float, dtype_bytes: int) -> float:
-    """In float32; shared ones pass through a buffer of two units and are whole before that in stage 1, or in all."""
+    """In float32; shared ones pass through buffers of three units and are whole before that in stage 1, or in all."""
     if not trained.stage:
         return 4.0 * trained.parameters
     share = 0.0 if trained.away else 4.0 * trained.parameters / trained.shards
     if not trained.full:
         return share + 4.0 * trained.parameters
-    return share + (2 * block + trained.parameters * dtype_bytes if trained.stage == 1 else 3 * block)
+    return share + (3 * block + trained.parameters * dtype_bytes if trained.stage == 1 else 4 * block)
 
 
 def model_flops(size: Sizes, work: Work, *, full: bool = False) -> float:

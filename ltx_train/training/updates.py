@@ -60,6 +60,13 @@ class Updates(Protocol):
     def restore(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None: ...
 
 
+def _begin_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Before the first pass: each would otherwise come to lie in memory of its activations, which then cannot be given
+    back."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+
 class WholeUpdates:
     """Every rank has every gradient and updates every weight. in_place: gradients keep their memory."""
 
@@ -68,6 +75,8 @@ class WholeUpdates:
     ) -> None:
         self._named, self._parameters = parameters, list(parameters.values())
         self.optimizer, self._ranks, self._in_place = optimizer, ranks, in_place
+        if in_place:
+            _begin_gradients(self._parameters)
 
     @property
     def gathering(self) -> list[nn.Parameter]:
@@ -122,6 +131,8 @@ class SharedUpdates:
         self._shares, self.optimizer, self._left = shares, optimizer, left
         self._number = {name: number for number, name in enumerate(order)}
         self._early, self._sharded, self._in_place = early, sharded, in_place
+        if in_place:
+            _begin_gradients(self.gathering)
 
     @property
     def gathering(self) -> list[nn.Parameter]:
