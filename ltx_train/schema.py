@@ -176,12 +176,14 @@ class MemoryConfig:
 class StrategyConfig:
     """name: single; for several devices ddp, or what they share out: zero1 masters and moments, zero2 gradients too,
     zero3 the blocks (of a frozen base these alone). offload: masters, moments and summed gradients of a full fine-tune
-    in host memory (cpu), or in files in a folder on a fast disk. device: auto, cpu or cuda. devices: processes on this
-    machine; on several machines srun or torchrun starts them. A process without progress for step_timeout_s
+    in host memory (cpu), or in files in a folder on a fast disk. sequence: so many devices take each sample together, a
+    part of its video tokens each, for clips that are too long for one. device: auto, cpu or cuda. devices: processes
+    on this machine; on several machines srun or torchrun starts them. A process without progress for step_timeout_s
     (start_timeout_s while it loads, validates or saves) ends with its stacks written down; 0 switches that off."""
 
     name: str = "single"
     offload: str | None = None
+    sequence: int = 1
     device: str = "auto"
     devices: int = 1
     step_timeout_s: float = 900.0

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ltx_train import config as configuration
 from ltx_train import rng
 from ltx_train.commands import launch, optimizing, planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
@@ -105,7 +106,7 @@ def _step(
         dropout.set([rng.key_seed(config.run.seed, "dropout", key, draw) for key, draw in pairs])
 
     recorded = transformers.recorded(config, transformer, updates.gathering, device)
-    return optimizer_step(config, transformer, updates, device, keyed, recorded, ranks.rank)
+    return optimizer_step(config, transformer, updates, device, keyed, recorded, ranks.rank // config.strategy.sequence)
 
 
 def optimizer_step(
@@ -221,7 +222,8 @@ def _rates(config: Config, measured: dict[str, Any], device: torch.device, ranks
     """Tokens per second, and the share of the card's dense bf16 rate that the model's own arithmetic takes."""
     needed, seconds = planning.need(config), measured["step_s_median"]
     work = needed.work
-    rates = {"tokens_per_s": round(ranks.world * work.batch * (work.video + work.audio) / seconds, 1)}
+    samples = configuration.readers(config, ranks.world) * work.batch
+    rates = {"tokens_per_s": round(samples * (work.video * work.sequence + work.audio) / seconds, 1)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         card = card_of_device(properties.name, properties.total_memory / GIB)

@@ -98,7 +98,7 @@ def _start(config: Config, folder: Path, world: int) -> tuple[Config, Planned | 
     saved = folder / "config.yaml"
     found = checkpointing.committed(folder / "checkpoints") if config.run.resume == "auto" else []
     before = configuration.load(saved) if saved.is_file() and found else None
-    config, planned = planning.settle(configuration.continued(config, before, world))
+    config, planned = planning.settle(configuration.continued(config, before, configuration.readers(config, world)))
     configuration.rounds(config, world)
     if before is not None:
         for line in configuration.refuse_drift(before, config, folder):

@@ -35,8 +35,8 @@ class Measurement:
     def __post_init__(self) -> None:
         self.grid: Grid = session.grid(self.config, self.index)
         self._settings = session.evaluation(self.config, self.grid)
-        # Ranks that share the model's blocks have to pass through them together, so each measures everything.
-        self._apart = self.config.strategy.name != "zero3"
+        # Ranks that share the blocks or the tokens have to pass through the model together: each measures everything.
+        self._apart = self.config.strategy.name != "zero3" and self.config.strategy.sequence == 1
         self._share = (self.ranks.rank, self.ranks.world) if self._apart else (0, 1)
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:

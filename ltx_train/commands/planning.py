@@ -74,15 +74,21 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, Planned | 
 
 def planned(config: Config, place: Place, *, training: bool = True) -> Planned | None:
     """The plan for a place, or None when nothing fits."""
-    wanted = need(config) if training else replace(need(config), trained=Trained(0, "adamw"))
+    wanted = need(config) if training else _alone(config)
     limits = allowed(config, place.host_gib)
     if not training:
         limits = replace(limits, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
     elif _shards(config) > 1:
         limits = replace(limits, stream_blocks=wanted.size.layers, shards=_shards(config))
-    if wanted.trained.away:
+    if wanted.trained.away or wanted.work.sequence > 1:
         limits = replace(limits, graphs=False)
     return plan.choose(wanted, limits, place.card, place.budget_gib)
+
+
+def _alone(config: Config) -> Need:
+    """Of a command that trains nothing, in one process."""
+    single = replace(config, strategy=replace(config.strategy, sequence=1))
+    return replace(need(single), trained=Trained(0, "adamw"))
 
 
 def here(config: Config) -> Place | None:
@@ -227,13 +233,17 @@ def _work(config: Config, bucket: str) -> Work:
     video = positions.latent_frames(frames) * (width // 32) * (height // 32)
     audio = positions.audio_latents(frames / config.data.fps)
     modes = [m for _, m in configuration.training(config)]
-    voice = positions.audio_latents(config.data.reference_s)
+    voice, together = positions.audio_latents(config.data.reference_s), config.strategy.sequence
     return Work(
         config.optim.batch_size,
-        max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes),
+        -(
+            -max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes)
+            // together
+        ),
         max(0 if m.audio is Role.absent else audio + _referenced(m, ModalityName.audio, voice) for m in modes),
         config.model.text_tokens,
         2 if config.model.dtype == "bfloat16" and (config.adapter.kind == "lora" or _stage(config)) else 4,
+        together,
     )
 
 
@@ -278,7 +288,8 @@ def _sharers(config: Config) -> int:
 def _rounds(config: Config) -> int:
     """More than one when gradients stay between micro-batches."""
     optim = config.optim
-    return max(1, (optim.global_batch or 1) // (optim.batch_size * config.strategy.devices))
+    world = max(1, config.strategy.devices // config.strategy.sequence)
+    return max(1, (optim.global_batch or 1) // (optim.batch_size * world))
 
 
 def _plain(config: Config) -> Choice:

@@ -116,7 +116,7 @@ def _flops(config: Config) -> Callable[[ModelInputs], float]:
         present = inputs.video or inputs.audio
         assert present is not None
         work = footprint.Work(present.latent.shape[0], tokens[0], tokens[1], present.context.shape[1])
-        return footprint.model_flops(size, work, full=full)
+        return footprint.model_flops(size, work, full=full) / config.strategy.sequence
 
     return count
 
@@ -225,5 +225,6 @@ def _data(config: Config, start: Start, ranks: Ranks) -> ShardData:
     reader = Reader(start.root, start.index, seed=config.run.seed, wants=wants)
     return ShardData(
         reader, order, micro_batch=optim.batch_size, first_step=start.step, last_step=optim.steps,
-        workers=config.data.workers, rank=ranks.rank, world=ranks.world,
+        workers=config.data.workers, rank=ranks.rank // config.strategy.sequence,
+        world=configuration.readers(config, ranks.world),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from ltx_train.memory.shares import Shares
 from ltx_train.memory.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
+from ltx_train.model.sequence import Together
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.ranks import ALONE, Ranks
 
@@ -39,6 +40,8 @@ def trainable(config: Config, *, fresh: bool = True, ranks: Ranks = ALONE) -> Tr
     if config.adapter.kind == "lora":
         lora = session.lora(config)
         adapter.attach(transformer, lora, config.run.seed)
+        if transformer.together is not None:
+            adapter.cut_dropout(transformer, transformer.together.rank)
         if fresh and config.adapter.start_from is not None:
             tensors, _ = lora_file.read_lora(config.adapter.start_from)
             export.start_from(transformer, tensors, lora)
@@ -122,11 +125,21 @@ def opened(config: Config, ranks: Ranks = ALONE, exchange: Exchange | None = Non
         stream.verify()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for whole blocks
+    transformer.together = _together(config, transformer, ranks)
     offload = InputOffload(arranged.offloaded, device) if arranged.offloaded else None
     transformer.run_block = BlockRunner(
         arranged.keep, compiled=session.compiles(config), stream=stream, offload=offload
     )
     return transformer
+
+
+def _together(config: Config, transformer: Transformer, ranks: Ranks) -> Together | None:
+    """Who takes samples together with this rank."""
+    count, heads = config.strategy.sequence, transformer.config["num_attention_heads"]
+    if heads % count:
+        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        raise UserError(f"strategy.sequence={count}: {heads} heads cannot be shared out so: take one of {fitting}")
+    return ranks.together(count)
 
 
 def recorded(

@@ -7,7 +7,7 @@ torch here, so that `--cfg job` answers at once. Knows names and numbers, not wh
 from ltx_train.config.compose import compose_config, config_dir, dump, from_file, load, shipped, to_yaml
 from ltx_train.config.grid import parse_bucket
 from ltx_train.config.modes import training
-from ltx_train.config.rules import require, rounds, validate
+from ltx_train.config.rules import readers, require, rounds, validate
 from ltx_train.config.runs import continued, flat, refuse_drift
 from ltx_train.config.targets import settled
 from ltx_train.config.words import nearest
@@ -16,6 +16,6 @@ from ltx_train.schema import Config
 
 __all__ = [
     "Config", "ConfigError", "compose_config", "config_dir", "continued", "dump", "flat", "from_file", "load",
-    "nearest", "parse_bucket", "refuse_drift", "require", "rounds", "settled", "shipped",
+    "nearest", "parse_bucket", "readers", "refuse_drift", "require", "rounds", "settled", "shipped",
     "to_yaml", "training", "validate",
 ]  # fmt: skip

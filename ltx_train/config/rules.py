@@ -48,6 +48,7 @@ _AT_LEAST = {
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
     "strategy.devices": 1, "strategy.step_timeout_s": 0, "strategy.start_timeout_s": 0, "checkpoint.failures": 1,
+    "strategy.sequence": 1,
     "cluster.nodes": 1, "cluster.devices": 1, "cluster.cpus": 1, "cluster.signal_s": 1, "cluster.hung_restarts": 0,
     "supervise.poll_s": 0.1, "supervise.restarts": 1, "supervise.backoff_s": 0,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,
@@ -107,11 +108,23 @@ def require(config: Config, command: str) -> None:
             raise ConfigError(f"{name} is not set: {mend}")
 
 
+def readers(config: Config, world: int) -> int:
+    """How many samples are taken at a time by `world` devices; ConfigError when they do not make whole groups."""
+    together = config.strategy.sequence
+    if world % together:
+        raise ConfigError(
+            f"strategy.sequence={together}: {world} devices do not make groups of {together}: take a number of devices "
+            f"that {together} divides"
+        )
+    return world // together
+
+
 def rounds(config: Config, world: int) -> int:
     """Micro-batches of one device per optimizer step; ConfigError when the global batch cannot be divided so."""
     batch, wanted = config.optim.batch_size, config.optim.global_batch
     if wanted is None:
         return 1
+    world = readers(config, world)
     count, rest = divmod(wanted, batch * world)
     if rest or not count:
         share = wanted // world
@@ -176,6 +189,8 @@ def _validate_strategy(config: Config) -> None:
             "strategy=zero2 or zero3"
         )
     full = config.adapter.kind == "full"
+    if strategy.sequence > 1:
+        _validate_sequence(config)
     if strategy.offload and not (full and strategy.name in ("zero1", "zero2", "zero3")):
         raise ConfigError(
             "strategy.offload moves the shares that a full fine-tune updates: set adapter=full and strategy=zero3, or "
@@ -185,6 +200,23 @@ def _validate_strategy(config: Config) -> None:
         _validate_shared_updates(config)
     if strategy.name == "zero3":
         _validate_sharing(config)
+
+
+def _validate_sequence(config: Config) -> None:
+    """Ranks that take samples together pass through the blocks together."""
+    refused = {
+        "strategy.sequence needs several devices: set strategy=ddp, zero1, zero2 or zero3 and strategy.devices":
+            config.strategy.name == "single",
+        "memory.graphs=true: passes in which ranks exchange tokens, as with strategy.sequence, are not recorded: leave "
+        "it out": bool(config.memory.graphs),
+        "eval.samples: clips are generated on one rank, and with strategy.sequence none has all tokens: set "
+        "eval.samples=0 and look at them with evaluate": config.eval.samples > 0,
+    }  # fmt: skip
+    for message, wrong in refused.items():
+        if wrong:
+            raise ConfigError(message)
+    if config.strategy.devices > 1:
+        readers(config, config.strategy.devices)
 
 
 def _validate_shared_updates(config: Config) -> None:

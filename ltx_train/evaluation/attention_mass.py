@@ -44,6 +44,8 @@ class Probe:
         hidden, stream = (video, streams[0]) if self._name is ModalityName.video else (audio, streams[1])
         assert isinstance(hidden, torch.Tensor)
         assert isinstance(stream, Stream)
+        if stream.part is not None:
+            hidden, stream = stream.part.whole(hidden), stream.whole()
         prefix = "" if self._name is ModalityName.video else "audio_"
         keys = hidden.shape[1]
         if keys == self._targets:

@@ -14,6 +14,7 @@ from torch import nn
 from ltx_train.memory.cards import GIB, Card
 from ltx_train.memory.quantize import MANY_ROWS
 from ltx_train.memory.recompute import Keep
+from ltx_train.model.reach import tokens_seen
 from ltx_train.model.transformer import Transformer, transformer_widths
 
 # In units of one block's input (tokens x width, both modalities): fitted to runs on an H200.
@@ -63,13 +64,15 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tokens of one sample, 0 for an absent modality; audio counts its reference. dtype_bytes: of activations."""
+    """Tokens of one sample on one device, 0 for an absent modality; audio counts its reference. dtype_bytes: of
+    activations. sequence: over so many devices the video tokens are cut."""
 
     batch: int
     video: int
     audio: int
     text: int
     dtype_bytes: int = 2
+    sequence: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ def sizes(transformer: Transformer) -> Sizes:
     width, audio_width = transformer_widths(transformer.config)
     block = transformer.transformer_blocks[0]
     linears = tuple(
-        Linear(name, layer.in_features, layer.out_features, _rows(name))
+        Linear(name, layer.in_features, layer.out_features, tokens_seen(name))
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and not name.endswith("to_gate_logits")
     )
@@ -203,18 +206,6 @@ def model_flops(size: Sizes, work: Work, *, full: bool = False) -> float:
         times = (1 if layer.rows == "text" else 2) + full
         linear += times * 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
     return size.layers * (linear + 3.5 * _attention_flops(size, work))
-
-
-def _rows(name: str) -> str:
-    part, _, layer = name.partition(".")
-    if part in ("attn2", "audio_attn2") and layer in ("to_k", "to_v"):
-        return "text"
-    from_other = layer in ("to_k", "to_v")
-    if part == "audio_to_video_attn":
-        return "audio" if from_other else "video"
-    if part == "video_to_audio_attn":
-        return "video" if from_other else "audio"
-    return "audio" if part.startswith("audio_") else "video"
 
 
 def _block_bytes(size: Sizes, choice: Choice, dtype_bytes: int) -> float:
@@ -317,5 +308,7 @@ def _linear_seconds(
 def _attention_flops(size: Sizes, work: Work) -> float:
     """Forward, one block: two products of queries with keys, for the self, text and bridge attentions."""
     v, a, t = work.video, work.audio, work.text
-    pairs = size.width * (v * v + v * t) + size.audio_width * (a * a + a * t + 2 * v * a)
+    bridges = (1 + work.sequence) * v * a  # every device has all of audio's queries
+    pairs = size.width * (v * v * work.sequence + v * t) + size.audio_width * (a * a + a * t + bridges)
+
     return 4.0 * work.batch * pairs

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ltx_train import rng
 from ltx_train.contracts import Mode, UserError
 from ltx_train.model.linear import LowRankLinear, frobenius, mix
-from ltx_train.model.reach import sees_loss
+from ltx_train.model.reach import sees_loss, tokens_seen
 
 _NAME = "default"
 
@@ -173,6 +173,13 @@ def refuse_misfit(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor
             f"the saved weights do not fit the model: {len(missing)} missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (first: {(missing + extra + shapes)[0]})"
         )
+
+
+def cut_dropout(model: nn.Module, part: int) -> None:
+    """Layers that see video tokens draw the masks of this part of them."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankLinear) and name.startswith("transformer_blocks."):
+            layer.part = part if tokens_seen(name.split(".", 2)[2]) == "video" else 0
 
 
 class DropoutKeys:

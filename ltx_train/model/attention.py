@@ -6,13 +6,31 @@ memory at 12k tokens) would not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltx_train.model.sequence import Part
+
 Rotary = tuple[Tensor, Tensor]
+
+
+class Apart(NamedTuple):
+    """Keys and values (B, size, H, D) whose tokens are cut over ranks; both: the queries' are too."""
+
+    part: Part
+    both: bool
+
+    def together(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens: of a share of the heads, or of all of them where every rank has all queries."""
+        if self.both:
+            return self.part.over_heads(query), self.part.over_heads(key), self.part.over_heads(value)
+        return query, self.part.whole(key), self.part.whole(value)
+
+    def back(self, mixed: Tensor) -> Tensor:
+        return self.part.over_tokens(mixed) if self.both else mixed
 
 
 def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -37,16 +55,19 @@ def attend(
     rotary: Rotary | None = None,
     key_rotary: Rotary | None = None,
     values_only: bool = False,
+    part: Part | None = None,
 ) -> Tensor:
     """Attention through the projections of an `LTX2Attention`, of hidden (B, Tq, D)
     over context (B, Tk, Dc), or over itself when context is None.
 
-    values_only replaces the attention by its value projection (spatio-temporal guidance).
+    values_only replaces the attention by its value projection (spatio-temporal guidance). part: the keys' tokens are
+    cut over ranks, and when context is None the queries' too; bias is over whole tokens.
     """
     keys_from = hidden if context is None else context
     mixed = module.to_v(keys_from)
     if not values_only:
-        mixed = _weighted(module, hidden, keys_from, mixed, bias, rotary, key_rotary)
+        apart = None if part is None else Apart(part, context is None)
+        mixed = _weighted(module, hidden, keys_from, mixed, bias, rotary, key_rotary, apart)
     gate = 2.0 * torch.sigmoid(module.to_gate_logits(hidden))
     mixed = (_heads(module, mixed) * gate[..., None]).flatten(2)
     return module.to_out[0](mixed)
@@ -60,14 +81,19 @@ def _weighted(
     bias: Tensor | None,
     rotary: Rotary | None,
     key_rotary: Rotary | None,
+    apart: Apart | None,
 ) -> Tensor:
     query = _heads(module, module.norm_q(module.to_q(hidden)))
     key = _heads(module, module.norm_k(module.to_k(keys_from)))
     if rotary is not None:
         query = rotated(query, rotary)
         key = rotated(key, rotary if key_rotary is None else key_rotary)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, _heads(module, value)))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    value = _heads(module, value)
+    if apart is not None:
+        query, key, value = apart.together(query, key, value)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+    return (mixed if apart is None else apart.back(mixed)).flatten(2)
 
 
 def key_mass(module: Any, hidden: Tensor, rotary: Rotary, bias: Tensor | None, rows: Tensor, first_key: int) -> float:

@@ -1,6 +1,6 @@
-"""The linear layer of a frozen base with an adapter: the low-rank addition and its keyed dropout.
+"""The linear layer of a frozen base with an adapter: the low-rank addition and its keyed dropout; rows of a table.
 
-Owns how the addition computes, written for the compiler: stateless masks need no random state to
+Owns how these compute, written for the compiler: stateless masks need no random state to
 be saved and restored around a recomputation, and a captured graph can replay them.
 """
 
@@ -26,6 +26,8 @@ class LowRankLinear(PeftLinear):
     """
 
     mask_keys: Tensor | None = None
+    # Which of the equally many tokens each rank has are this rank's, where they are cut.
+    part: int = 0
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         result = self.base_layer(x)
@@ -76,7 +78,7 @@ class LowRankLinear(PeftLinear):
             return x
         if self.mask_keys is None:
             raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
-        kept = keyed_mask(self.mask_keys, x.shape[1:], rate)
+        kept = keyed_mask(self.mask_keys, x.shape[1:], rate, self.part * x.shape[1:].numel())
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
 
 
@@ -88,12 +90,13 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(norms)
 
 
-def keyed_mask(keys: Tensor, shape: torch.Size, rate: float) -> Tensor:
-    """(B, *shape) bool, True with probability 1 - rate: a hash of each sample's key and the place within it.
+def keyed_mask(keys: Tensor, shape: torch.Size, rate: float, first: int = 0) -> Tensor:
+    """(B, *shape) bool, True with probability 1 - rate: a hash of each sample's key and the place within it, where
+    `first` places come before.
 
     The hash is murmur3's 32-bit finalizer, once over the place and once over the result and the key.
     """
-    places = torch.arange(shape.numel(), dtype=torch.int32, device=keys.device).view(shape)
+    places = torch.arange(first, first + shape.numel(), dtype=torch.int32, device=keys.device).view(shape)
     mixed = mix(mix(places)[None] ^ keys.view(-1, *(1 for _ in shape)))
     return (mixed & ((1 << _KEEP_BITS) - 1)) >= int(rate * (1 << _KEEP_BITS))
 
@@ -103,6 +106,30 @@ def mix(h: Tensor) -> Tensor:
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     return h ^ ((h >> 16) & 0xFFFF)
+
+
+class _Rows(torch.autograd.Function):
+    """values[index] whose backward is a product: a kernel that adds thousands of tokens' gradients to the same few
+    rows takes them one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(values)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        hits = index.flatten()[None] == torch.arange(ctx.count, device=index.device)[:, None]
+        return hits.to(gradient.dtype) @ gradient, None
+
+
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """values (U, D) by index (B, T) -> (B, T, D)."""
+    rows: Any = _Rows.apply(values, index)  # pyright: ignore[reportArgumentType]
+    return rows
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

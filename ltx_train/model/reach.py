@@ -1,4 +1,4 @@
-"""Which weights a mode's loss reaches: what is worth training, and what never would move.
+"""Which weights a mode's loss reaches: what is worth training, and what never would move; whose tokens a layer sees.
 
 Owns the graph of a block as far as gradients go (see transformer.Block.forward). Names and roles
 only.
@@ -14,6 +14,19 @@ from ltx_train.contracts import Mode, Role
 def sees_loss(name: str, modes: Iterable[Mode], layers: int) -> bool:
     """Whether the weights of a module (its full name) get a gradient in any of the modes."""
     return any(_reached(name, mode, layers) for mode in modes)
+
+
+def tokens_seen(layer: str) -> str:
+    """Whose tokens a linear layer of a block multiplies: video, audio or text; layer: its name within the block."""
+    part, _, own = layer.partition(".")
+    if part in ("attn2", "audio_attn2") and own in ("to_k", "to_v"):
+        return "text"
+    from_other = own in ("to_k", "to_v")
+    if part == "audio_to_video_attn":
+        return "audio" if from_other else "video"
+    if part == "video_to_audio_attn":
+        return "video" if from_other else "audio"
+    return "audio" if part.startswith("audio_") else "video"
 
 
 def _reached(name: str, mode: Mode, layers: int) -> bool:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ltx_train.contracts import Modality
 from ltx_train.diffusion import transfer
 from ltx_train.model.attention import Rotary, attend, bias_from_strength
+from ltx_train.model.linear import rows_at
+from ltx_train.model.sequence import Part, Together
 from ltx_train.model.spec import Section
 
 
@@ -46,6 +48,22 @@ class Stream(NamedTuple):
     rotary: Rotary
     cross_rotary: Rotary
     embedded: Tensor  # (U, D)
+    part: Part | None = None  # of a modality whose tokens are cut over ranks, as level, text_scale and rotary are then
+
+    def cut(self, part: Part) -> Stream:
+        """The same for this rank's tokens; biases stay those of all."""
+        text = None if self.text_scale is None else part.cut(self.text_scale)
+        rotary, cross = (
+            (part.cut(cos, 2), part.cut(sin, 2)) for cos, sin in (self.rotary, self.cross_rotary)
+        )  # fmt: skip
+        return self._replace(level=part.cut(self.level), text_scale=text, rotary=rotary, cross_rotary=cross, part=part)
+
+    def whole(self) -> Stream:
+        """For self-attention of all tokens again."""
+        if self.part is None:
+            return self
+        cos, sin = (self.part.whole(table.transpose(1, 2)).transpose(1, 2) for table in self.rotary)
+        return self._replace(level=self.part.whole(self.level), rotary=(cos, sin), part=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +115,9 @@ class Block(LTX2VideoTransformerBlock):
     def _own_and_text(self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool) -> Tensor:
         layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
         own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
-        own = attend(layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip)
+        own = attend(
+            layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip, part=stream.part
+        )  # fmt: skip
         hidden = hidden + own * mod[2]
         table = getattr(self, f"{name}prompt_scale_shift_table")
         prompt_shift, prompt_scale = _prompt_modulation(table, stream)
@@ -116,13 +136,15 @@ class Block(LTX2VideoTransformerBlock):
         v_mod = _modulation(v_table[:4], v.cross_modulation, v.level)
         a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
+        heard = _scaled(a_norm, a_mod[1], a_mod[0])
+        heard = heard if v.part is None else v.part.read_by_all(heard)
         to_video = attend(
-            self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), _scaled(a_norm, a_mod[1], a_mod[0]),
+            self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), heard,
             bias=a.cross_bias, rotary=v.cross_rotary, key_rotary=a.cross_rotary,
         )  # fmt: skip
         to_audio = attend(
             self.video_to_audio_attn, _scaled(a_norm, a_mod[3], a_mod[2]), _scaled(v_norm, v_mod[3], v_mod[2]),
-            bias=v.cross_bias, rotary=a.cross_rotary, key_rotary=v.cross_rotary,
+            bias=v.cross_bias, rotary=a.cross_rotary, key_rotary=v.cross_rotary, part=v.part,
         )  # fmt: skip
         video = video + (v_table[4] + v.cross_gate) * to_video
         return video, audio + (a_table[4] + a.cross_gate) * to_audio
@@ -162,6 +184,8 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(**_block_arguments(config)) for _ in range(config["num_layers"]))
         self._rotary = {name: _rotary(config, name) for name in ("video", "audio", "video_cross", "audio_cross")}
         self.run_block: Callable[..., Pair] = run_block
+        # Ranks that take every sample together, each a part of its video tokens.
+        self.together: Together | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,12 +199,18 @@ class Transformer(nn.Module):
         a_stream = self._stream(audio, video, "audio_")
         v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
         a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
+        whole, part = v_stream, None
+        if self.together is not None and v_hidden is not None and v_stream is not None:
+            part = Part.of(self.together, v_hidden.shape[1])
+            v_hidden, v_stream = part.cut(v_hidden), v_stream.cut(part)
         for index, block in enumerate(self.transformer_blocks):
             skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(
                 index, block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
             )
-        return self._head(v_hidden, v_stream, ""), self._head(a_hidden, a_stream, "audio_")
+        if part is not None and v_hidden is not None:
+            v_hidden = part.whole(v_hidden)
+        return self._head(v_hidden, whole, ""), self._head(a_hidden, a_stream, "audio_")
 
     def _stream(self, own: Modality | None, other: Modality | None, name: str) -> Stream | None:
         if own is None:
@@ -224,7 +254,7 @@ class Transformer(nn.Module):
         shift, scale = (table[None] + stream.embedded[:, None]).unbind(1)
         normed = getattr(self, f"{name}norm_out")(hidden)
         return getattr(self, f"{name}proj_out")(
-            _scaled(normed, _gathered(shift, stream.level), _gathered(scale, stream.level))
+            _scaled(normed, rows_at(shift, stream.level), rows_at(scale, stream.level))
         )
 
 
@@ -285,31 +315,7 @@ def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:
 def _modulation(table: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     """Per-token modulation: table (n, D) + levels (U, n * D), gathered by index (B, T) -> n tensors (B, T, D)."""
     values = table[None] + levels.unflatten(-1, (table.shape[0], -1))
-    return tuple(_gathered(row, index) for row in values.unbind(1))
-
-
-class _Rows(torch.autograd.Function):
-    """values[index] whose backward is a product: a kernel that adds thousands of tokens' gradients to the same few
-    rows takes them one after the other."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.count = len(values)
-        return values[index]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
-        hits = index.flatten()[None] == torch.arange(ctx.count, device=index.device)[:, None]
-        return hits.to(gradient.dtype) @ gradient, None
-
-
-def _gathered(values: Tensor, index: Tensor) -> Tensor:
-    """values (U, D) by index (B, T) -> (B, T, D)."""
-    rows: Any = _Rows.apply(values, index)  # pyright: ignore[reportArgumentType]
-    return rows
+    return tuple(rows_at(row, index) for row in values.unbind(1))
 
 
 def _prompt_modulation(table: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ltx_train.contracts import UserError
 from ltx_train.memory.origin import Exchange
+from ltx_train.model import sequence
+from ltx_train.model.sequence import Together
 
 T = TypeVar("T")
 # torch 2.13 has given them other names.
@@ -97,6 +99,13 @@ class Ranks:
             self.rank, self.world, partial(_all_gather, group=group), partial(_reduce_scatter, group=group),
             partial(_all_reduce, group=group), self.gather,
         )  # fmt: skip
+
+    def together(self, count: int) -> Together | None:
+        """Those that take samples together, `count` neighbours each. Every rank must ask for it."""
+        if self.world == 1 or count == 1:
+            return None
+        groups = [dist.new_group(list(range(first, first + count))) for first in range(0, self.world, count)]
+        return sequence.joined(groups[self.rank // count], self.rank % count, count)
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replaces gradients by their mean over the ranks, in flat pieces of 64 MiB."""

@@ -61,8 +61,10 @@ def test_a_full_fine_tune_in_shares_gives_the_curve_of_one_process(prepared: Pat
     the optimizer's state on the device, in files, and in host memory."""
     log, steps = tmp_path / "log", "optim.steps=20"
     assert command(*fit(prepared, clips, tmp_path / "single", *FULL, steps)) == 0
-    kept = (*FULL, "memory.keep=everything", steps, *on("zero3"))
-    assert end(fit(prepared, clips, tmp_path / "zero3", *kept), log) == 0
+    kept = (*FULL, "memory.keep=everything", *on("zero3"))
+    for last, together in ((10, 1), (20, 2)):  # first samples of their own, then each sample together
+        more = (*kept, f"optim.steps={last}", f"strategy.sequence={together}")
+        assert end(fit(prepared, clips, tmp_path / "zero3", *more), log) == 0
     assert_near(tmp_path / "single", tmp_path / "zero3")
     in_files = (*on("zero2"), f"strategy.offload={tmp_path / 'disk'}")
     for last, way in ((6, on("zero1")), (10, ()), (14, in_files), (20, on("zero3_offload", 1))):
@@ -111,7 +113,7 @@ def test_an_adapter_in_shares_is_saved_as_one_process_saves_it(prepared: Path, c
     """Masters and moments shared out, then not, then gradients as well: the files of one process in one go."""
     more, log = ("adapter.dropout=0.1", "adapter.ema=0.9", *FAST), tmp_path / "log"
     assert command(*fit(prepared, clips, tmp_path / "single", *more, "optim.steps=15")) == 0
-    for last, way in ((5, on("zero1")), (10, on("ddp")), (15, on("zero2"))):
+    for last, way in ((5, on("zero1")), (10, (*on("ddp"), "strategy.sequence=2")), (15, on("zero2"))):
         arguments = fit(prepared, clips, tmp_path / "changing", *more, *way, f"optim.steps={last}")
         assert end(arguments, log) == 0, log.read_text()
     losses, changing = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("single", "changing"))

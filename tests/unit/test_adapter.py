@@ -175,6 +175,7 @@ def test_dropout_masks_are_keyed_by_sample_and_layer() -> None:
     assert not torch.equal(both[0], both[1])
     assert both.float().mean() == pytest.approx(0.75, abs=0.01)
     # Neighbours in place and in key are as unrelated as any: agreement of two coins that show heads 3 times in 4.
+    assert torch.equal(both[:, 48:], keyed_mask(keys, torch.Size((16, 128)), 0.25, first=48 * 128))
     other = keyed_mask(keys + 1, torch.Size((64, 128)), 0.25)
     for first, second in ((both, other), (both[:, :, 1:], both[:, :, :-1]), (both[0], both[1])):
         assert (first == second).float().mean() == pytest.approx(0.625, abs=0.02)
