@@ -6,10 +6,8 @@ Imports a command only when it runs, so that help and `--cfg job` need no torch.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
-from collections.abc import Callable
 
 from ltx_train import __version__
 from ltx_train.commands.guarded import guarded
@@ -50,6 +48,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(command: str, rest: list[str]) -> int:
     from ltx_train import config
+    from ltx_train.commands import launch
 
     if command not in COMMANDS:
         near = config.nearest(command, COMMANDS)
@@ -69,8 +68,7 @@ def _run(command: str, rest: list[str]) -> int:
     config.require(settings, command)
     # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    entry: Callable[[config.Config], int] = importlib.import_module(f"ltx_train.commands.{command}").run
-    return entry(settings)
+    return launch.command(command, settings)
 
 
 def _option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:

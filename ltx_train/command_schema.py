@@ -102,11 +102,16 @@ class ClusterConfig:
 
 @dataclass
 class SweepConfig:
-    """space: lines of setting=log(a, b), uniform(a, b), int(a, b) or choice(a, b, ...). prune: give up trials whose
-    held-out loss is worse than the median of the others at the same step, from step `warmup` on."""
+    """space: lines of setting=log(a, b), uniform(a, b), int(a, b) or choice(a, b, ...). sampler: tpe proposes values
+    from what was found so far, grid tries every combination of choices. parallel: so many trials at a time, each on
+    strategy.devices of this machine, or, with place=slurm, as a job that `cluster` describes. prune: give up trials
+    whose held-out loss is worse than the median of the others at the same step, from step `warmup` on."""
 
     name: str = "sweep"
     trials: int = 12
+    sampler: str = "tpe"
+    parallel: int = 1
+    place: str = "local"
     space: list[str] = field(default_factory=list[str])
     prune: bool = True
     warmup: int = 0

@@ -22,7 +22,7 @@ import torch
 
 from ltx_train import config as configuration
 from ltx_train import rng
-from ltx_train.commands import launch, optimizing, planning, session, summary, transformers
+from ltx_train.commands import optimizing, planning, session, summary, transformers
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, Exit, ModalityName, Role, StepResult, UserError
 from ltx_train.diffusion import conditions, objective, positions, transfer
@@ -41,10 +41,9 @@ from ltx_train.training.updates import Updates
 
 
 def run(config: Config) -> int:
-    """Prints one record; bench.out collects records of several calls in one list. Several devices step together."""
+    """Prints one record; bench.out collects records of several calls in one list. Several devices step together, each
+    in a process of its own (`launch.command`)."""
     ranks = found(os.environ)
-    if ranks.world == 1 and config.strategy.devices > 1:
-        return launch.run(run, config, config.strategy.devices)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single")
     peer = _peer(config) if config.bench.baseline else {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.commands import launch, measuring, planning, session, training
+from ltx_train.commands import measuring, planning, session, training
 from ltx_train.commands.check import refuse_bad
 from ltx_train.commands.training import Start
 from ltx_train.config import Config
@@ -27,10 +27,8 @@ from ltx_train.training.watchdog import Watchdog
 
 
 def run(config: Config) -> int:
-    """DONE, or PREEMPTED after a signal and a save; starts the other processes of this machine if there are any."""
+    """DONE, or PREEMPTED after a signal and a save; on several devices in a process of each (`launch.command`)."""
     ranks = found(os.environ)
-    if ranks.world == 1 and config.strategy.devices > 1:
-        return launch.run(run, config, config.strategy.devices)
     if ranks.world > 1 and config.strategy.name == "single":
         raise UserError(
             f"{ranks.world} processes were started, but strategy=single: set strategy=ddp, zero1, zero2 or zero3"

@@ -7,6 +7,7 @@ srun or torchrun starts the processes instead.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -21,6 +23,7 @@ from typing import Any
 
 from ltx_train.commands.guarded import guarded
 from ltx_train.config import Config
+from ltx_train.training import environment
 
 Entry = Callable[[Config], int]
 
@@ -28,6 +31,22 @@ Entry = Callable[[Config], int]
 _GRACE_S, _KILL_S = 10.0, 5.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _DEATH_SIGNAL = 1
+# Commands that take a process for each of strategy.devices.
+_TOGETHER = ("fit", "bench")
+
+
+def command(name: str, config: Config) -> int:
+    """Runs a command, in a process for each device where it is one that takes several. Only who runs it imports it:
+    this process would spend seconds on libraries that it does not use."""
+    alone = environment.names(os.environ) is None
+    if name in _TOGETHER and config.strategy.devices > 1 and alone:
+        return run(partial(_here, name), config, config.strategy.devices)
+    return _here(name, config)
+
+
+def _here(name: str, config: Config) -> int:
+    entry: Entry = importlib.import_module(f"ltx_train.commands.{name}").run
+    return entry(config)
 
 
 def run(entry: Entry, config: Config, count: int) -> int:

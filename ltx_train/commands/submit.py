@@ -20,16 +20,26 @@ _TEMPLATE = "slurm/fit.sbatch"
 
 def run(config: Config) -> int:
     """Writes <run>/submit.yaml and <run>/submit.sbatch; prints the script and the job's id."""
+    script = _written(config)
+    print(script.read_text())
+    if config.cluster.submit:
+        print(f"submitted job {_submitted(script)}; {script}")
+    return Exit.DONE
+
+
+def job(config: Config) -> str:
+    """Submits a run without a word; the job's number."""
+    return _submitted(_written(config)).split(";")[0]
+
+
+def _written(config: Config) -> Path:
+    """The job script beside the run, and the settings that it reads."""
     folder = session.run_dir(config).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     settings, script = folder / "submit.yaml", folder / "submit.sbatch"
     settings.write_text(configuration.dump(_as_job(config)))
-    text = render(config, settings)
-    script.write_text(text)
-    print(text)
-    if config.cluster.submit:
-        print(f"submitted job {_submitted(script)}; {script}")
-    return Exit.DONE
+    script.write_text(render(config, settings))
+    return script
 
 
 def render(config: Config, settings: Path) -> str:

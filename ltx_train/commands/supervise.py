@@ -11,11 +11,12 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ltx_train.commands import fit, launch, session
+from ltx_train.commands import launch, session
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
 from ltx_train.training import checkpointing, notice
@@ -76,7 +77,7 @@ def _supervise(config: Config, folder: Path, store: RunStore | None, state: _Sta
 def _once(config: Config, folder: Path, store: RunStore | None, state: _State, restarts: int) -> int:
     """One life of `fit`; its commits are mirrored while it runs and once more when it has ended."""
     asked = notice.source(config.supervise.notice, config.supervise.notice_url)
-    child = launch.spawned(fit.run, config, {"LTX_TRAIN_RESTARTS": str(restarts)})
+    child = launch.spawned(partial(launch.command, "fit"), config, {"LTX_TRAIN_RESTARTS": str(restarts)})
     state.child = child
     mirrored, next_poll = -1, 0.0
     while child.is_alive():

@@ -8,20 +8,22 @@ one) proposes values and keeps the history in a SQLite file.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from ltx_train import config as configuration
 from ltx_train import rng
-from ltx_train.commands import fit, launch, session
+from ltx_train.commands import session, trials
+from ltx_train.commands.trials import Running
 from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit, UserError
 from ltx_train.evaluation import sweep_report
@@ -35,6 +37,9 @@ _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
 _CHOICE = re.compile(r"choice\((.+)\)")
 # What a trial may end with; anything else ends the search.
 _GIVEN_UP = (Exit.DIVERGED,)
+Space = Mapping[str, optuna.distributions.BaseDistribution]
+# What a trial's SLURM job is remembered as, and how often trials are looked at.
+_JOB, _LOOK_S = "job", 0.3
 
 
 def run(config: Config) -> int:
@@ -47,14 +52,92 @@ def run(config: Config) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     stop_before_training()
     with FolderLock(folder):
-        study = _study(config, folder, space)
-        while (number := _next(config, study, space)) is not None:
-            code = _trial(config, study, study.trials[number])
-            _report(config, study, folder)
-            if code is not Exit.DONE:
-                return code
-    print(f"{folder / 'report.html'}: best {study.best_value:.5f} with {study.best_params}")
-    return Exit.DONE
+        search = _Search(config, folder, space)
+        try:
+            code = search.go_through()
+        except KeyboardInterrupt:
+            code = Exit.PREEMPTED
+        finally:
+            search.leave()
+    if code is Exit.DONE:
+        print(f"{folder / 'report.html'}: best {search.study.best_value:.5f} with {search.study.best_params}")
+    return code
+
+
+@dataclass
+class _Live:
+    """A trial that is under way; reported: the steps whose held-out losses the study knows."""
+
+    number: int
+    trial: optuna.trial.Trial
+    running: Running
+    folder: Path
+    reported: set[int]
+    pruned: bool = False
+
+
+class _Search:
+    """The study and its trials under way, at most `sweep.parallel` of them."""
+
+    def __init__(self, config: Config, folder: Path, space: Space) -> None:
+        self._config, self._folder, self._space = config, folder, space
+        self.study, self._wanted = _study(config, folder, space)
+        self._live: dict[int, _Live] = {}
+
+    def go_through(self) -> Exit:
+        """All trials; what the first that was stopped ended with."""
+        ended = Exit.DONE
+        while True:
+            while ended is Exit.DONE and len(self._live) < self._config.sweep.parallel and self._start_next():
+                pass
+            if not self._live:
+                return ended
+            time.sleep(_LOOK_S)
+            for slot, live in list(self._live.items()):
+                code = live.running.code
+                self._report(live)
+                if code is not None:
+                    del self._live[slot]
+                    ended = _settled(self.study, live, code) or ended
+                    _publish(self._config, self.study, self._folder)
+
+    def leave(self) -> None:
+        """Ends what would outlive the search without being of use to it."""
+        for live in self._live.values():
+            live.running.stop()
+        for live in self._live.values():
+            live.running.wait()
+
+    def _start_next(self) -> bool:
+        """A trial that was interrupted, else a new one; False when there is none."""
+        number = _next(
+            self._config, self.study, self._space, self._wanted, {live.number for live in self._live.values()}
+        )
+        if number is None:
+            return False
+        trial = self.study.trials[number]
+        settings = trial_config(self._config, number, trial.params)
+        folder = session.run_dir(settings)
+        slot = min(set(range(self._config.sweep.parallel)) - self._live.keys())
+        running, job = trials.start(settings, slot, trial.user_attrs.get(_JOB))
+        handle = optuna.trial.Trial(self.study, trial._trial_id)
+        if job is not None:
+            handle.set_user_attr(_JOB, job)
+        where = f"{folder}" if job is None else f"{folder}, job {job}"
+        print(f"trial {number} of {self._wanted}: {trial.params} in {where}", file=sys.stderr)
+        self._live[slot] = _Live(number, handle, running, folder, set(trial.intermediate_values))
+        return True
+
+    def _report(self, live: _Live) -> None:
+        """Held-out losses as they are written; gives up a trial that falls behind the median of the others."""
+        for row in read_rows(live.folder / "metrics.jsonl"):
+            if _METRIC in row and int(row["step"]) not in live.reported:
+                live.reported.add(int(row["step"]))
+                live.trial.report(row[_METRIC], int(row["step"]))
+        wanted = self._config.sweep.prune and not live.pruned and live.running.code is None
+        if wanted and live.reported and live.trial.should_prune():
+            live.pruned = True
+            live.running.give_up()
 
 
 def parse(name: str, text: str) -> optuna.distributions.BaseDistribution:
@@ -80,78 +163,71 @@ def _plain(word: str) -> Any:
         return word
 
 
-def _study(config: Config, folder: Path, space: Mapping[str, optuna.distributions.BaseDistribution]) -> optuna.Study:
+def _study(config: Config, folder: Path, space: Space) -> tuple[optuna.Study, int]:
+    """The study, new or as it was left, and how many trials it is to have."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}", study_name=config.sweep.name, load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=config.sweep.warmup),
     )  # fmt: skip
-    other = [t.number for t in study.trials if t.distributions.keys() != space.keys()]
-    if other:
+    started = (t for t in study.trials if t.state is not TrialState.WAITING)
+    if any(t.distributions.keys() != space.keys() for t in started):
         raise UserError(f"{folder} holds trials of another search space: set sweep.name to start a new search")
-    return study
+    if config.sweep.sampler != "grid":
+        return study, config.sweep.trials
+    every = _combinations(space)
+    for values in every:
+        study.enqueue_trial(values, skip_if_exists=True)
+    return study, len(every)
+
+
+def _combinations(space: Space) -> list[dict[str, Any]]:
+    """Of all choices; UserError where a setting has a range."""
+    options: list[tuple[Any, ...]] = []
+    for name, distribution in space.items():
+        if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            raise UserError(
+                f"sweep.space.{name}: sweep.sampler=grid tries every combination, of choice(a, b, ...) alone"
+            )
+        options.append(distribution.choices)
+    return [dict(zip(space, values, strict=True)) for values in product(*options)]
 
 
 def _next(
-    config: Config, study: optuna.Study, space: Mapping[str, optuna.distributions.BaseDistribution]
-) -> int | None:
+    config: Config, study: optuna.Study, space: Space, wanted: int,
+    live: set[int],
+) -> int | None:  # fmt: skip
     """A trial that was interrupted, else a new one, else None."""
-    waiting = [t.number for t in study.trials if t.state is TrialState.RUNNING]
+    waiting = [t.number for t in study.trials if t.state is TrialState.RUNNING and t.number not in live]
     if waiting:
         return waiting[0]
-    count = len(study.trials)
-    if count >= config.sweep.trials:
+    begun = sum(t.state is not TrialState.WAITING for t in study.trials)
+    if begun >= wanted:
         return None
     # Keyed by the trial's number: a sampler that is seeded once proposes the same values again after a restart.
-    seed = rng.key_seed(config.run.seed, "sweep", config.sweep.name, count) % 2**32
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(4, config.sweep.trials))
+    seed = rng.key_seed(config.run.seed, "sweep", config.sweep.name, begun) % 2**32
+    study.sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=min(4, wanted), constant_liar=config.sweep.parallel > 1
+    )
     return study.ask(dict(space)).number
 
 
-def _trial(config: Config, study: optuna.Study, trial: FrozenTrial) -> Exit:
-    """One run to its end, or until its held-out loss falls behind the median of the others."""
-    settings = trial_config(config, trial.number, trial.params)
-    folder = session.run_dir(settings)
-    print(f"trial {trial.number} of {config.sweep.trials}: {trial.params} in {folder}", file=sys.stderr)
-    child = launch.spawned(fit.run, settings, {})
-    try:
-        pruned = _watched(config, optuna.trial.Trial(study, trial._trial_id), child, folder)
-    except KeyboardInterrupt:
-        os.kill(child.pid, signal.SIGTERM)
-        child.join()
-        return Exit.PREEMPTED
-    return _settled(study, trial.number, folder, launch.shell_code(child.exitcode), pruned)
-
-
-def _watched(config: Config, live: optuna.trial.Trial, child: Any, folder: Path) -> bool:
-    """Reports held-out losses as they are written; True when the trial was given up."""
-    reported = set(live.study.trials[live.number].intermediate_values)
-    pruned = False
-    while child.is_alive():
-        child.join(0.3)
-        for row in read_rows(folder / "metrics.jsonl"):
-            if _METRIC in row and int(row["step"]) not in reported:
-                reported.add(int(row["step"]))
-                live.report(row[_METRIC], int(row["step"]))
-        if config.sweep.prune and not pruned and reported and live.should_prune() and child.is_alive():
-            pruned = True
-            os.kill(child.pid, signal.SIGTERM)
-    return pruned
-
-
-def _settled(study: optuna.Study, number: int, folder: Path, code: int, pruned: bool) -> Exit:
-    values = [row[_METRIC] for row in read_rows(folder / "metrics.jsonl") if _METRIC in row]
-    if pruned:
-        study.tell(number, state=TrialState.PRUNED)
+def _settled(study: optuna.Study, live: _Live, code: int) -> Exit | None:
+    """Tells the study how a trial ended; PREEMPTED when it was stopped."""
+    values = [row[_METRIC] for row in read_rows(live.folder / "metrics.jsonl") if _METRIC in row]
+    if live.pruned:
+        study.tell(live.number, state=TrialState.PRUNED)
     elif code == Exit.DONE and values:
-        study.tell(number, values[-1])
+        study.tell(live.number, values[-1])
     elif code in _GIVEN_UP:
-        study.tell(number, state=TrialState.FAIL)
+        study.tell(live.number, state=TrialState.FAIL)
     elif code == Exit.PREEMPTED:
         return Exit.PREEMPTED
     else:
-        raise UserError(f"trial {number} ended with exit code {code}: mend that, then the same command continues it")
-    return Exit.DONE
+        raise UserError(
+            f"trial {live.number} ended with exit code {code}: mend that, then the same command continues it"
+        )
+    return None
 
 
 def trial_config(config: Config, number: int, values: Mapping[str, Any]) -> Config:
@@ -165,14 +241,15 @@ def trial_config(config: Config, number: int, values: Mapping[str, Any]) -> Conf
         raise UserError(f"trial {number}: {error}") from error
 
 
-def _report(config: Config, study: optuna.Study, folder: Path) -> None:
-    trials = [
+def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
+    """The report, and the best trial as an experiment file."""
+    finished = [
         Trial(t.number, t.params, t.value, t.state.name.lower(), dict(t.intermediate_values))
         for t in study.trials
         if t.state.is_finished()
     ]
-    sweep_report.write(folder / "report.html", f"{config.run.experiment}: {config.sweep.name}", trials)
-    done = [t for t in trials if t.value is not None]
+    sweep_report.write(folder / "report.html", f"{config.run.experiment}: {config.sweep.name}", finished)
+    done = [t for t in finished if t.value is not None]
     if done:
         best = min(done, key=lambda t: t.value or 0.0)
         (folder / "best.yaml").write_text(best_experiment(config, best.params))

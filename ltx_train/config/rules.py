@@ -36,6 +36,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "strategy.name": ("single", "ddp", "zero1", "zero2", "zero3"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "supervise.notice": ("none", "aws", "gcp"),
+    "sweep.sampler": ("tpe", "grid"),
+    "sweep.place": ("local", "slurm"),
     "logger.wandb": ("offline", "online", "disabled"),
     "run.resume": ("auto", "never"),
 }
@@ -48,7 +50,7 @@ _AT_LEAST = {
     "checkpoint.interval": 1, "checkpoint.keep": 1, "sample.steps": 1, "check.previews": 0,
     "memory.keep_everything": 0, "memory.stream_blocks": 0, "memory.stream_slots": 2, "memory.budget_gib": 0.5,
     "strategy.devices": 1, "strategy.step_timeout_s": 0, "strategy.start_timeout_s": 0, "checkpoint.failures": 1,
-    "strategy.sequence": 1,
+    "strategy.sequence": 1, "sweep.parallel": 1, "sweep.trials": 1,
     "cluster.nodes": 1, "cluster.devices": 1, "cluster.cpus": 1, "cluster.signal_s": 1, "cluster.hung_restarts": 0,
     "supervise.poll_s": 0.1, "supervise.restarts": 1, "supervise.backoff_s": 0,
     "bench.steps": 1, "bench.warmup": 1, "loss.video_weight": 0, "loss.audio_weight": 0, "data.fps": 1,

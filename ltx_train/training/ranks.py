@@ -24,6 +24,7 @@ from ltx_train.contracts import UserError
 from ltx_train.memory.origin import Exchange
 from ltx_train.model import sequence
 from ltx_train.model.sequence import Together
+from ltx_train.training.environment import names
 
 T = TypeVar("T")
 # torch 2.13 has given them other names.
@@ -124,13 +125,8 @@ ALONE = Ranks()
 
 def found(environment: Mapping[str, str]) -> Ranks:
     """Who this process is, from what torchrun, our launcher or srun has set."""
-    if "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    else:
-        return Ranks()
-    return Ranks(*(int(environment.get(name, "0")) for name in names))
+    given = names(environment)
+    return Ranks() if given is None else Ranks(*(int(environment.get(name, "0")) for name in given))
 
 
 @contextmanager

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import optuna
 import pytest
 
 from ltx_train.commands import submit
 from ltx_train.config import compose_config, from_file
 from ltx_train.training.tracking import read_rows
 from tests.conftest import command
-from tests.faults.harness import steps_done
+from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.slurm import Slurm
 from tests.faults.test_ranks import fit
 
@@ -41,10 +45,12 @@ def submitted(
 ) -> str:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm.env[name])
-    small = ("cluster.cpus=1", "cluster.time=30", "cluster.setup=['export OMP_NUM_THREADS=1']")
+    small = (
+        "cluster.cpus=1", "cluster.time=30", "cluster.signal_s=60", "cluster.setup=['export OMP_NUM_THREADS=1']",
+    )  # fmt: skip
     assert command("submit", *arguments[1:], *small) == 0
     shown = capsys.readouterr().out
-    assert "#SBATCH --signal=B:USR1@120" in shown
+    assert "#SBATCH --signal=B:USR1@60" in shown
     return shown.split("submitted job ")[1].split(";")[0]
 
 
@@ -53,14 +59,15 @@ def test_two_nodes_save_requeue_and_finish(
     slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Two ranks on two nodes; the notice before the time limit; then a node that is lost. Nothing is computed twice
-    after the notice, and the curve is that of one process."""
-    arguments = fit(prepared, clips, tmp_path, "optim.steps=40", "checkpoint.interval=5")
+    """Two ranks on two nodes; the notice before the time limit (SLURM looks every 30 s, and may be a minute early);
+    then a node that is lost. Nothing is computed twice after the notice, and the curve is that of one process."""
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=400", "checkpoint.interval=5", "eval.interval=0")
     run = tmp_path / "audio_reference" / "main"
     job = submitted(slurm, monkeypatch, capsys, [*arguments, "cluster.nodes=2"])
     waited(lambda: steps_done(run) > 3)
-    slurm("scancel", "--batch", "--signal=USR1", job)
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     waited(lambda: "ended with 75" in _log(run, job))
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     stopped = steps_done(run)
     waited(lambda: steps_done(run) > stopped + 2)
     assert "start 1 on n[1-2]" in _log(run, job)
@@ -72,11 +79,12 @@ def test_two_nodes_save_requeue_and_finish(
     assert "start 2 on n[1-2]" in _log(run, job)
     monkeypatch.undo()
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
-    assert command(*fit(prepared, clips, tmp_path / "one", "optim.steps=40")) == 0
+    steps = int(stopped) + 20
+    assert command(*fit(prepared, clips, tmp_path / "one", f"optim.steps={steps}", "eval.interval=0")) == 0
     one = read_rows(tmp_path / "one/audio_reference/main/metrics.jsonl")
-    assert [r["train/loss"] for r in read_rows(run / "metrics.jsonl")] == pytest.approx(
-        [r["train/loss"] for r in one], rel=1e-5
-    )
+    losses = [r["train/loss"] for r in read_rows(run / "metrics.jsonl")]
+    assert len(losses) == 400
+    assert losses[:steps] == pytest.approx([r["train/loss"] for r in one], rel=1e-5)
 
 
 @needs_slurm
@@ -90,6 +98,32 @@ def test_a_job_array_is_one_run_per_line(
     waited(lambda: slurm.state(f"{job}_0") == slurm.state(f"{job}_1") == "COMPLETED")
     rates = [read_rows(tmp_path / "audio_reference" / n / "metrics.jsonl")[-1]["optim/lr"] for n in ("low", "high")]
     assert rates == [1e-5, 1e-3]
+
+
+@needs_slurm
+def test_a_search_in_jobs_is_found_again(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two trials at a time; the search is killed, its jobs go on, and the same command waits for them."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.env[name])
+    arguments = [
+        "sweep", *fit(prepared, clips, tmp_path, "optim.steps=4", "eval.interval=2")[1:], "sweep.name=jobs",
+        "sweep.space=['optim.lr=choice(1e-4, 1e-3)']", "sweep.sampler=grid", "sweep.place=slurm", "sweep.parallel=2",
+        "cluster.cpus=1", "cluster.time=30",
+    ]  # fmt: skip
+    with started(arguments, tmp_path / "log") as process:
+        wait_for(lambda: (tmp_path / "log").read_text().count(", job ") == 2, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert command(*arguments) == 0
+    first, again = (
+        re.findall(r"job (\d+)", text) for text in ((tmp_path / "log").read_text(), capsys.readouterr().err)
+    )
+    assert first == again
+    study = optuna.load_study(study_name="jobs", storage=f"sqlite:///{tmp_path}/audio_reference/sweep-jobs/study.db")
+    assert sorted(trial.params["optim.lr"] for trial in study.trials) == [1e-4, 1e-3]
+    assert all(trial.value is not None for trial in study.trials)
 
 
 def test_the_script_of_a_large_job(tmp_path: Path) -> None:

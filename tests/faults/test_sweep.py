@@ -9,9 +9,10 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 from ltx_train import config
-from ltx_train.commands import sweep
+from ltx_train.commands import sweep, trials
 from ltx_train.contracts import UserError
 from ltx_train.evaluation.sweep_report import Trial, render
 from tests.conftest import command
@@ -37,7 +38,34 @@ def test_a_search_needs_a_space_and_known_settings(tmp_path: Path, capsys: pytes
     assert "sweep.space is empty" in capsys.readouterr().err
     assert command("sweep", f"run.root={tmp_path}", "sweep.space=['optim.lrr=log(1, 2)']") == 77
     assert "did you mean 'optim.lr'" in capsys.readouterr().err
+    assert command("sweep", f"run.root={tmp_path}", "sweep.sampler=grid", "sweep.space=['optim.lr=log(1, 2)']") == 77
+    assert "of choice(a, b, ...) alone" in capsys.readouterr().err
     assert config.compose_config(["sweep=lr_rank"]).sweep.space[1] == "adapter.rank=choice(8, 16, 32)"
+
+
+def test_every_combination_once(tmp_path: Path) -> None:
+    choices = "sweep.space=['optim.lr=choice(1e-4, 1e-3)','adapter.rank=choice(2, 4)']"
+    made = config.compose_config(["sweep.sampler=grid", "sweep.name=all", choices])
+    space = {n: sweep.parse(n, t) for n, t in (line.split("=", 1) for line in made.sweep.space)}
+    tried: list[tuple[float, int]] = []
+    while True:  # each round as after a kill
+        study, wanted = sweep._study(made, tmp_path, space)
+        number = sweep._next(made, study, space, wanted, set())
+        if number is None:
+            break
+        values = study.trials[number].params
+        tried.append((values["optim.lr"], values["adapter.rank"]))
+        study.tell(number, 1.0)
+    assert sorted(tried) == [(1e-4, 2), (1e-4, 4), (1e-3, 2), (1e-3, 4)]
+
+
+def test_trials_at_a_time_have_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config.compose_config(["sweep.parallel=3", "strategy=ddp", "strategy.devices=2", "strategy.device=cuda"])
+    monkeypatch.setattr(trials.session, "device", lambda _config: torch.device("cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert [trials.visible(made, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,5", "6,7"]
+    with pytest.raises(UserError, match=r"lower sweep\.parallel"):
+        trials.visible(made, 2)
 
 
 @pytest.mark.slow
