@@ -234,12 +234,10 @@ def _work(config: Config, bucket: str) -> Work:
     audio = positions.audio_latents(frames / config.data.fps)
     modes = [m for _, m in configuration.training(config)]
     voice, together = positions.audio_latents(config.data.reference_s), config.strategy.sequence
+    seen = max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes)
     return Work(
         config.optim.batch_size,
-        -(
-            -max(0 if m.video is Role.absent else video + _referenced(m, ModalityName.video, video) for m in modes)
-            // together
-        ),
+        -(-seen // together),
         max(0 if m.audio is Role.absent else audio + _referenced(m, ModalityName.audio, voice) for m in modes),
         config.model.text_tokens,
         2 if config.model.dtype == "bfloat16" and (config.adapter.kind == "lora" or _stage(config)) else 4,

@@ -132,7 +132,8 @@ def _tokens(config: Config) -> str:
         counts += [f"{audio} audio"] if config.mode.audio is not Role.absent else []
         counts += [f"reference {c.name.removeprefix('reference/')}" for c in config.mode.references]
         parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
-    return "; ".join(parts)
+    cut = config.strategy.sequence
+    return "; ".join(parts) + (f"; video cut over {cut} devices" if cut > 1 else "")
 
 
 def _memory(transformer: Transformer, trained: int, config: Config) -> str:

@@ -217,8 +217,9 @@ def _validate_sequence(config: Config) -> None:
     for message, wrong in refused.items():
         if wrong:
             raise ConfigError(message)
-    if config.strategy.devices > 1:
-        readers(config, config.strategy.devices)
+    together, devices = config.strategy.sequence, config.strategy.devices
+    if devices > 1 and together % devices:  # a group may span machines
+        readers(config, devices)
 
 
 def _validate_shared_updates(config: Config) -> None:

@@ -74,6 +74,7 @@ CONDITIONS = "mode.conditions"
         (["strategy=zero3", "memory.stream_blocks=2"], "memory.stream_blocks is for blocks in host memory"),
         (["strategy.sequence=2"], "strategy.sequence needs several devices"),
         (["strategy=ddp", "strategy.devices=3", "strategy.sequence=2"], "3 devices do not make groups of 2"),
+        (["strategy=ddp", "strategy.devices=4", "strategy.sequence=6"], "4 devices do not make groups of 6"),
         (["strategy=ddp", "strategy.sequence=2", "memory.graphs=true"], "passes in which ranks exchange tokens"),
         (["strategy=ddp", "strategy.sequence=2", "eval.samples=1"], "none has all tokens"),
         (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp, zero1, zero2 or zero3"),
