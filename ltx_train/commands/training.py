@@ -103,6 +103,7 @@ def _task(
         Balance(loss.video_weight, loss.audio_weight, loss.weighting, decay, device),
         Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs, _flops(config),
         transformers.recorded(config, transformer, updates.gathering, device),
+        in_step=config.strategy.name in ("zero2", "zero3"),
     )  # fmt: skip
 
 

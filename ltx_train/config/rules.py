@@ -228,9 +228,6 @@ def _validate_shared_updates(config: Config) -> None:
     if config.optim.name != "adamw":
         raise ConfigError(f"strategy={name} updates shares of the weights, for which optim={config.optim.name} needs "
                           "whole tensors: set optim=adamw")  # fmt: skip
-    if name == "zero2" and config.mixture:
-        raise ConfigError("mixture: ranks whose samples are in different modes do not finish passes together, as "
-                          "strategy=zero2 needs: train one mode, or take strategy=zero1")  # fmt: skip
     if config.strategy.offload and config.memory.graphs:
         raise ConfigError("memory.graphs=true: passes in which the host adds up gradients, as with strategy.offload, "
                           "are not recorded: leave it out")  # fmt: skip
@@ -239,8 +236,6 @@ def _validate_shared_updates(config: Config) -> None:
 def _validate_sharing(config: Config) -> None:
     """Ranks that share the blocks pass through them together."""
     refused = {
-        "mixture: ranks whose samples are in different modes do not pass through the blocks together, as "
-        "strategy=zero3 needs: train one mode, or take strategy=ddp": bool(config.mixture),
         "eval.samples: clips are generated on one rank, and under strategy=zero3 none has the whole model: set "
         "eval.samples=0 and look at them with evaluate": config.eval.samples > 0,
         "memory.stream_blocks is for blocks in host memory; under strategy=zero3 they are on the other ranks: leave it "

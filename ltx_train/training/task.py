@@ -40,7 +40,8 @@ class Objective:
 class Task(LightningModule):
     """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on.
 
-    rounds: micro-batches of this rank per optimizer step. Optimization is manual: `updates` averages gradients over
+    rounds: micro-batches of this rank per optimizer step. in_step: ranks exchange something in every pass, so that all
+    go through the same ones. Optimization is manual: `updates` averages gradients over
     the ranks, and a step whose gradient is not finite changes nothing. detailed: at which steps the
     gradient's norm is wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
     graphs: of `objective.backward` for this transformer, where passes are recorded.
@@ -51,6 +52,7 @@ class Task(LightningModule):
         clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
         detailed: Callable[[int], bool] = lambda _step: False,
         flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0, graphs: StepGraphs | None = None,
+        in_step: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -66,7 +68,7 @@ class Task(LightningModule):
         self._dropout = adapter.DropoutKeys(transformer)
         self._keys: tuple[str, ...] = ()
         self._round = self._done = 0
-        self._count, self._graphs = flops, graphs
+        self._count, self._graphs, self._in_step = flops, graphs, in_step
         self._pass: Callable[[objective.Pass], StepResult] = graphs or partial(objective.backward, transformer)
 
     @property
@@ -79,10 +81,11 @@ class Task(LightningModule):
         self.guard.check(pending=1)
         self._keys += batch.keys
         self.results, self.flops = [], 0.0
-        for mode, part in mixture.parts(batch, self.goal.modes, self.goal.seed):
-            result = self._backward(mode, part, len(part.keys) / len(batch.keys))
-            self.balance.add(result)
-            self.results.append(result)
+        for mode, part, share in self._passes(batch):
+            result = self._backward(mode, part, share)
+            if share:
+                self.balance.add(result)
+                self.results.append(result)
         self._round += 1
         if self._round == self._rounds:
             self._update()
@@ -99,13 +102,26 @@ class Task(LightningModule):
         """Leaves the batch on the CPU: noising is cheap there, and what goes to the device is final."""
         return batch
 
+    def _passes(self, batch: Batch) -> list[tuple[Mode, Batch, float]]:
+        """The batch by mode, and what of the gradient each part is; in step with the others, a rank that has no sample
+        in a mode takes one along that counts nothing."""
+        goal = self.goal
+        own = [(m, part, len(part.keys) / len(batch.keys)) for m, part in mixture.parts(batch, goal.modes, goal.seed)]
+        if not self._in_step or len(goal.modes) == 1:
+            return own
+        chosen = [next((one for one in own if one[0] is mode), None) for _, mode in goal.modes]
+        everyone = self._ranks.gather([one is not None for one in chosen])
+        idle = [(mode, mixture.select(batch, [0]), 0.0) for _, mode in goal.modes]
+        wanted = [any(present) for present in zip(*everyone, strict=True)]
+        return [one or other for one, other, go in zip(chosen, idle, wanted, strict=True) if go]
+
     def _backward(self, mode: Mode, batch: Batch, share: float) -> StepResult:
         goal = self.goal
         pairs = zip(batch.keys, batch.draws, strict=True)
         self._dropout.set([rng.key_seed(goal.seed, "dropout", key, draw) for key, draw in pairs])
         draws = conditions.draw(batch, mode, goal.sigma, goal.seed)
         inputs = conditions.assemble(batch, mode, draws, goal.token_weights)
-        self.flops += self._count(inputs)
+        self.flops += self._count(inputs) if share else 0.0
         given = objective.Pass(transfer.to_device(inputs, self.device), self.balance.weights, share / self._rounds)
         result = self._pass(given)
         self.updates.passed()

@@ -64,13 +64,16 @@ def test_two_ranks_give_the_curve_of_one(prepared: Path, clips: Path, tmp_path: 
 def test_two_ranks_give_the_curve_of_one_in_a_mixture_with_balance_and_average(
     prepared: Path, clips: Path, tmp_path: Path
 ) -> None:
-    """Samples keep their modes, averages of losses and weights agree, whatever rank and micro-batch a sample is in."""
+    """Samples keep their modes, averages of losses and weights agree, whatever rank and micro-batch a sample is in, and
+    also where ranks have to go through every pass together."""
     more = (
         "mixture={audio_reference: 2, a2v: 1, t2a: 1}", "loss.balance=auto", "adapter.ema=0.9", "optim.steps=10",
         "eval.quantiles=1", "sigma.kind=high",
     )  # fmt: skip
     assert command(*fit(prepared, clips, tmp_path / "one", *more)) == 0
-    assert end(fit(prepared, clips, tmp_path / "two", *more, *TWO), tmp_path / "log") == 0
+    for last, how in ((3, TWO), (7, ("strategy=zero3", "strategy.devices=2")), (10, ("strategy=zero2", *TWO[1:]))):
+        two = fit(prepared, clips, tmp_path / "two", *more, *how, f"optim.steps={last}")
+        assert end(two, tmp_path / "log") == 0
     assert command(*fit(prepared, clips, tmp_path / "wide", *more, "optim.batch_size=4")) == 0
     folders = [tmp_path / n / "audio_reference/main" for n in ("one", "two", "wide")]
     one, *others = (read_rows(folder / "metrics.jsonl") for folder in folders)
@@ -78,8 +81,10 @@ def test_two_ranks_give_the_curve_of_one_in_a_mixture_with_balance_and_average(
     for other in others:
         for row, same in zip(one, other, strict=True):
             for name in ("train/loss", "train/loss_video", "train/loss_audio", "train/weight_video", "val/loss"):
-                assert (name in same) == (name in row)
-                assert same.get(name, 0) == pytest.approx(row.get(name, 0), rel=1e-5), (row["step"], name)
+                # A shorter run ends with a measurement of its own.
+                assert (name in same) == (name in row) or name == "val/loss"
+                if name in same and name in row:
+                    assert same[name] == pytest.approx(row[name], rel=1e-5), (row["step"], name)
     averages = [load_file(newest(folder) / "average.safetensors") for folder in folders]
     for name, tensor in averages[0].items():
         for other in averages[1:]:

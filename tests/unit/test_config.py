@@ -64,12 +64,10 @@ CONDITIONS = "mode.conditions"
         (["strategy=ddp", "adapter=full", "memory=none"], "take strategy=zero2 or zero3"),
         (["strategy=zero3_offload"], "strategy.offload moves the shares that a full fine-tune updates"),
         (["strategy=zero1", "optim=adamw8bit"], "strategy=zero1 updates shares of the weights"),
-        (["strategy=zero2", "optim=adamw", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples"),
         (
             ["strategy=zero3_offload", "optim=adamw", "adapter=full", "memory=none", "memory.graphs=true"],
             "passes in which the host adds up gradients",
         ),
-        (["strategy=zero3", "mixture={t2av: 1, i2v: 1}"], "mixture: ranks whose samples are in different modes"),
         (["strategy=zero3", "eval.samples=1"], "eval.samples: clips are generated on one rank"),
         (["strategy=zero3", "memory.stream_blocks=2"], "memory.stream_blocks is for blocks in host memory"),
         (["strategy.sequence=2"], "strategy.sequence needs several devices"),
