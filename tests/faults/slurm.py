@@ -51,8 +51,10 @@ def _configuration(root: Path, nodes: int, port: int) -> str:
 class Slurm:
     """`with Slurm(folder) as slurm:` and its `env` for commands; nodes are n1, n2."""
 
-    def __init__(self, root: Path, nodes: int = 2, port: int = 27817) -> None:
-        self.root, self._nodes, self._port = root, nodes, port
+    def __init__(self, root: Path, nodes: int = 2) -> None:
+        # Test processes side by side have a cluster each.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        self.root, self._nodes, self._port = root, nodes, 27817 + 20 * worker
         self._daemons: list[subprocess.Popen[bytes]] = []
         path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
         self.env = {**os.environ, "SLURM_CONF": str(root / "slurm.conf"), "PATH": path}
