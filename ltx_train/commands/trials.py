@@ -83,17 +83,17 @@ class Job:
     """A SLURM job from the template of `submit`, which saves, requeues and continues by itself."""
 
     def __init__(self, number: str) -> None:
-        self.number, self._asked, self._code = number, 0.0, None
+        self._number, self._asked, self._code = number, 0.0, None
 
     @property
     def code(self) -> int | None:
         if self._code is None and time.monotonic() - self._asked > _ASK_S:
             self._asked = time.monotonic()
-            self._code = _ended(self.number)
+            self._code = _ended(self._number)
         return self._code
 
     def give_up(self) -> None:
-        subprocess.run(["scancel", self.number], capture_output=True, check=False)
+        subprocess.run(["scancel", self._number], capture_output=True, check=False)
 
     def stop(self) -> None:
         """It goes on: the same search finds it again."""

@@ -239,7 +239,7 @@ def test_the_measured_peaks_of_a_full_fine_tune_on_four_devices(kept: int, graph
     )  # fmt: skip
     found = planning.planned(made, Place(H200, 180.0, None))
     assert found is not None
-    assert found.footprint.gib == pytest.approx(measured, rel=0.051)
+    assert found.footprint.gib == pytest.approx(measured, rel=0.05)
 
 
 def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
