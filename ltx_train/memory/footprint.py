@@ -255,8 +255,8 @@ def _dequantized(size: Sizes, choice: Choice) -> float:
 
 
 def _fixed(size: Sizes, work: Work) -> float:
-    """Rotary tables (float32 cos and sin, own width and the bridges'), text contexts, latents and targets."""
-    tables = work.video * (size.width + size.audio_width) * 4 + work.audio * 2 * size.audio_width * 4
+    """Rotary tables (cos and sin, own width and the bridges'), text contexts, latents and targets."""
+    tables = (work.video * (size.width + size.audio_width) + work.audio * 2 * size.audio_width) * work.dtype_bytes
     contexts = work.text * (size.width + size.audio_width) * work.dtype_bytes
     latents = (work.video + work.audio) * 128 * 4 * 4
     return float(work.batch * (tables + contexts + latents))

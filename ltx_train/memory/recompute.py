@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 from ltx_train.memory.compile import compiled_call
 from ltx_train.memory.offload import InputOffload
 from ltx_train.memory.stream import WeightStream
+from ltx_train.model.lowered import Lowered
 from ltx_train.model.transformer import Block, Pair
 
 Call = Callable[..., Pair]
@@ -66,6 +67,7 @@ class BlockRunner:
         self.beside: list[Beside] = [copies for copies in (stream, offload) if copies is not None]
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
+        self._lowered: dict[int, Lowered] = {}
         self._probe: Probe | None = None
         # Called with a block's number when its gradients are complete.
         self.complete: Callable[[int], None] | None = None
@@ -101,10 +103,15 @@ class BlockRunner:
         # All blocks alike: the first one's input wants no gradient by itself, which would be another graph
         # to compile, and its marker would not fire.
         video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
-        call = self._calls[self._keep[index]]
         if streamed or self.complete is not None or (self._offload is not None and index in self._offload):
-            return self._marked(index, streamed, call, block, video, audio, *rest)
-        return call(block, video, audio, *rest)
+            return self._marked(index, streamed, block, video, audio, *rest)
+        self._lower(index, block, video, audio)
+        return self._calls[self._keep[index]](block, video, audio, *rest)
+
+    def _lower(self, index: int, block: Block, video: Any, audio: Any) -> None:
+        if index not in self._lowered:
+            self._lowered[index] = Lowered(block)
+        self._lowered[index].lower(next(h.dtype for h in (video, audio) if h is not None))
 
     def _without_gradient(self, index: int, streamed: bool, block: Block, *arguments: Any) -> Pair:
         """Validation and sampling."""
@@ -117,11 +124,13 @@ class BlockRunner:
             self.stream.end(index)
         return result
 
-    def _marked(self, index: int, streamed: bool, call: Call, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+    def _marked(self, index: int, streamed: bool, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
         if streamed and self.stream is not None:
             self.stream.begin(index, backward=False, training=True)
         given = mark(partial(self._backward_ends, index, streamed), (video, audio))
-        pair = call(block, *given, *rest)
+        # Behind the marker, so that the adapter's gradients are added before backward comes through it.
+        self._lower(index, block, video, audio)
+        pair = self._calls[self._keep[index]](block, *given, *rest)
         if streamed and self.stream is not None:
             self.stream.end(index)
         if self._offload is not None and index in self._offload:

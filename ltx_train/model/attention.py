@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltx_train.model.linear import products
 from ltx_train.model.sequence import Part
 
 Rotary = tuple[Tensor, Tensor]
@@ -63,28 +64,33 @@ def attend(
     values_only replaces the attention by its value projection (spatio-temporal guidance). part: the keys' tokens are
     cut over ranks, and when context is None the queries' too; bias is over whole tokens.
     """
-    keys_from = hidden if context is None else context
-    mixed = module.to_v(keys_from)
-    if not values_only:
+    if values_only:
+        mixed = module.to_v(hidden if context is None else context)
+    else:
         apart = None if part is None else Apart(part, context is None)
-        mixed = _weighted(module, hidden, keys_from, mixed, bias, rotary, key_rotary, apart)
+        mixed = _weighted(module, _projected(module, hidden, context), bias, rotary, key_rotary, apart)
     gate = 2.0 * torch.sigmoid(module.to_gate_logits(hidden))
     mixed = (_heads(module, mixed) * gate[..., None]).flatten(2)
     return module.to_out[0](mixed)
 
 
+def _projected(module: Any, hidden: Tensor, context: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values (B, T, D)."""
+    if context is None:
+        return products([module.to_q, module.to_k, module.to_v], hidden)
+    return [module.to_q(hidden), *products([module.to_k, module.to_v], context)]
+
+
 def _weighted(
     module: Any,
-    hidden: Tensor,
-    keys_from: Tensor,
-    value: Tensor,
+    projected: list[Tensor],
     bias: Tensor | None,
     rotary: Rotary | None,
     key_rotary: Rotary | None,
     apart: Apart | None,
 ) -> Tensor:
-    query = _heads(module, module.norm_q(module.to_q(hidden)))
-    key = _heads(module, module.norm_k(module.to_k(keys_from)))
+    query, key, value = projected
+    query, key = _heads(module, module.norm_q(query)), _heads(module, module.norm_k(key))
     if rotary is not None:
         query = rotated(query, rotary)
         key = rotated(key, rotary if key_rotary is None else key_rotary)

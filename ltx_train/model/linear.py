@@ -6,6 +6,7 @@ be saved and restored around a recomputation, and a captured graph can replay th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class LowRankLinear(PeftLinear):
     """
 
     mask_keys: Tensor | None = None
+    # Both matrices in the activations' dtype, during a training pass of the block (`lowered.Lowered`).
+    lowered: tuple[Tensor, Tensor] | None = None
     # Which of the equally many tokens each rank has are this rank's, where they are cut.
     part: int = 0
 
@@ -34,12 +37,21 @@ class LowRankLinear(PeftLinear):
         if self.disable_adapters:
             return result
         for name in self.active_adapters:
-            layers: Any = (self.lora_A[name], self.lora_B[name])
-            down, up = (layer.weight.to(x.dtype) for layer in layers)
-            added = F.linear(F.linear(self._dropped(x, name), down), up) * self.scaling[name]
-            stretched = name in self.lora_magnitude_vector
-            result = self._stretched(result, added, name) if stretched else result + added
+            down, up = self.low_rank(name, x.dtype)
+            result = self.plus(result, F.linear(self._dropped(x, name), down), down, up, name)
         return result
+
+    def low_rank(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) in `dtype`."""
+        if self.lowered is not None and torch.is_grad_enabled():
+            return self.lowered
+        layers: Any = (self.lora_A[name], self.lora_B[name])
+        return layers[0].weight.to(dtype), layers[1].weight.to(dtype)
+
+    def plus(self, result: Tensor, inner: Tensor, down: Tensor, up: Tensor, name: str) -> Tensor:
+        """The layer's output (..., out) from the base's and A x (..., rank)."""
+        added = F.linear(inner, up) * self.scaling[name]
+        return self._stretched(result, added, down, up, name) if name in self.lora_magnitude_vector else result + added
 
     def add_magnitude(self, name: str) -> None:
         """DoRA's magnitudes, beginning as the norms of the base's rows, so that the output is unchanged."""
@@ -49,23 +61,21 @@ class LowRankLinear(PeftLinear):
             norms = row_norms(layer).to(part.weight.device)
         self.lora_magnitude_vector[name] = Magnitude(norms.clone())
 
-    def _stretched(self, result: Tensor, added: Tensor, name: str) -> Tensor:
+    def _stretched(self, result: Tensor, added: Tensor, down: Tensor, up: Tensor, name: str) -> Tensor:
         """m / |W + s B A| (W x + s B A x) + bias; the norm's own gradient is left out (DoRA, section 4.3)."""
         base: Any = self.get_base_layer()
         magnitude: Any = self.lora_magnitude_vector[name]
-        factor = (magnitude.weight / self._row_norms(name, result.dtype)).to(result.dtype)
+        factor = (magnitude.weight / self._row_norms(down, up, name)).to(result.dtype)
         if base.bias is None:
             return (result + added) * factor
         bias = base.bias.to(result.dtype)
         return (result - bias + added) * factor + bias
 
     @torch.no_grad()
-    def _row_norms(self, name: str, dtype: torch.dtype) -> Tensor:
-        """(out,) float32 norms of the rows of W + s B A, formed in `dtype`."""
-        layers: Any = (self.lora_A[name], self.lora_B[name])
-        down, up = (layer.weight.to(dtype) for layer in layers)
+    def _row_norms(self, down: Tensor, up: Tensor, name: str) -> Tensor:
+        """(out,) float32 norms of the rows of W + s B A, formed in the dtype of A and B."""
         layer: Any = self.get_base_layer()
-        base = layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)
+        base = layer.dense(up.dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(up.dtype)
         return torch.linalg.vector_norm(base + self.scaling[name] * (up @ down), dim=1, dtype=torch.float32)
 
     def dropout_rate(self, name: str) -> float:
@@ -80,6 +90,27 @@ class LowRankLinear(PeftLinear):
             raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
         kept = keyed_mask(self.mask_keys, x.shape[1:], rate, self.part * x.shape[1:].numel())
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
+
+
+def products(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Every layer's output of the same x; where adapters read x as it is, all their A x are one product."""
+    joined: list[Any] = [layer for layer in layers if isinstance(layer, LowRankLinear) and _reads_plainly(layer)]
+    if len(joined) < len(layers):
+        return [layer(x) for layer in layers]
+    names: list[str] = [layer.active_adapters[0] for layer in joined]
+    pairs = [layer.low_rank(name, x.dtype) for layer, name in zip(joined, names, strict=True)]
+    inner = F.linear(x, torch.cat([down for down, _ in pairs])).split([len(down) for down, _ in pairs], dim=-1)
+    return [
+        layer.plus(layer.base_layer(x), part, *pair, name)
+        for layer, part, pair, name in zip(joined, inner, pairs, names, strict=True)
+    ]
+
+
+def _reads_plainly(layer: LowRankLinear) -> bool:
+    active = layer.active_adapters
+    if layer.disable_adapters or len(active) != 1:
+        return False
+    return not layer.training or layer.dropout_rate(active[0]) == 0
 
 
 class Magnitude(nn.Module):

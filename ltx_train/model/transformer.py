@@ -238,10 +238,15 @@ class Transformer(nn.Module):
             self_bias=bias_from_strength(own.attention_mask, self.dtype),
             cross_bias=bias_from_strength(own.cross_mask, self.dtype),
             text_scale=None if own.reads_text is None else own.reads_text.to(self.dtype)[..., None],
-            rotary=self._rotary[kind](positions),
-            cross_rotary=self._rotary[f"{kind}_cross"](positions[:, :1]),
+            rotary=self._tables(kind, positions),
+            cross_rotary=self._tables(f"{kind}_cross", positions[:, :1]),
             embedded=embedded,
         )
+
+    def _tables(self, name: str, positions: Tensor) -> Rotary:
+        """In the dtype of the activations, as the reference computes with them: they are half of what turning reads."""
+        cos, sin = self._rotary[name](positions)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def _embed(self, name: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) float32 timesteps -> modulation (N, n * D) and embedding (N, D)."""
