@@ -29,7 +29,6 @@ declare -A cases=(
   [B_int8_20gib]="$B memory=int8 memory.budget_gib=20"
   [B_int8_16gib]="$B memory=int8 memory.budget_gib=16"
 )
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 [ $# -gt 0 ] || set -- $(printf '%s\n' "${!cases[@]}" | sort)
 for name in "$@"; do
   echo "== $name" >&2

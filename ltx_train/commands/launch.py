@@ -23,6 +23,7 @@ from typing import Any
 
 from ltx_train.commands.guarded import guarded
 from ltx_train.config import Config
+from ltx_train.memory import allocator
 from ltx_train.training import environment
 
 Entry = Callable[[Config], int]
@@ -38,6 +39,7 @@ _TOGETHER = ("fit", "bench")
 def command(name: str, config: Config) -> int:
     """Runs a command, in a process for each device where it is one that takes several. Only who runs it imports it:
     this process would spend seconds on libraries that it does not use."""
+    allocator.grow(os.environ)
     alone = environment.names(os.environ) is None
     if name in _TOGETHER and config.strategy.devices > 1 and alone:
         return run(partial(_here, name), config, config.strategy.devices)

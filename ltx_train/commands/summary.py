@@ -154,7 +154,7 @@ def _gathering(transformer: Transformer) -> str:
         return ""
     if origin.direct:
         return "; blocks copied from the other devices' memory"
-    return "; blocks gathered by collectives (on one machine, without expandable_segments, they would be copied)"
+    return "; blocks gathered by collectives"
 
 
 def _short(count: int) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ltx_train.memory.allocator import mappable
 from ltx_train.memory.peers import Tell, reached
 from ltx_train.memory.pinned import pinned
 
@@ -118,7 +119,8 @@ class PeerOrigin:
         return torch.zeros(-(-size // step) * step, dtype=torch.uint8, device=self._device)
 
     def keep(self, index: int, whole: Tensor) -> None:
-        self._shares[index] = whole.chunk(self._exchange.world)[self._exchange.rank].clone()
+        with mappable():
+            self._shares[index] = whole.chunk(self._exchange.world)[self._exchange.rank].clone()
         self._sums[index] = _checksum(whole)
 
     def send(self, index: int, memory: Tensor) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from ltx_train.memory.allocator import mappable
+
 Tell = Callable[[Any], list[Any]]
 # Where torch's handle names the device that maps the memory.
 _DEVICE = 6
@@ -25,7 +27,7 @@ _EQUAL = 1
 def reached(mine: Mapping[int, Tensor], rank: int, device: torch.device, tell: Tell) -> dict[int, list[Tensor]] | None:
     """Every rank's tensors by key and rank; None, on all ranks, where one cannot reach another's.
 
-    tell(value) gives every rank's value. Memory of another machine cannot be mapped, nor can expandable segments.
+    tell(value) gives every rank's value. Memory of another machine cannot be mapped, nor what is not `mappable`.
     """
     handles: dict[int, Any] = {}
     if device.type == "cuda":
@@ -58,7 +60,8 @@ class Flags:
 
     def begin(self, world: int, tell: Tell) -> bool:
         """Whether every rank's flags can be reached."""
-        mine = torch.zeros(self._count * world, dtype=torch.int32, device=self._device)
+        with mappable():
+            mine = torch.zeros(self._count * world, dtype=torch.int32, device=self._device)
         torch.cuda.synchronize(self._device)
         found = reached({0: mine}, self._rank, self._device, tell)
         self._theirs = [] if found is None else found[0]

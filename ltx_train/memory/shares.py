@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ltx_train.memory.allocator import mappable
 from ltx_train.memory.host import Host
 from ltx_train.memory.origin import ALIGNMENT, Exchange, PeerOrigin
 from ltx_train.memory.peers import PeerSums
@@ -121,7 +122,8 @@ class Shares:
         """Memory that gradients are sent from; every unit is there. Each unit always has the same slot."""
         largest = max(unit.size for unit in self.units.values())
         for _ in range(min(_GRADIENT_SLOTS, len(self.units))):
-            memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
+            with mappable():
+                memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
             self._slots.append(_Slot(memory, torch.cuda.Event() if self._cuda else None))
         for number, (name, unit) in enumerate(self.units.items()):
             slot = number % len(self._slots)
