@@ -155,6 +155,7 @@ class PeerOrigin:
 
 
 def _checksum(memory: Tensor) -> int:
-    """Of bytes and their places: blocks differ in every part that the ranks hold."""
-    parts = memory.view(-1, ALIGNMENT).sum(dim=1, dtype=torch.int64)
+    """Of words and their places: blocks differ in every part that the ranks hold. As words, because torch makes a copy
+    of what it sums in another type: eight times a block."""
+    parts = memory.view(torch.int64).view(-1, ALIGNMENT // 8).sum(dim=1)
     return int((parts * torch.arange(1, len(parts) + 1, device=memory.device)).sum())

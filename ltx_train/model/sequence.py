@@ -59,66 +59,25 @@ class Part(NamedTuple):
 
     def whole(self, x: Tensor) -> Tensor:
         """All ranks' x (B, size, ...) -> (B, tokens, ...)."""
-        gathered: Any = _Whole.apply(x, self)  # pyright: ignore[reportArgumentType]
-        return gathered.narrow(1, 0, self.tokens)
+        return collected(x, self.rank, self.world, self.group).transpose(0, 1).flatten(1, 2).narrow(1, 0, self.tokens)
 
     def over_heads(self, x: Tensor) -> Tensor:
         """(B, size, H, D) -> (B, tokens, H / world, D)."""
         parts = x.unflatten(2, (self.world, -1)).permute(2, 0, 1, 3, 4)
-        return self._swapped(parts).permute(1, 0, 2, 3, 4).flatten(1, 2).narrow(1, 0, self.tokens)
+        return exchanged(parts, self.group).permute(1, 0, 2, 3, 4).flatten(1, 2).narrow(1, 0, self.tokens)
 
     def over_tokens(self, x: Tensor) -> Tensor:
         """(B, tokens, H / world, D) -> (B, size, H, D)."""
         parts = self._filled(x, 1).unflatten(1, (self.world, self.size)).transpose(0, 1)
-        return self._swapped(parts).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return exchanged(parts, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def read_by_all(self, x: Tensor) -> Tensor:
         """x, which every rank has, on its way to cut tensors: its gradient is the ranks' mean."""
-        same: Any = _ReadByAll.apply(x, self)  # pyright: ignore[reportArgumentType]
-        return same
+        return read_by_all(x, self.world, self.group)
 
     def _filled(self, x: Tensor, dim: int) -> Tensor:
         missing = self.size * self.world - x.shape[dim]
         return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing]) if missing else x
-
-    def _swapped(self, parts: Tensor) -> Tensor:
-        swapped: Any = _Swapped.apply(parts, self)  # pyright: ignore[reportArgumentType]
-        return swapped
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        ctx.part = part
-        return collected(x, part.world, part.group).transpose(0, 1).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        part: Part = ctx.part
-        return gradients[0].narrow(1, part.rank * part.size, part.size) * part.world, None
-
-
-class _Swapped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, part: Part) -> Tensor:
-        ctx.part = part
-        return exchanged(parts, part.group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return exchanged(gradients[0], ctx.part.group), None
-
-
-class _ReadByAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        ctx.part = part
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        part: Part = ctx.part
-        return averaged(gradients[0], part.world, part.group), None
 
 
 @torch.library.custom_op("ltx_train::exchanged", mutates_args=())
@@ -131,12 +90,18 @@ def exchanged(parts: Tensor, group: int) -> Tensor:
 
 
 @torch.library.custom_op("ltx_train::collected", mutates_args=())
-def collected(x: Tensor, world: int, group: int) -> Tensor:
+def collected(x: Tensor, _rank: int, world: int, group: int) -> Tensor:
     """(...) -> (world, ...): every rank's x."""
     given = x.contiguous()
     received = given.new_empty((world, *given.shape))
     _all_gather(received.flatten(0, 1), given, group=_groups[group])
     return received
+
+
+@torch.library.custom_op("ltx_train::read_by_all", mutates_args=())
+def read_by_all(x: Tensor, _world: int, _group: int) -> Tensor:
+    """x, of which every rank's gradient becomes the mean."""
+    return x.clone()
 
 
 @torch.library.custom_op("ltx_train::averaged", mutates_args=())
@@ -154,10 +119,32 @@ def _(parts: Tensor, _group: int) -> Tensor:
 
 
 @collected.register_fake
-def _(x: Tensor, world: int, _group: int) -> Tensor:
+def _(x: Tensor, _rank: int, world: int, _group: int) -> Tensor:
     return x.new_empty((world, *x.shape))
+
+
+@read_by_all.register_fake
+def _(x: Tensor, _world: int, _group: int) -> Tensor:
+    return torch.empty_like(x)
 
 
 @averaged.register_fake
 def _(x: Tensor, _world: int, _group: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.given = inputs[1:]
+
+
+# As the operators' own, and not of autograd Functions around them: of those the compiler keeps every result for
+# backward, whatever a checkpoint says.
+exchanged.register_autograd(
+    lambda ctx, gradient: (exchanged(gradient, *ctx.given), None), setup_context=_remember
+)  # fmt: skip
+collected.register_autograd(
+    lambda ctx, gradient: (gradient[ctx.given[0]] * ctx.given[1], None, None, None), setup_context=_remember
+)
+read_by_all.register_autograd(
+    lambda ctx, gradient: (averaged(gradient, *ctx.given), None, None), setup_context=_remember
+)
