@@ -131,7 +131,9 @@ class OptimConfig:
     batch_size: samples that one device takes at once. global_batch: samples of an optimizer step over all
     devices, in as many rounds as that takes; null: one round. A run keeps its global batch on any number of devices.
 
-    schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps.
+    schedule: constant, linear or cosine from lr down to final_lr, after `warmup` linear steps. clip: the gradient's
+    norm is brought down to this, 0: never. skip_spikes: a step whose norm is more than so many times the mean of the
+    last hundred changes nothing; null: all are taken.
     """
 
     name: str = "adamw"
@@ -145,6 +147,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip: float = 1.0
+    skip_spikes: float | None = None
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A full fine-tune's state saved in shards and restored, at real widths with fewer blocks: prints one JSON record.
 
-round_trip.py DEVICES LAYERS FOLDER: all devices of this machine step three times, save, and a fresh model restores.
+round_trip.py DEVICES LAYERS FOLDER: all devices of this machine step four times, save, and a fresh model restores.
 """
 
 from __future__ import annotations
@@ -43,27 +43,31 @@ def trip(config: Config) -> int:
         assert shard is not None
         name = ranks.lead(lambda: "trip")
         saver = Saver(folder, 1, lambda _step, _weights: None, leads=ranks.leads)
+        saver.prepare(shard)
+        losses += [float(step(3))]  # as in a run, where memory is made ready while training goes on
+        shard = updates.held().shard
+        assert shard is not None
         started = time.perf_counter()
-        saver.start(Checkpoint(3, {}, {}, {}, shard=shard, name=name))
+        saver.start(Checkpoint(4, {}, {}, {}, shard=shard, name=name))
         saver.settle()
         written = time.perf_counter() - started
         ranks.any(False)
         before = {n: {k: t.cpu().clone() for k, t in kinds.items()} for n, kinds in shard.tensors.items()}
-        losses += [float(step(3))]
+        losses += [float(step(4))]
         del transformer, updates, step, shard
         torch.cuda.empty_cache()
         started = time.perf_counter()
         transformer, updates = optimizing.opened(config, ranks)
-        loaded = checkpointing.load(folder / "step-000003")
+        loaded = checkpointing.load(folder / "step-000004")
         updates.restore(loaded.weights, loaded.optimizer)
         restored = time.perf_counter() - started
         again = updates.held().shard
         assert again is not None
         equal = all(torch.equal(t.cpu(), before[n][k]) for n, kinds in again.tensors.items() for k, t in kinds.items())
-        losses += [float(bench._step(config, transformer, updates, device, ranks)(3))]
+        losses += [float(bench._step(config, transformer, updates, device, ranks)(4))]
         everyone = ranks.gather(equal)
         if ranks.leads:
-            size = sum(path.stat().st_size for path in (folder / "step-000003").iterdir())
+            size = sum(path.stat().st_size for path in (folder / "step-000004").iterdir())
             print(json.dumps({
                 "devices": ranks.world, "state_gib": round(size / GIB, 2), "blocked_s": round(saver.blocked_s, 2),
                 "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),

@@ -35,6 +35,7 @@ from ltx_train.training.monitor import Monitor
 from ltx_train.training.optim import Schedule
 from ltx_train.training.ranks import Ranks
 from ltx_train.training.selection import Selection
+from ltx_train.training.spikes import Spikes
 from ltx_train.training.task import Objective, Task
 from ltx_train.training.tracking import Metrics
 from ltx_train.training.updates import Updates
@@ -83,7 +84,7 @@ def _plan(config: Config, start: Start, base: str) -> Plan:
     return Plan(
         start.folder, config.optim.steps, config.logger.every, config.eval.interval, config.checkpoint.interval,
         config.checkpoint.keep, config.checkpoint.failures, int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
-        {"base": base},
+        {"base": base}, sharded=session.shares_updates(config) and config.adapter.kind == "full",
     )  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def _task(
         Average(parameters, config.adapter.ema) if config.adapter.ema else None, plan.logs, _flops(config),
         transformers.recorded(config, transformer, updates.gathering, device),
         in_step=config.strategy.name in ("zero2", "zero3"),
+        spikes=Spikes(optim.skip_spikes, device) if optim.skip_spikes else None,
     )  # fmt: skip
 
 
@@ -161,6 +163,8 @@ def _restore(
     # Checkpoints of releases before these existed have none of them.
     if "balance" in notes:
         task.balance.restore(notes["balance"])
+    if task.spikes is not None and notes.get("spikes"):
+        task.spikes.restore(notes["spikes"])
     if "selection" in notes:
         selection.restore(notes["selection"])
     if "clock" in notes:

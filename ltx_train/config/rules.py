@@ -44,6 +44,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _AT_LEAST = {
     "adapter.rank": 1, "adapter.dropout": 0, "data.reference_s": 0.2, "data.samples_per_shard": 1, "data.workers": 0,
     "optim.lr": 0, "optim.steps": 1, "optim.batch_size": 1, "optim.global_batch": 1, "optim.warmup": 0, "optim.clip": 0,
+    "optim.skip_spikes": 2,
     "eval.quantiles": 0, "data.reference_scale": 1, "eval.samples": 0, "eval.patience": 0, "sigma.std": 0,
     "sigma.tokens": 1, "adapter.alpha": 0,
     "eval.interval": 0, "eval.batch_size": 1, "eval.wrong_references": 1, "logger.every": 1,

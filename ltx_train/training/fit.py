@@ -43,7 +43,7 @@ class Plan:
     """When things happen, in optimizer steps; an interval of 0 means only at the end.
 
     failures: so many saves in a row may fail before the run ends. restarts: how often this machine has started it.
-    dead_after: from this step on, adapter layers that have not moved are reported.
+    dead_after: from this step on, adapter layers that have not moved are reported. sharded: checkpoints are.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class Plan:
     restarts: int
     notes: Mapping[str, Any]
     dead_after: int = 20
+    sharded: bool = False
 
     def logs(self, step: int) -> bool:
         """Whether a row of training numbers is written after this step."""
@@ -128,6 +129,8 @@ class Edge(Callback):
             better = self._selection.saw(step, measured)
             row |= measured
         ended = self._selection.ended
+        if step == task.first_step + 1 and self._plan.sharded:
+            self._prepare(task)
         if row and self._outside.metrics is not None and self._progress is not None:
             self._outside.metrics.write(step, row)
             self._progress.row(step, self._plan.steps, row)
@@ -172,6 +175,12 @@ class Edge(Callback):
         self._told_dead = True
         return {**row, "train/dead_adapters": len(dead)}
 
+    def _prepare(self, task: Task) -> None:
+        """Once the optimizer has its moments."""
+        shard = task.updates.held().shard
+        assert shard is not None
+        self._saver.prepare(shard)
+
     def _save(self, task: Task, *, must: bool) -> None:
         """Starts to save the step; one that `must` succeed is waited for."""
         if task.step == self._saved:
@@ -180,6 +189,7 @@ class Edge(Callback):
         self._settle(must=False)
         notes = {
             **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
+            "spikes": None if task.spikes is None else task.spikes.state(),
             "selection": self._selection.state(), "ended": self._selection.ended, "clock": self._clock.state(),
         }  # fmt: skip
         held = task.updates.held()

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: skipped one by one, and too many of them end the run."""
+"""Gradients that are not finite, or far larger than usual: skipped one by one, and too many of them end the run."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class NonFiniteGuard:
 
     def __init__(self, rank: int = 0) -> None:
         self._rank = rank
-        self._waiting: list[tuple[int, tuple[str, ...], OnHost]] = []
+        self._waiting: list[tuple[int, tuple[str, ...], OnHost, OnHost | None]] = []
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
         self._streak = 0
         self.skipped = 0
 
-    def saw(self, step: int, keys: tuple[str, ...], norm: Tensor) -> None:
-        """The norm of an optimizer step (from 1), and this rank's samples in it."""
-        self._waiting.append((step, keys, OnHost(norm)))
+    def saw(self, step: int, keys: tuple[str, ...], norm: Tensor, limit: Tensor | None = None) -> None:
+        """The norm of an optimizer step (from 1), this rank's samples in it, and what the norm had to stay within."""
+        self._waiting.append((step, keys, OnHost(norm), None if limit is None else OnHost(limit)))
 
     def check(self, pending: int = 0) -> None:
         """Counts norms that have arrived, the newest `pending` left for later; DivergedError when too many are bad.
@@ -52,33 +52,42 @@ class NonFiniteGuard:
         Five in a row, or more than one in a hundred of the last thousand steps.
         """
         while len(self._waiting) > pending:
-            step, keys, norm = self._waiting.pop(0)
-            bad = not math.isfinite(norm.value())
+            step, keys, norm, limit = self._waiting.pop(0)
+            most = math.inf if limit is None else limit.value()
+            bad = not math.isfinite(norm.value()) or norm.value() > most
             self._recent.append(bad)
             self._streak = self._streak + 1 if bad else 0
             self.skipped += bad
             if bad:
-                self._report(step, keys)
+                self._report(step, keys, norm.value(), most)
 
-    def _report(self, step: int, keys: tuple[str, ...]) -> None:
+    def _report(self, step: int, keys: tuple[str, ...], norm: float, most: float) -> None:
         samples = f"rank {self._rank} had samples {', '.join(keys)}"
+        spike = math.isfinite(norm)
+        what = f"has norm {norm:.4g}, a spike above {most:.4g}" if spike else "is not finite"
         if self._streak >= _STREAK or sum(self._recent) > _SHARE * _WINDOW:
             raise DivergedError(
-                f"the gradient of step {step} is not finite, {self._streak} in a row and {sum(self._recent)} of the "
+                f"the gradient of step {step} {what}, {self._streak} in a row and {sum(self._recent)} of the "
                 f"last {len(self._recent)} ({samples}): lower optim.lr or check these clips; "
                 "no such step has changed the weights, the last checkpoint is unharmed"
             )
-        print(f"ltx-train: the gradient of step {step} is not finite: skipped ({samples})", file=sys.stderr)
+        print(f"ltx-train: the gradient of step {step} {what}: skipped ({samples})", file=sys.stderr)
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Updates the weights unless the gradient norm is not finite; neither weights nor moments change then.
+def step_within(optimizer: torch.optim.Optimizer, norm: Tensor, limit: Tensor | None = None) -> None:
+    """Updates the weights unless the gradient norm is not finite or above the limit; neither weights nor moments change
+    then.
 
     torch's fused kernels decide that on the device; other optimizers cost the host a wait.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
         flagged: Any = optimizer
-        flagged.found_inf, flagged.grad_scale = (~torch.isfinite(norm)).float(), None
+        flagged.found_inf, flagged.grad_scale = (~_fine(norm, limit)).float(), None
         optimizer.step()
-    elif bool(torch.isfinite(norm)):
+    elif bool(_fine(norm, limit)):
         optimizer.step()
+
+
+def _fine(norm: Tensor, limit: Tensor | None) -> Tensor:
+    finite = torch.isfinite(norm)
+    return finite if limit is None else finite & (norm <= limit)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ltx_train.memory.pinned import pinned
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.shards import Shard
 
 Publish = Callable[[int, Mapping[str, Tensor]], None]
 
@@ -28,7 +32,13 @@ class Saver:
         self._folder, self._keep, self._publish, self._leads = folder, keep, publish, leads
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[None] | None = None
+        self._preparing: Future[None] | None = None
+        self._snapshot = Snapshot()
         self.blocked_s = 0.0
+
+    def prepare(self, shard: Shard) -> None:
+        """Makes the host memory ready that a sharded state will be copied into, while training goes on."""
+        self._preparing = self._writer.submit(self._snapshot.prepare, shard.tensors, ("shard",))
 
     def start(self, live: Checkpoint, protected: int | None = None) -> None:
         """Copies the state to host memory and returns; `settle` must have been called before.
@@ -37,11 +47,16 @@ class Saver:
         """
         assert self._running is None
         started = time.perf_counter()
-        shard = live.shard and replace(live.shard, tensors=_copied(live.shard.tensors))
+        if self._preparing is not None:
+            self._preparing.result()
+            self._preparing = None
+        taken = self._snapshot.of
+        shard = live.shard and replace(live.shard, tensors=taken(live.shard.tensors, ("shard",)))
         still = replace(
-            live, weights=_copied(live.weights), optimizer=_copied(live.optimizer), average=_copied(live.average),
-            shard=shard,
+            live, weights=taken(live.weights, ("weights",)), optimizer=taken(live.optimizer, ("optimizer",)),
+            average=taken(live.average, ("average",)), shard=shard,
         )  # fmt: skip
+        self._snapshot.settle()
         self._running = self._writer.submit(self._write, still, protected)
         self.blocked_s = time.perf_counter() - started
 
@@ -63,12 +78,65 @@ class Saver:
         self._publish(checkpoint.step, checkpoint.published)
 
 
-def _copied(value: Any) -> Any:
-    """The same structure with every tensor copied to host memory of its own."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
+class Snapshot:
+    """Host memory that a device's state is copied into, kept from one save to the next: to be given it by the system
+    takes longer than the copy. Page-locked where that is allowed. What is in host memory already gets fresh memory
+    each time, of which there may not be enough to keep."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[Any, ...], Room] = {}
+        self._devices: set[torch.device] = set()
+
+    def of(self, value: Any, place: tuple[Any, ...]) -> Any:
+        """The same structure with every tensor on its way to host memory; `settle` waits for the last one. What was
+        taken at the same place before is overwritten."""
+        if isinstance(value, Tensor):
+            if not _kept(value):
+                return value.detach().to("cpu", copy=True)
+            self._devices.add(value.device)
+            return self._room(value, place).tensor.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, Mapping):
+            return {key: self.of(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.of(item, (*place, number)) for number, item in enumerate(value)]
+        return value
+
+    def prepare(self, tensors: Mapping[str, Mapping[str, Tensor]], place: tuple[Any, ...]) -> None:
+        """Memory for these, before they are taken."""
+        for name, kinds in tensors.items():
+            for kind, tensor in kinds.items():
+                if _kept(tensor):
+                    self._room(tensor, (*place, name, kind))
+
+    def settle(self) -> None:
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+
+    def _room(self, tensor: Tensor, place: tuple[Any, ...]) -> Room:
+        kept = self._rooms.get(place)
+        if kept is None or kept.tensor.shape != tensor.shape or kept.tensor.dtype != tensor.dtype:
+            kept = self._rooms[place] = _room_for(tensor)
+        return kept
+
+
+class Room(NamedTuple):
+    """memory: what is page-locked while it lives; tensor: what lies in it."""
+
+    memory: Tensor
+    tensor: Tensor
+
+
+def _kept(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _room_for(tensor: Tensor) -> Room:
+    size = tensor.numel() * tensor.element_size()
+    try:
+        # A thread begins with the first device.
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            memory = pinned(size, tensor.device)
+    except MemoryError:
+        memory = torch.empty(size, dtype=torch.uint8)
+    return Room(memory, memory.view(tensor.dtype).view(tensor.shape))

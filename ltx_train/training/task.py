@@ -24,6 +24,7 @@ from ltx_train.training.balance import Balance
 from ltx_train.training.guard import NonFiniteGuard
 from ltx_train.training.optim import Schedule
 from ltx_train.training.ranks import Ranks
+from ltx_train.training.spikes import Spikes
 from ltx_train.training.updates import Updates
 
 
@@ -41,9 +42,9 @@ class Task(LightningModule):
     """Trains whatever parameters of the transformer require gradients, from optimizer step `first_step` on.
 
     rounds: micro-batches of this rank per optimizer step. in_step: ranks exchange something in every pass, so that all
-    go through the same ones. Optimization is manual: `updates` averages gradients over
-    the ranks, and a step whose gradient is not finite changes nothing. detailed: at which steps the
-    gradient's norm is wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
+    go through the same ones. Optimization is manual: `updates` averages gradients over the ranks, and a step whose
+    gradient is not finite, or one of the `spikes`, changes nothing. detailed: at which steps the gradient's norm is
+    wanted by part of the block. flops: the model's arithmetic for a forward and backward pass.
     graphs: of `objective.backward` for this transformer, where passes are recorded.
     """
 
@@ -52,13 +53,13 @@ class Task(LightningModule):
         clip: float, first_step: int, rounds: int, ranks: Ranks, balance: Balance, average: Average | None,
         detailed: Callable[[int], bool] = lambda _step: False,
         flops: Callable[[conditions.ModelInputs], float] = lambda _inputs: 0.0, graphs: StepGraphs | None = None,
-        in_step: bool = False,
+        in_step: bool = False, spikes: Spikes | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.transformer = transformer
         self.goal, self.schedule, self.clip, self.first_step = goal, schedule, clip, first_step
-        self.balance, self.average = balance, average
+        self.balance, self.average, self.spikes = balance, average, spikes
         self.guard = NonFiniteGuard(ranks.rank)
         self.results: list[StepResult] = []
         self.flops = 0.0
@@ -134,8 +135,11 @@ class Task(LightningModule):
             self.grad_norms = self.updates.norms()
         for group in self.updates.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        self.grad_norm = self.updates.step(self.clip)
-        self.guard.saw(self.step + 1, self._keys, self.grad_norm)
+        limit = None if self.spikes is None else self.spikes.limit()
+        self.grad_norm = self.updates.step(self.clip, limit)
+        self.guard.saw(self.step + 1, self._keys, self.grad_norm, limit)
+        if self.spikes is not None and limit is not None:
+            self.spikes.saw(self.grad_norm, limit)
         self.balance.step(self._ranks)
         self._done += 1
         if self.average is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ltx_train.memory.shares import Place, Shares, Unit
 from ltx_train.model import adapter
-from ltx_train.training.guard import step_if_finite
+from ltx_train.training.guard import step_within
 from ltx_train.training.ranks import Ranks
 from ltx_train.training.shards import MOMENTS, Shard
 
@@ -51,8 +51,9 @@ class Updates(Protocol):
         """The averaged gradient's norm by part of the block, before clipping, where each rank has all of it."""
         ...
 
-    def step(self, clip: float) -> Tensor:
-        """Clips (0: does not), updates unless the norm is not finite, forgets the gradients; the norm before."""
+    def step(self, clip: float, limit: Tensor | None = None) -> Tensor:
+        """Clips (0: does not), updates unless the norm is not finite or above the limit, forgets the gradients; the
+        norm before."""
         ...
 
     def held(self) -> Held: ...
@@ -99,9 +100,9 @@ class WholeUpdates:
                 groups.setdefault(adapter.module_group(name), []).append(parameter.grad)
         return {group: torch.nn.utils.get_total_norm(grads) for group, grads in groups.items()}
 
-    def step(self, clip: float) -> Tensor:
+    def step(self, clip: float, limit: Tensor | None = None) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip if clip > 0 else float("inf"))
-        step_if_finite(self.optimizer, norm)
+        step_within(self.optimizer, norm, limit)
         self.optimizer.zero_grad(set_to_none=not self._in_place)
         return norm
 
@@ -150,11 +151,11 @@ class SharedUpdates:
     def norms(self) -> dict[str, Tensor]:
         return {}
 
-    def step(self, clip: float) -> Tensor:
+    def step(self, clip: float, limit: Tensor | None = None) -> Tensor:
         norm = self._shares.norm()
         if clip > 0:
             self._shares.scale(torch.clamp(clip / (norm + 1e-6), max=1.0))
-        step_if_finite(self.optimizer, norm)
+        step_within(self.optimizer, norm, limit)
         self._shares.forget()
         self._shares.publish()
         return norm

@@ -16,7 +16,8 @@ from ltx_train.contracts import DataError, DivergedError, StepResult
 from ltx_train.data import index
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.guard import NonFiniteGuard, step_if_finite
+from ltx_train.training.guard import NonFiniteGuard, step_within
+from ltx_train.training.spikes import Spikes
 from ltx_train.training.tracking import read_rows
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
@@ -41,14 +42,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert len(checkpointing.committed(tmp_path)) == 2
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
-    """Gradients that are not finite in the given steps (from 0)."""
+def poison(monkeypatch: pytest.MonkeyPatch, steps: range, factor: float = float("nan")) -> None:
+    """Gradients so many times too large, or not finite, in the given steps (from 0)."""
     from ltx_train.training.task import Task
 
     original = Task._backward
 
     def poisoned(task: Task, mode: Any, batch: Any, share: float) -> StepResult:
-        return original(task, mode, batch, share * float("nan") if task.step in steps else share)
+        return original(task, mode, batch, share * factor if task.step in steps else share)
 
     monkeypatch.setattr(Task, "_backward", poisoned)
 
@@ -66,6 +67,41 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert all(torch.equal(before[k], bad[k]) for k in before)
         assert not all(torch.equal(bad[k], after[k]) for k in bad)
     assert read_rows(run / "metrics.jsonl")[-1]["run/skipped_steps"] == 1
+
+
+def test_a_spike_is_left_out_also_after_a_restart(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is usual is part of a checkpoint; without the setting, the step is taken."""
+    poison(monkeypatch, range(24, 25), 1e4)
+    for name, more in (("guarded", ("optim.skip_spikes=10",)), ("plain", ())):
+        arguments = fit(prepared, clips, tmp_path / name, "checkpoint.interval=1", "eval.interval=0", *more)
+        for last in (22, 26):
+            assert command(*arguments, "checkpoint.keep=9", f"optim.steps={last}") == 0
+        said = capsys.readouterr().err
+        assert ("the gradient of step 25 has norm" in said) == (name == "guarded")
+        saved = newest(tmp_path / name / "audio_reference" / "main").parent
+        for file in ("weights.safetensors", "optimizer.safetensors"):
+            before, spike, after = (load_file(saved / f"step-{step:06d}" / file) for step in (24, 25, 26))
+            assert all(torch.equal(before[k], spike[k]) for k in before) == (name == "guarded")
+            assert not all(torch.equal(spike[k], after[k]) for k in spike)
+
+
+def test_what_is_usual_follows_accepted_norms() -> None:
+    spikes = Spikes(3.0, torch.device("cpu"))
+    for number in range(20):
+        limit = spikes.limit()
+        assert limit == torch.inf
+        spikes.saw(torch.tensor(float(number % 2 + 1)), limit)
+    assert spikes.limit() == pytest.approx(4.5)
+    for norm in (4.6, float("nan"), float("inf")):
+        spikes.saw(torch.tensor(norm), spikes.limit())
+    assert spikes.limit() == pytest.approx(4.5)
+    for _ in range(300):
+        spikes.saw(torch.tensor(4.0), spikes.limit())
+    again = Spikes(3.0, torch.device("cpu"))
+    again.restore(spikes.state())
+    assert again.limit() == spikes.limit() == pytest.approx(11.8, abs=0.1)
 
 
 @pytest.mark.parametrize(("interval", "last"), [(5, 10), (1, 10), (100, 0)])
@@ -99,7 +135,7 @@ def test_a_bad_gradient_norm_skips_the_update(fused: bool) -> None:
     for bad in (False, True, False):
         before, state = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state[weight].items()}
         weight.grad = torch.full((4,), float("nan") if bad else 1.0)
-        step_if_finite(optimizer, torch.linalg.vector_norm(weight.grad))
+        step_within(optimizer, torch.linalg.vector_norm(weight.grad))
         assert torch.equal(weight.detach(), before) == bad
         if bad:
             assert all(torch.equal(optimizer.state[weight][k], state[k]) for k in state)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltx_train.training import checkpointing, saving
+from ltx_train.training.checkpointing import Checkpoint
+from ltx_train.training.saving import Saver, Snapshot
+from ltx_train.training.shards import Shard
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tensors lay on a GPU."""
+    monkeypatch.setattr(saving, "_kept", lambda _tensor: True)
+
+
+def state(value: float) -> dict[str, Any]:
+    return {
+        "state": {0: {"step": torch.tensor(value), "exp_avg": torch.full((2, 3), value)}},
+        "groups": [{"lr": value}],
+    }
+
+
+def moment(taken: dict[str, Any]) -> Tensor:
+    return taken["state"][0]["exp_avg"]
+
+
+@pytest.mark.usefixtures("kept")
+def test_the_memory_of_the_last_save_is_taken_again() -> None:
+    snapshot, live = Snapshot(), state(1.0)
+    first = snapshot.of(live, ("optimizer",))
+    other = snapshot.of(live, ("weights",))
+    moment(live).fill_(2.0)
+    assert moment(first).eq(1).all()
+    second = snapshot.of(live, ("optimizer",))
+    assert moment(second).data_ptr() == moment(first).data_ptr() != moment(other).data_ptr()
+    assert moment(second).eq(2).all()
+    assert moment(other).eq(1).all()
+    assert second["groups"] == [{"lr": 1.0}]
+    larger = snapshot.of({"state": {0: {"exp_avg": torch.ones(4)}}}, ("optimizer",))
+    assert moment(larger).tolist() == [1.0] * 4
+
+
+@pytest.mark.usefixtures("kept")
+def test_memory_that_was_made_ready_is_what_is_taken() -> None:
+    snapshot, tensors = Snapshot(), {"block": {"master": torch.arange(6.0).view(2, 3).to(torch.bfloat16)}}
+    snapshot.prepare(tensors, ("shard",))
+    (room,) = snapshot._rooms.values()
+    taken = snapshot.of(tensors, ("shard",))["block"]["master"]
+    assert taken.data_ptr() == room.tensor.data_ptr() == room.memory.data_ptr()
+    assert torch.equal(taken, tensors["block"]["master"])
+
+
+def test_what_is_in_host_memory_gets_fresh_memory() -> None:
+    snapshot, live = Snapshot(), state(1.0)
+    snapshot.prepare({"block": {"master": torch.ones(2)}}, ("shard",))
+    first, second = snapshot.of(live, ("optimizer",)), snapshot.of(live, ("optimizer",))
+    assert len({moment(taken).data_ptr() for taken in (live, first, second)}) == 3
+    assert not snapshot._rooms
+
+
+@pytest.mark.usefixtures("kept")
+def test_saves_one_after_the_other_hold_their_own_steps(tmp_path: Path) -> None:
+    """The second begins while nothing waits for memory of the first."""
+    saver = Saver(tmp_path, 5, lambda _step, _weights: None)
+    weights = {"a": torch.zeros(1000)}
+    layout = {"a": [("a", 0, [1000])]}
+    shard = Shard(0, 1, {"a": {"master": weights["a"]}}, layout, ["a"], [{"params": [0]}], 1.0)
+    saver.prepare(shard)
+    for step in (1, 2, 3):
+        weights["a"].fill_(step)
+        saver.start(Checkpoint(step, {}, {}, {}, shard=shard))
+        weights["a"].fill_(-1)
+        saver.settle()
+    saver.close()
+    for path in checkpointing.committed(tmp_path):
+        assert checkpointing.load(path).weights["a"][:].eq(int(path.name[-1])).all()
+    assert len(checkpointing.committed(tmp_path)) == 3
