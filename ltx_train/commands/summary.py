@@ -154,7 +154,7 @@ def _gathering(transformer: Transformer) -> str:
         return ""
     if origin.direct:
         return "; blocks copied from the other devices' memory"
-    return "; blocks gathered by collectives"
+    return "; blocks gathered by collectives, with passes launched and not recorded"
 
 
 def _short(count: int) -> str:

@@ -145,9 +145,15 @@ def _together(config: Config, transformer: Transformer, ranks: Ranks) -> Togethe
 def recorded(
     config: Config, transformer: Transformer, gathering: Sequence[torch.nn.Parameter], device: torch.device
 ) -> StepGraphs | None:
-    """Passes as CUDA graphs, where the settled configuration wants them; gathering: whose gradients they add to."""
+    """Passes as CUDA graphs, where the settled configuration wants them; gathering: whose gradients they add to.
+
+    Collectives that gather blocks have never been recorded: such passes are launched.
+    """
     runner = transformer.run_block
     if not config.memory.graphs or not isinstance(runner, BlockRunner):
+        return None
+    origin = runner.stream.origin if runner.stream is not None else None
+    if isinstance(origin, PeerOrigin) and not origin.direct:
         return None
     return StepGraphs(partial(objective.backward, transformer), gathering, CudaRecorder(runner, device))
 

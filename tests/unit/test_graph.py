@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ltx_train.commands import optimizing, transformers
-from ltx_train.config import Config
+from ltx_train.config import Config, compose_config
 from ltx_train.contracts import Exit
 from ltx_train.diffusion import objective
 from ltx_train.memory.graph import StepGraphs, signature
+from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
+from ltx_train.memory.recompute import BlockRunner, Keep
+from ltx_train.memory.stream import WeightStream
+from ltx_train.training.ranks import ALONE
 from ltx_train.training.updates import Updates
 from tests.conftest import command, settings
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -156,3 +163,15 @@ def test_a_run_with_recorded_passes_is_the_run_without(
 def test_graphs_of_a_gpu_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str], prepared: Path, clips: Path) -> None:
     assert command("fit", *settings(prepared, clips, "memory.graphs=true", "strategy.device=cpu")) == 77
     assert "memory.graphs=true records work of a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("origin", "wanted"), [(HostOrigin(CPU), True), (PeerOrigin(ALONE.exchange(), CPU), False)])
+def test_passes_whose_blocks_a_collective_gathers_are_launched(
+    origin: Origin, wanted: bool, prepared: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "CudaRecorder", lambda _runner, _device: Repeats())
+    made = compose_config(settings(prepared, clips))
+    made = replace(made, memory=replace(made.memory, graphs=True))
+    stream = WeightStream([0], 1, CPU, origin)
+    model: Any = SimpleNamespace(run_block=BlockRunner([Keep.inputs], compiled=False, stream=stream))
+    assert (transformers.recorded(made, model, [], CPU) is not None) == wanted
