@@ -263,6 +263,7 @@ def _trained(config: Config, transformer: Transformer) -> Trained:
             stage=_stage(config),
             shards=_sharers(config),
             away=config.strategy.offload is not None,
+            files=config.strategy.offload not in (None, "cpu"),
         )
     lora = session.lora(config)
     names = set(adapter.matched_modules(transformer, lora.targets, lora.modes))

@@ -79,7 +79,7 @@ class Work:
 class Trained:
     """What is optimized: how many parameters (float32), by what, over how many micro-batches, and whether a moving
     average is kept. stage: of ZeRO, over so many shards of the updates; 0 where every device updates everything.
-    away: these shares are in host memory."""
+    away: these shares are in host memory, or in files there."""
 
     parameters: int
     optimizer: str
@@ -89,6 +89,7 @@ class Trained:
     stage: int = 0
     shards: int = 1
     away: bool = False
+    files: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,8 @@ def predict(size: Sizes, work: Work, trained: Trained, choice: Choice, card: Car
         "allocator's reserve": (0.0 if choice.graphs else _RESERVE_GIB * GIB) + _RESERVE_SHARE * working,
     }
     away = size.layers - choice.keep_everything if choice.offload_inputs else 0
-    host = (streamed * block if choice.shards == 1 and not trained.full else 0.0) + away * unit
-    if trained.away:
+    host = (streamed * block if choice.shards == 1 and not trained.full else 0.0) + away * unit + _snapshot(trained)
+    if trained.away and not trained.files:
         host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.shards
     return Footprint(parts, _seconds(size, work, trained, choice, card, streamed * block), host)
 
@@ -185,6 +186,11 @@ def _states(trained: Trained) -> float:
     shared = trained.parameters * (4 + _MOMENT_BYTES[trained.optimizer]) / trained.shards
     copies = trained.averaged + (trained.stage > 0 and not trained.full)
     return shared + 4.0 * trained.parameters * copies
+
+
+def _snapshot(trained: Trained) -> float:
+    """Host memory that a save copies masters and moments into, kept from then on."""
+    return trained.parameters * (4 + _MOMENT_BYTES[trained.optimizer]) / (trained.shards if trained.full else 1)
 
 
 def _gradients(trained: Trained, block: float, dtype_bytes: int) -> float:
