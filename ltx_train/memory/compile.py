@@ -32,7 +32,7 @@ def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def kernel_choices() -> Any:
     """The compiler's own choices of kernels, but that rows as wide as the model are reduced in registers instead of
-    being read twice (torch stops at 1024): 6 % of the time in such kernels."""
+    being read twice (torch stops at 1024)."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ltx_train.commands import launch
+from ltx_train.config import Config
 from ltx_train.memory import allocator
 
 NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
@@ -23,6 +25,15 @@ def test_segments_grow_unless_the_user_says_otherwise(given: dict[str, str], exp
     environment = dict(given)
     allocator.grow(environment)
     assert environment == expected
+
+
+def test_every_command_says_so_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(launch.os, "environ", environment)
+    seen: list[str] = []
+    monkeypatch.setattr(launch, "_here", lambda _name, _config: len(seen.append(environment[OLD]) or seen))
+    assert launch.command("plan", Config()) == 1
+    assert seen == [GROWING]
 
 
 @pytest.mark.parametrize(

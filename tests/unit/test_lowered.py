@@ -71,6 +71,8 @@ def test_a_pass_that_was_given_up_leaves_nothing_behind() -> None:
     model, fresh = adapted(), adapted()
     inputs = modality(CASE, "video"), modality(CASE, "audio")
     model(*inputs)
+    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
+    assert all(layer.lowered is not None and layer.lowered[0].dtype is torch.bfloat16 for layer in layers)
     for one in (model, fresh):
         for parameter in adapter.lora_parameters(one).values():
             parameter.data.mul_(1.5)
@@ -86,6 +88,18 @@ def test_weights_in_the_blocks_own_dtype_are_used_as_they_are() -> None:
     block = model.transformer_blocks[0]
     Lowered(block).lower(torch.float32)
     assert all(layer.lowered is None for layer in block.modules() if isinstance(layer, LowRankLinear))
+
+
+def test_rotary_tables_are_in_the_models_dtype() -> None:
+    """The reference's are; in float32 they are what they were."""
+    video = modality(CASE, "video")
+    exact, rounded = adapted().float(), adapted()
+    for name, positions in (("video", video.positions), ("video_cross", video.positions[:, :1])):
+        whole, short = (model._tables(name, positions.float()) for model in (exact, rounded))
+        for table, other, theirs in zip(whole, short, exact._rotary[name](positions.float()), strict=True):
+            assert torch.equal(table, theirs)
+            assert other.dtype is torch.bfloat16
+            assert torch.equal(other, theirs.bfloat16())
 
 
 def layers(dropout: float = 0.0) -> list[Any]:

@@ -14,19 +14,7 @@ from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.model import load_transformer
 from tests.conftest import TINY
-from tests.unit.clips import (
-    AUDIO,
-    FRAMES,
-    PER_FRAME,
-    PRESETS,
-    SIGMA,
-    VIDEO,
-    VOICE,
-    always,
-    assembled,
-    batch,
-    preset,
-)
+from tests.unit.clips import AUDIO, FRAMES, PER_FRAME, PRESETS, SIGMA, VIDEO, VOICE, always, assembled, batch, preset
 
 FIRST = set(range(PER_FRAME))
 EARLY = set(range(4 * PER_FRAME))

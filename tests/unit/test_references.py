@@ -14,17 +14,7 @@ from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.model import load_transformer
 from ltx_train.model.transformer import Perturbation
 from tests.conftest import TINY
-from tests.unit.clips import (
-    AUDIO,
-    PER_FRAME,
-    SIGMA,
-    VIDEO,
-    VOICE,
-    always,
-    assembled,
-    batch,
-    preset,
-)
+from tests.unit.clips import AUDIO, PER_FRAME, SIGMA, VIDEO, VOICE, always, assembled, batch, preset
 
 
 def positions_of(name: str, number: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch._dynamo
 from ltx_train.contracts import Modality
 from ltx_train.memory.compile import graphs
 from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import Exchange, HostOrigin, PeerOrigin
+from ltx_train.memory.origin import ALIGNMENT, Exchange, HostOrigin, PeerOrigin, _checksum
 from ltx_train.memory.quantize import block_quantizer
 from ltx_train.memory.recompute import BlockRunner, Keep, spread
 from ltx_train.memory.stream import WeightStream
@@ -250,3 +250,15 @@ def test_shares_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> 
     shares[0], shares[1] = shares[1], shares[0]
     origins[0].send(7, memory)
     assert origins[0].matches(7, memory) == torch.equal(shares[0], shares[1])
+
+
+def test_checking_a_block_takes_little_memory_beside_it() -> None:
+    """Summed in another type than its own, torch would first make a copy of eight times the block."""
+    block = torch.randint(0, 255, (2**22,), dtype=torch.uint8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = _checksum(block)
+    assert max(event.cpu_memory_usage for event in profile.events()) < block.numel() / 2
+    block[5], block[ALIGNMENT + 5] = 1, 2
+    other = block.clone()
+    other[5], other[ALIGNMENT + 5] = 2, 1
+    assert len({found, _checksum(block), _checksum(other)}) == 3
