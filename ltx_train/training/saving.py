@@ -8,15 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltx_train.memory.pinned import pinned
 from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.shards import Shard
@@ -56,7 +54,6 @@ class Saver:
             live, weights=taken(live.weights, ("weights",)), optimizer=taken(live.optimizer, ("optimizer",)),
             average=taken(live.average, ("average",)), shard=shard,
         )  # fmt: skip
-        self._snapshot.settle()
         self._running = self._writer.submit(self._write, still, protected)
         self.blocked_s = time.perf_counter() - started
 
@@ -80,21 +77,19 @@ class Saver:
 
 class Snapshot:
     """Host memory that a device's state is copied into, kept from one save to the next: to be given it by the system
-    takes longer than the copy. Page-locked where that is allowed. What is in host memory already gets fresh memory
-    each time, of which there may not be enough to keep."""
+    takes longer than the copy. What is in host memory already gets fresh memory each time, of which there may not be
+    enough to keep."""
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[Any, ...], Room] = {}
-        self._devices: set[torch.device] = set()
+        self._rooms: dict[tuple[Any, ...], Tensor] = {}
 
     def of(self, value: Any, place: tuple[Any, ...]) -> Any:
-        """The same structure with every tensor on its way to host memory; `settle` waits for the last one. What was
-        taken at the same place before is overwritten."""
+        """The same structure with every tensor copied to host memory; what was taken at the same place before is
+        overwritten."""
         if isinstance(value, Tensor):
             if not _kept(value):
                 return value.detach().to("cpu", copy=True)
-            self._devices.add(value.device)
-            return self._room(value, place).tensor.copy_(value.detach(), non_blocking=True)
+            return self._room(value, place).copy_(value.detach())
         if isinstance(value, Mapping):
             return {key: self.of(item, (*place, key)) for key, item in value.items()}
         if isinstance(value, list):
@@ -102,41 +97,18 @@ class Snapshot:
         return value
 
     def prepare(self, tensors: Mapping[str, Mapping[str, Tensor]], place: tuple[Any, ...]) -> None:
-        """Memory for these, before they are taken."""
+        """Memory for these, before they are taken: the system gives it when it is first written to."""
         for name, kinds in tensors.items():
             for kind, tensor in kinds.items():
                 if _kept(tensor):
-                    self._room(tensor, (*place, name, kind))
+                    self._room(tensor, (*place, name, kind)).zero_()
 
-    def settle(self) -> None:
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-
-    def _room(self, tensor: Tensor, place: tuple[Any, ...]) -> Room:
+    def _room(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
         kept = self._rooms.get(place)
-        if kept is None or kept.tensor.shape != tensor.shape or kept.tensor.dtype != tensor.dtype:
-            kept = self._rooms[place] = _room_for(tensor)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self._rooms[place] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return kept
-
-
-class Room(NamedTuple):
-    """memory: what is page-locked while it lives; tensor: what lies in it."""
-
-    memory: Tensor
-    tensor: Tensor
 
 
 def _kept(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
-
-
-def _room_for(tensor: Tensor) -> Room:
-    size = tensor.numel() * tensor.element_size()
-    try:
-        # A thread begins with the first device.
-        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-            memory = pinned(size, tensor.device)
-    except MemoryError:
-        memory = torch.empty(size, dtype=torch.uint8)
-    return Room(memory, memory.view(tensor.dtype).view(tensor.shape))
