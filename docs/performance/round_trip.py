@@ -1,6 +1,6 @@
 """A full fine-tune's state saved in shards and restored, at real widths with fewer blocks: prints one JSON record.
 
-round_trip.py DEVICES LAYERS FOLDER: all devices of this machine step four times, save, and a fresh model restores.
+round_trip.py DEVICES LAYERS FOLDER [SETTING ...]: all devices step four times, save, and a fresh model restores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.ranks import found, joined
 from ltx_train.training.saving import Saver
 
-if len(sys.argv) == 4:
+if len(sys.argv) > 3:
     os.environ.update(ROUND_TRIP_LAYERS=sys.argv[2], ROUND_TRIP_FOLDER=sys.argv[3])
 _SIZES = presets.PRESETS["ltx2_3_22b"]
 presets.PRESETS["ltx2_3_22b"] = replace(_SIZES, layers=int(os.environ["ROUND_TRIP_LAYERS"]))
@@ -43,12 +43,16 @@ def trip(config: Config) -> int:
         assert shard is not None
         name = ranks.lead(lambda: "trip")
         saver = Saver(folder, 1, lambda _step, _weights: None, leads=ranks.leads)
-        saver.prepare(shard)
-        losses += [float(step(3))]  # as in a run, where memory is made ready while training goes on
+        saver.prepare(shard).result()  # in a run training goes on meanwhile
+        ranks.any(False)
+        started = time.perf_counter()
+        losses += [float(step(3))]
+        seconds = time.perf_counter() - started
         shard = updates.held().shard
         assert shard is not None
         started = time.perf_counter()
         saver.start(Checkpoint(4, {}, {}, {}, shard=shard, name=name))
+        blocked = time.perf_counter() - started
         saver.settle()
         written = time.perf_counter() - started
         ranks.any(False)
@@ -69,7 +73,8 @@ def trip(config: Config) -> int:
         if ranks.leads:
             size = sum(path.stat().st_size for path in (folder / "step-000004").iterdir())
             print(json.dumps({
-                "devices": ranks.world, "state_gib": round(size / GIB, 2), "blocked_s": round(saver.blocked_s, 2),
+                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": config.strategy.name,
+                "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
                 "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),
                 "losses": losses,
             }))  # fmt: skip
@@ -80,6 +85,7 @@ def main() -> int:
     config = configuration.compose_config([
         "experiment=voice_reference_22b", "model.weights=random", "adapter=full", "optim=adamw", "memory=recompute",
         "strategy=zero3", f"strategy.devices={sys.argv[1]}", "data.source=none", "data.root=none",
+        *sys.argv[4:],
     ])  # fmt: skip
     return launch.run(trip, config, int(sys.argv[1]))
 

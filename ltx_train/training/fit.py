@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class Edge(Callback):
         self._saver = Saver(plan.folder / "checkpoints", plan.keep, outside.publish, leads=ranks.leads)
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
-        self._failed = 0
+        self._failed, self._blocked_s = 0, 0.0
         self._told_dead = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,8 +159,8 @@ class Edge(Callback):
             row["run/restarts"] = self._plan.restarts
         if self._failed:
             row["run/failed_saves"] = self._failed
-        if self._saver.blocked_s:
-            row["perf/save_blocked_s"] = self._saver.blocked_s
+        if self._blocked_s:
+            row["perf/save_blocked_s"] = self._blocked_s
         self._rowed = task.step
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
@@ -186,6 +187,7 @@ class Edge(Callback):
         if task.step == self._saved:
             return
         task.guard.check()
+        began = time.perf_counter()
         self._settle(must=False)
         notes = {
             **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
@@ -200,6 +202,7 @@ class Edge(Callback):
         if self._ranks.leads or held.shard is not None:
             self._saver.start(live, self._selection.best_step)
         self._saved = task.step
+        self._blocked_s = time.perf_counter() - began
         if must:
             self._settle(must=True)
 

@@ -3,20 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from ltx_train.training import checkpointing, saving
+from ltx_train.training import checkpointing
 from ltx_train.training.checkpointing import Checkpoint
 from ltx_train.training.saving import Saver, Snapshot
 from ltx_train.training.shards import Shard
-
-
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the tensors lay on a GPU."""
-    monkeypatch.setattr(saving, "_kept", lambda _tensor: True)
 
 
 def state(value: float) -> dict[str, Any]:
@@ -30,7 +23,6 @@ def moment(taken: dict[str, Any]) -> Tensor:
     return taken["state"][0]["exp_avg"]
 
 
-@pytest.mark.usefixtures("kept")
 def test_the_memory_of_the_last_save_is_taken_again() -> None:
     snapshot, live = Snapshot(), state(1.0)
     first = snapshot.of(live, ("optimizer",))
@@ -46,7 +38,6 @@ def test_the_memory_of_the_last_save_is_taken_again() -> None:
     assert moment(larger).tolist() == [1.0] * 4
 
 
-@pytest.mark.usefixtures("kept")
 def test_memory_that_was_made_ready_is_what_is_taken() -> None:
     snapshot, tensors = Snapshot(), {"block": {"master": torch.arange(6.0).view(2, 3).to(torch.bfloat16)}}
     snapshot.prepare(tensors, ("shard",))
@@ -56,22 +47,13 @@ def test_memory_that_was_made_ready_is_what_is_taken() -> None:
     assert torch.equal(taken, tensors["block"]["master"])
 
 
-def test_what_is_in_host_memory_gets_fresh_memory() -> None:
-    snapshot, live = Snapshot(), state(1.0)
-    snapshot.prepare({"block": {"master": torch.ones(2)}}, ("shard",))
-    first, second = snapshot.of(live, ("optimizer",)), snapshot.of(live, ("optimizer",))
-    assert len({moment(taken).data_ptr() for taken in (live, first, second)}) == 3
-    assert not snapshot._rooms
-
-
-@pytest.mark.usefixtures("kept")
 def test_saves_one_after_the_other_hold_their_own_steps(tmp_path: Path) -> None:
     """The second begins while nothing waits for memory of the first."""
     saver = Saver(tmp_path, 5, lambda _step, _weights: None)
     weights = {"a": torch.zeros(1000)}
     layout = {"a": [("a", 0, [1000])]}
     shard = Shard(0, 1, {"a": {"master": weights["a"]}}, layout, ["a"], [{"params": [0]}], 1.0)
-    saver.prepare(shard)
+    saver.prepare(shard).result()
     for step in (1, 2, 3):
         weights["a"].fill_(step)
         saver.start(Checkpoint(step, {}, {}, {}, shard=shard))
