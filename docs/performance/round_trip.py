@@ -73,8 +73,8 @@ def trip(config: Config) -> int:
         if ranks.leads:
             size = sum(path.stat().st_size for path in (folder / "step-000004").iterdir())
             print(json.dumps({
-                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": config.strategy.name, "offload": config.strategy.offload,
-                "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
+                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": config.strategy.name,
+                "offload": config.strategy.offload, "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
                 "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),
                 "losses": losses,
             }))  # fmt: skip
