@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx_train.memory.allocator import mappable
-from ltx_train.memory.host import Host
+from ltx_train.memory.host import Host, accumulate, norm
 from ltx_train.memory.origin import ALIGNMENT, Exchange, PeerOrigin
 from ltx_train.memory.peers import PeerSums
 from ltx_train.memory.stream import WeightStream
@@ -193,7 +193,9 @@ class Shares:
 
     def norm(self) -> Tensor:
         """Of the whole gradient, over all ranks' shares: float32, on the device."""
-        squares = torch.stack(torch._foreach_norm(self._gradients())).square().sum().to(self.device)
+        gradients = self._gradients()
+        norms = [norm(g) for g in gradients] if self._host is not None else torch._foreach_norm(gradients)
+        squares = torch.stack(list(norms)).square().sum().to(self.device)
         self.exchange.total(squares)
         return squares.sqrt()
 
@@ -217,7 +219,7 @@ class Shares:
         """After the masters have changed: the weights follow."""
         for name, unit in self.units.items():
             if unit.whole is not None:
-                self.exchange.gather(unit.whole, self.masters[name].detach().to(self.device, self.dtype))
+                self.exchange.gather(unit.whole, self._cast(self.masters[name].detach()))
         if self._ring is None:
             return
         names = list(self._streamed)
@@ -225,11 +227,19 @@ class Shares:
             torch._foreach_copy_([self._streamed[n] for n in names], [self.masters[n].detach() for n in names])
         else:
             for name in names:
-                self._streamed[name].copy_(self.masters[name].detach())
+                self._host.send(self.masters[name].detach(), self._streamed[name])
         stream, origin = self._ring
         origin.changed()
         self.exchange.total(torch.zeros(1, device=self.device))  # every rank's shares are new before one is read
         stream.refresh()
+
+    def _cast(self, master: Tensor) -> Tensor:
+        """As the weights are, on the device."""
+        if self._host is None:
+            return master.to(self.dtype)
+        weights = torch.empty(len(master), dtype=self.dtype, device=self.device)
+        self._host.send(master, weights)
+        return weights
 
     def _master(self, name: str, share: Tensor) -> nn.Parameter:
         value = share.detach().float().clone() if self._host is None else self._host.room(f"{name}/master", share)
@@ -240,7 +250,10 @@ class Shares:
     def _add(self, name: str, share: Tensor) -> None:
         gradient = self.masters[name].grad
         assert gradient is not None
-        gradient.add_(share, alpha=1 / self.exchange.world)
+        if self._host is None:
+            gradient.add_(share, alpha=1 / self.exchange.world)
+        else:
+            accumulate(gradient, share, 1 / self.exchange.world)
 
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]

@@ -38,6 +38,9 @@ from ltx_train.training.watchdog import Watchdog
 
 Evaluate = Callable[[int], Mapping[str, float]]
 
+# What training may wait for the save before without being told to save less often.
+_WAIT_S, _WAIT_SHARE = 1.0, 0.05
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,7 +90,8 @@ class Edge(Callback):
         self._progress: ConsoleProgress | None = None
         self._seen = self._saved = self._rowed = -1
         self._failed, self._blocked_s = 0, 0.0
-        self._told_dead = False
+        self._began = time.perf_counter()
+        self._told_dead = self._told_wait = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = _task(pl_module)
@@ -189,6 +193,9 @@ class Edge(Callback):
         task.guard.check()
         began = time.perf_counter()
         self._settle(must=False)
+        if 0 < self._plan.save_every <= task.step - self._saved:
+            self._tell_wait(time.perf_counter() - began, began - self._began)
+        self._began = began
         notes = {
             **self._plan.notes, "monitor": self._monitor.state(self._ranks), "balance": task.balance.state(),
             "spikes": None if task.spikes is None else task.spikes.state(),
@@ -205,6 +212,17 @@ class Edge(Callback):
         self._blocked_s = time.perf_counter() - began
         if must:
             self._settle(must=True)
+
+    def _tell_wait(self, waited: float, since: float) -> None:
+        """Once, when a save took longer than training to the next: seconds waited for it, after so many."""
+        if waited < max(_WAIT_S, _WAIT_SHARE * since) or self._told_wait or not self._ranks.leads:
+            return
+        self._told_wait = True
+        print(
+            f"ltx-train: training waited {waited:.0f} s for the save before, which took longer than the "
+            f"{since:.0f} s between them: raise checkpoint.interval ({self._plan.save_every}) or use a faster disk",
+            file=sys.stderr,
+        )
 
     def _settle(self, *, must: bool) -> None:
         """The outcome of the save in flight, on every rank; a failure is reported and the run goes on, unless it

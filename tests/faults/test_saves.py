@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,27 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     run = tmp_path / "audio_reference" / "main"
     assert [p.name[-1] for p in checkpointing.committed(run / "checkpoints")] == ["1", "4", "5"]
     assert [row.get("run/failed_saves") for row in read_rows(run / "metrics.jsonl")] == [None, None, None, 1, 2]
+
+
+def test_a_disk_that_is_too_slow_for_the_interval_is_said_once_and_counted(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = checkpointing.save
+
+    def save(folder: Path, saved: Checkpoint, keep: int, protected: int | None) -> Path:
+        time.sleep(1.2)
+        return original(folder, saved, keep, protected)
+
+    monkeypatch.setattr(checkpointing, "save", save)
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=4", "checkpoint.interval=1", "eval.interval=0")
+    assert command(*arguments) == 0
+    error = capsys.readouterr().err
+    assert error.count("s for the save before, which took longer than") == 1
+    assert "raise checkpoint.interval (1) or use a faster disk" in error
+    rows = read_rows(tmp_path / "audio_reference" / "main" / "metrics.jsonl")
+    first, *waited = [row["perf/save_blocked_s"] for row in rows if "perf/save_blocked_s" in row]
+    assert first < 0.5
+    assert min(waited) > 1
 
 
 @pytest.mark.parametrize(("steps", "last"), [(range(2, 9), 1), (range(5, 6), 4)])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ltx_train.contracts import DataError
-from ltx_train.memory.host import Host
+from ltx_train.memory import host as host_module
+from ltx_train.memory.host import Host, accumulate, norm
 
 
 @pytest.mark.parametrize("files", [True, False])
@@ -46,3 +48,33 @@ def test_a_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"strategy.offload: .*master.f32 cannot be made .*No space"):
         Host(tmp_path).room("x/master", torch.zeros(3))
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 9])
+def test_masters_and_gradients_travel_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_SENT", 4)
+    monkeypatch.setattr(host_module, "_PIECE", 4)
+    host, weights = Host(None), torch.zeros(count, dtype=torch.bfloat16)
+    for factor in (1, 2):
+        host.send(torch.arange(count) * float(factor), weights)
+        assert weights.tolist() == [factor * n for n in range(count)]
+    total = torch.ones(count)
+    accumulate(total, weights, 0.25)
+    assert total.tolist() == [1 + 2 * n / 4 for n in range(count)]
+
+
+def test_a_gradient_is_added_without_memory_for_the_whole_of_it() -> None:
+    """torch would raise it to float32 as a whole first, in fresh memory."""
+    total, share = torch.zeros(2**21), torch.ones(2**21, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        accumulate(total, share, 0.5)
+    assert total.eq(0.5).all()
+    taken = [event.cpu_memory_usage for event in seen.key_averages() if event.cpu_memory_usage > 0]
+    assert max(event.cpu_memory_usage for event in seen.events()) <= 4 * 2**20 < sum(taken)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4096, 2**24 + 5])
+def test_the_norm_of_many_values_is_exact(count: int) -> None:
+    values = torch.full((count,), 0.1)
+    expected = float(torch.tensor(0.1)) * count**0.5
+    assert float(norm(values)) == pytest.approx(expected, rel=1e-5)

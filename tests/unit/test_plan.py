@@ -229,6 +229,7 @@ def test_shares_in_host_memory_leave_the_device() -> None:
     assert files is not None
     assert here.footprint.gib - away.footprint.gib == pytest.approx(4.75e9 * 16 / 2**30, rel=0.01)
     assert away.footprint.host_gib == pytest.approx(4.75e9 * 30 / 2**30, rel=0.01)
+    assert away.footprint.step_s - here.footprint.step_s == pytest.approx(4.75, abs=0.2)
     assert files.footprint.gib == away.footprint.gib
     assert here.footprint.host_gib == files.footprint.host_gib == pytest.approx(4.75e9 * 12 / 2**30, rel=0.01)
 
