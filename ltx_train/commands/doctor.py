@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import shutil
@@ -179,10 +180,20 @@ def _disk(config: Config) -> Iterator[Finding]:
     yield Finding("disk space", "fail" if short else "pass", text, mend)
     speed = _write_speed(root, min(_PROBE_BYTES, free // 4))
     seconds = save / speed
-    late = seconds > _NOTICE_S
     text = f"{speed / 1e6:.0f} MB/s written and flushed: a save of {save / GIB:.2f} GiB takes {seconds:.1f} s"
-    mend = "a notice of 30 s is too short for it: what counts is checkpoint.interval" if late else ""
-    yield Finding("disk speed", "warn" if late else "pass", text, mend)
+    mend = _regime(config, seconds)
+    yield Finding("disk speed", "warn" if mend else "pass", text, mend)
+
+
+def _regime(config: Config, seconds: float) -> str:
+    """What saves that take so long ask for, if anything."""
+    place = planning.here(config) if config.data.buckets else None
+    fitting = None if place is None else planning.planned(config, place)
+    step_s = 0.0 if fitting is None else fitting.footprint.step_s
+    if step_s and seconds > config.checkpoint.interval * step_s:
+        least = math.ceil(seconds / step_s)
+        return f"training would wait for every save: checkpoint.interval={least} or more, or a faster disk"
+    return "a notice of 30 s is too short for it: what counts is checkpoint.interval" if seconds > _NOTICE_S else ""
 
 
 def _write_speed(folder: Path, size: int) -> float:

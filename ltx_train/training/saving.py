@@ -74,7 +74,7 @@ class Saver:
 
 class Snapshot:
     """Host memory that the state is copied into, kept from one save to the next: to be given it by the system takes
-    ten times as long as the copy."""
+    fifteen times as long as the copy."""
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[Any, ...], Tensor] = {}

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from ltx_train.commands import doctor
+from ltx_train.commands.planning import Place
+from ltx_train.memory.cards import card_by_name
 from tests.conftest import TINY, command
 
 
@@ -37,6 +40,20 @@ def test_a_full_disk_is_a_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     found = findings(capsys, "experiment=voice_reference_22b", code=77)
     assert found["disk space"]["level"] == "fail"
     assert "checkpoint.keep" in found["disk space"]["mend"]
+
+
+def test_saves_that_take_longer_than_training_to_the_next_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.planning, "here", lambda _config: Place(card_by_name("H200"), 300.0, None))
+    mends: list[str] = []
+    for speed in (1e6, 30e6, 1e9):
+        monkeypatch.setattr(doctor, "_write_speed", lambda *_, speed=speed: speed)
+        mends.append(findings(capsys, "experiment=voice_reference_22b")["disk speed"].get("mend", ""))
+    slow = re.match(r"training would wait for every save: checkpoint.interval=(\d+) or more", mends[0])
+    assert slow is not None
+    assert 1000 < int(slow[1]) < 2500  # 1736 s of saving over the planned 1.2 s a step
+    assert mends[1:] == ["a notice of 30 s is too short for it: what counts is checkpoint.interval", ""]
 
 
 def test_damaged_weights_are_a_finding_not_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
