@@ -67,6 +67,7 @@ class ModelInputs:
 def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *, sigma: float | None = None) -> Draws:
     """Keyed random numbers for a batch; a given `sigma` replaces the drawn levels (held-out evaluation)."""
     video_tokens, audio_tokens = _token_counts(batch)
+    # The shift of the noise levels depends on how many tokens are generated.
     shared_tokens = video_tokens if mode.video is Role.generate else audio_tokens
     pairs = list(zip(batch.keys, batch.draws, strict=True))
     if sigma is not None:
@@ -76,6 +77,7 @@ def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *
         audio = video
         if mode.sigma is Coupling.independent:
             audio = torch.cat([_level(distribution, seed, "sigma/audio", k, d, audio_tokens) for k, d in pairs])
+    # Drawn whether a sample has the condition or not: another p changes no other draw.
     chances = [torch.cat([rng.uniform(seed, c.name, k, d) for k, d in pairs]) for c in mode.conditions]
     numbers = [torch.stack([rng.uniform(seed, f"{c.name}/place", k, d, 4) for k, d in pairs]) for c in mode.conditions]
     return Draws(

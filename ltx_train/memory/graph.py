@@ -71,6 +71,7 @@ class StepGraphs:
             self._recorder.release()
 
     def _record(self, given: Any) -> _Recorded:
+        # A recording adds to addresses: gradients must exist before it, and stay there.
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -115,6 +116,7 @@ class CudaRecorder:
             runner.rewind()
             graph.replay()
             replayed()
+            # The next replay writes to the same addresses.
             return mapped(result, torch.clone)
 
         return replay
@@ -126,6 +128,7 @@ class CudaRecorder:
 
     @staticmethod
     def release_cache() -> None:
+        # Tensors in reference cycles would keep memory that the recording needs.
         gc.collect()
         torch.cuda.empty_cache()
 

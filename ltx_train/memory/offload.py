@@ -44,6 +44,7 @@ class InputOffload:
 
     def send(self, index: int, hidden: Sequence[Tensor]) -> None:
         """Copies the tensors out; the storage of the block sent before is emptied now that its copy is done."""
+        # Not at once: emptying waits for the copy, which the block in between has hidden.
         for sent in list(self._away):
             self._empty(sent)
         tensors = [h.detach() for h in hidden]
@@ -89,6 +90,7 @@ class InputOffload:
         if away.returning:
             return
         away.returning = True
+        # The last block's inputs are wanted again before they were given up.
         if not away.emptied:
             return
         for tensor, size in zip(away.tensors, away.sizes, strict=True):

@@ -121,6 +121,7 @@ class PeerOrigin:
     def keep(self, index: int, whole: Tensor) -> None:
         with mappable():
             self._shares[index] = whole.chunk(self._exchange.world)[self._exchange.rank].clone()
+        # Taken while the whole block is here for the last time.
         self._sums[index] = _checksum(whole)
 
     def send(self, index: int, memory: Tensor) -> None:

@@ -33,6 +33,7 @@ def reached(mine: Mapping[int, Tensor], rank: int, device: torch.device, tell: T
     if device.type == "cuda":
         try:
             handles = {key: reduce_tensor(tensor)[1] for key, tensor in mine.items()}
+        # Memory of segments that grow has no handle; all ranks must still be told.
         except RuntimeError:
             handles = {}
     offers = tell((socket.gethostname(), handles))
@@ -62,6 +63,7 @@ class Flags:
         """Whether every rank's flags can be reached."""
         with mappable():
             mine = torch.zeros(self._count * world, dtype=torch.int32, device=self._device)
+        # Zeroed before another rank can raise one.
         torch.cuda.synchronize(self._device)
         found = reached({0: mine}, self._rank, self._device, tell)
         self._theirs = [] if found is None else found[0]
@@ -70,6 +72,7 @@ class Flags:
     def hoist(self, number: int, rank: int) -> None:
         """Raises a flag on another rank's device, behind what the current stream does."""
         place = number * len(self._theirs) + self._rank
+        # A copy: unlike a kernel it needs no processor, and a graph can hold it.
         self._theirs[rank][place : place + 1].copy_(self._raised, non_blocking=True)
 
     def wait(self, number: int, rank: int) -> None:
@@ -108,6 +111,7 @@ class PeerSums:
     def __call__(self, slot: int, size: int, share: Tensor) -> None:
         world = len(self._theirs[slot])
         others = [(self._rank + turn) % world for turn in range(1, world)]
+        # One says that a slot may be read, the other that nobody reads it any more.
         filled, taken = slot, len(self._slots) + slot
         parts = self._together[:size].chunk(world)
         for other in others:

@@ -94,6 +94,7 @@ class Shares:
         for own, parameter in parameters:
             places.append(Place(own, parameter, end, parameter.shape))
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        # Shares of equal length on every rank, and aligned.
         step = ALIGNMENT * self.exchange.world
         whole = torch.zeros(-(-end // step) * step, dtype=self.dtype, device=self.device)
         for place in places:
@@ -123,6 +124,7 @@ class Shares:
         largest = max(unit.size for unit in self.units.values())
         for _ in range(min(_GRADIENT_SLOTS, len(self.units))):
             with mappable():
+                # The other ranks' devices read it.
                 memory = torch.zeros(largest, dtype=self.dtype, device=self.device)
             self._slots.append(_Slot(memory, torch.cuda.Event() if self._cuda else None))
         for number, (name, unit) in enumerate(self.units.items()):
@@ -131,6 +133,7 @@ class Shares:
             parts = [memory[p.start : p.stop].view(p.shape) for p in unit.places]
             ends = [0, *(p.stop for p in unit.places)]
             begins = [*(p.start for p in unit.places), unit.size]
+            # Between parameters there must be zeros: they are summed, and count in the norm.
             gaps = [memory[end:begin] for end, begin in zip(ends, begins, strict=True) if end < begin]
             self._layouts[name] = _Layout(slot, parts, gaps)
         exchange = self.exchange
@@ -147,6 +150,7 @@ class Shares:
         given = zip(parts, [place.parameter.grad for place in unit.places], strict=True)
         present = [(part, gradient) for part, gradient in given if gradient is not None]
         if len(present) < len(unit.places):
+            # A parameter that the pass did not use: what the slot held is another unit's.
             flat.zero_()
         elif gaps:
             torch._foreach_zero_(gaps)

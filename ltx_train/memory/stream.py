@@ -79,6 +79,7 @@ class WeightStream:
         whole = self.origin.room(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):
             whole[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
+            # The parameter itself stays: optimizers, hooks and names refer to it.
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
         self.origin.keep(index, whole)
         self._places[index] = places
@@ -111,6 +112,7 @@ class WeightStream:
         if self._cuda:
             self._wait(slot.ready)
         for place, view in zip(self._places[index], self._viewed(index, slot), strict=True):
+            # Not a copy: a compiled block takes its parameters as inputs, wherever they lie.
             getattr(place.owner, place.name).data = view
 
     def end(self, index: int) -> None:
@@ -213,6 +215,7 @@ class WeightStream:
     def _send(self, index: int, slot: _Slot) -> None:
         with torch.cuda.stream(self._copies) if self._cuda else nullcontext():
             if self._cuda:
+                # The host is far ahead: kernels that read what lies here may not have begun.
                 self._copies.wait_event(slot.free)
             self.origin.send(index, slot.memory)
             if self._cuda:

@@ -42,6 +42,7 @@ def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | 
     if strength is None:
         return None
     values = strength.float()
+    # Not minus infinity: a row of nothing else would be NaN.
     lowest = torch.finfo(dtype).min
     bias = torch.where(values > 0, values.clamp_min(torch.finfo(torch.float32).tiny).log(), lowest)
     return bias.to(dtype)[:, None] if strength.ndim == 3 else bias.to(dtype)[:, None, None]

@@ -37,6 +37,7 @@ def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtyp
         module, _, part = name.rpartition(".lora_")
         value, exported = parameter.detach().float(), name
         if part.startswith("B"):
+            # Loaders disagree on what alpha means where it is missing or of another rank.
             value = value * lora.scale_of(module)
         elif part.startswith("magnitude"):
             value, exported = value[:, None], f"{module}.{DORA}"
@@ -149,6 +150,7 @@ def _write_streamed(
         header[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()
+    # Readers map the tensors into memory, aligned.
     encoded += b" " * (-len(encoded) % 8)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)

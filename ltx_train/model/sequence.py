@@ -108,6 +108,7 @@ def read_by_all(x: Tensor, _world: int, _group: int) -> Tensor:
 def averaged(x: Tensor, world: int, group: int) -> Tensor:
     """The mean of the ranks' x, summed in float32."""
     total = x.float().contiguous()
+    # An operator may not change what it is given.
     total = total.clone() if total.data_ptr() == x.data_ptr() else total
     dist.all_reduce(total, group=_groups[group])
     return (total / world).to(x.dtype)

@@ -137,6 +137,7 @@ class Block(LTX2VideoTransformerBlock):
         a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
         heard = _scaled(a_norm, a_mod[1], a_mod[0])
+        # Every rank's cut video reads the whole audio, whose gradient is then spread over ranks.
         heard = heard if v.part is None else v.part.read_by_all(heard)
         to_video = attend(
             self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), heard,
@@ -199,6 +200,7 @@ class Transformer(nn.Module):
         a_stream = self._stream(audio, video, "audio_")
         v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
         a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
+        # The head comes after the tokens are together again.
         whole, part = v_stream, None
         if self.together is not None and v_hidden is not None and v_stream is not None:
             part = Part.of(self.together, v_hidden.shape[1])

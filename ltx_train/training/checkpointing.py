@@ -69,8 +69,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
         known = _others(temporary, checkpoint.shard) if checkpoint.shard is not None else {}
         _write_manifest(temporary, known)
         if final.exists():
+            # Only now that the new one is whole: a kill in between costs this step, no other.
             shutil.rmtree(final)
         os.rename(temporary, final)
+        # A rename lasts once the folder that holds the name is flushed.
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,6 +97,7 @@ def contribute(folder: Path, checkpoint: Checkpoint) -> None:
         done = {"error": str(error)}
     with contextlib.suppress(OSError):
         mark = temporary / f"{shard.file}{_PENDING}"
+        # Renamed when written: the leading rank must not read half of it.
         mark.write_text(json.dumps(done))
         mark.rename(temporary / f"{shard.file}{_DONE}")
 
@@ -144,6 +147,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.average:
         save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.average.items()}, folder / _AVERAGE)
     flat = dict(_flat(checkpoint.optimizer["state"]))
+    # 8-bit optimizers share their tables between parameters, which safetensors refuses.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / _OPTIMIZER)
     numbers = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}

@@ -121,6 +121,7 @@ class Edge(Callback):
 
     def _at_edge(self, trainer: Trainer, task: Task) -> None:
         step, last = task.step, task.step >= self._plan.steps
+        # Measuring and saving may take longer than a step may.
         self._outside.watchdog.beat(patient=True)
         self._monitor.step_done()
         # Signals reach ranks one by one: all stop at the same edge, or none does.

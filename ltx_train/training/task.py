@@ -79,6 +79,7 @@ class Task(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch: a forward and a backward pass for each mode that its samples are in."""
+        # All but the newest norm: that one is still on its way, and asking would stop the host.
         self.guard.check(pending=1)
         self._keys += batch.keys
         self.results, self.flops = [], 0.0
@@ -134,6 +135,7 @@ class Task(LightningModule):
         if self._detailed(self.step + 1):
             self.grad_norms = self.updates.norms()
         for group in self.updates.optimizer.param_groups:
+            # A function of the step alone: a run that goes on needs no state of a scheduler.
             group["lr"] = self.schedule.at(self.step)
         limit = None if self.spikes is None else self.spikes.limit()
         self.grad_norm = self.updates.step(self.clip, limit)

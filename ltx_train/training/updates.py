@@ -184,6 +184,7 @@ class SharedUpdates:
         adapter.refuse_misfit(shapes, weights)
         for name, unit in self._shares.units.items():
             master = self._shares.masters[name]
+            # Read one by one: a checkpoint in shards does not fit into a rank's memory.
             self._fill(master, [(place, lambda own=place.name: weights[own]) for place in unit.places])
             if optimizer["state"]:
                 self.optimizer.state[master] = self._state(master, unit, optimizer["state"])

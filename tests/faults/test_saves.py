@@ -116,7 +116,7 @@ def test_a_disk_that_is_too_slow_for_the_interval_is_said_once_and_counted(
     assert "raise checkpoint.interval (1) or use a faster disk" in error
     rows = read_rows(tmp_path / "audio_reference" / "main" / "metrics.jsonl")
     first, *waited = [row["perf/save_blocked_s"] for row in rows if "perf/save_blocked_s" in row]
-    assert first < 0.5
+    assert first < 1
     assert min(waited) > 1
 
 
