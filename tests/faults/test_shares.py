@@ -56,26 +56,46 @@ def assert_near(first: Path, other: Path) -> None:
             assert same[name] == pytest.approx(row[name], rel=near, abs=1e-6), (row["step"], name)
 
 
-def test_a_full_fine_tune_in_shares_gives_the_curve_of_one_process(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    """20 steps on two ranks that share everything, held-out losses included; and a run that goes from way to way, with
-    the optimizer's state on the device, in files, and in host memory."""
+@pytest.fixture(scope="module")
+def single(prepared: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full fine-tune of 20 steps by one process."""
+    root = tmp_path_factory.mktemp("single")
+    assert command(*fit(prepared, clips, root, *FULL, "optim.steps=20")) == 0
+    return root
+
+
+@pytest.mark.parametrize(("way", "place"), [("zero1", ""), ("zero2", "disk"), ("zero3_offload", "")])
+def test_every_way_of_sharing_gives_the_curve_of_one_process(
+    way: str, place: str, single: Path, prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """20 steps on two ranks, with the optimizer's state on the device, in files and in host memory."""
+    files = (f"strategy.offload={tmp_path / place}",) if place else ()
+    arguments = fit(prepared, clips, tmp_path, *FULL, *on(way), *files, "optim.steps=20", "eval.interval=0")
+    assert end(arguments, tmp_path / "log") == 0
+    found, losses = ([row["train/loss"] for row in rows(root)] for root in (tmp_path, single))
+    assert found == pytest.approx(losses, rel=1e-5)
+    if place:
+        assert {path.name for path in (tmp_path / place).iterdir()} == {
+            "audio_reference-main-rank-00000", "audio_reference-main-rank-00001",
+        }  # fmt: skip
+
+
+def test_a_full_fine_tune_in_shares_is_measured_and_continued_as_one_process_does(
+    single: Path, prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """20 steps on two ranks that share everything, held-out losses included; and a run that goes from way to way."""
     log, steps = tmp_path / "log", "optim.steps=20"
-    assert command(*fit(prepared, clips, tmp_path / "single", *FULL, steps)) == 0
     kept = (*FULL, "memory.keep=everything", *on("zero3"))
     for last, together in ((10, 1), (20, 2)):  # first samples of their own, then each sample together
         more = (*kept, f"optim.steps={last}", f"strategy.sequence={together}")
         assert end(fit(prepared, clips, tmp_path / "zero3", *more), log) == 0
-    assert_near(tmp_path / "single", tmp_path / "zero3")
-    in_files = (*on("zero2"), f"strategy.offload={tmp_path / 'disk'}")
-    for last, way in ((6, on("zero1")), (10, ()), (14, in_files), (20, on("zero3_offload", 1))):
+    assert_near(single, tmp_path / "zero3")
+    for last, way in ((7, on("zero2")), (13, ()), (20, on("zero3_offload", 1))):
         arguments = fit(prepared, clips, tmp_path / "changing", *FULL, *way, f"optim.steps={last}")
         assert (end(arguments, log) if len(way) and "=2" in way[1] else command(*arguments)) == 0, way
-    assert {path.name for path in (tmp_path / "disk").iterdir()} == {
-        "audio_reference-main-rank-00000", "audio_reference-main-rank-00001",
-    }  # fmt: skip
-    losses, changing = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("single", "changing"))
+    losses, changing = ([row["train/loss"] for row in rows(root)] for root in (single, tmp_path / "changing"))
     assert changing == pytest.approx(losses, rel=1e-5)
-    alone = weights(tmp_path / "single")
+    alone = weights(single)
     for name in ("zero3", "changing"):
         shared = weights(tmp_path / name)
         assert shared.keys() == alone.keys()
