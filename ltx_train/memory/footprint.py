@@ -32,7 +32,7 @@ _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 _STREAM_OVERHEAD = 0.05
 # Of the link between devices what copies reach, and bytes that updating one weight of a full fine-tune moves.
 _PEER, _UPDATE_BYTES = 0.8, 80.0
-# Seconds to add up, clip and update one weight in host memory: 0.65e-9 were measured for one device with 16 processors;
+# Seconds to add up, clip and update one weight in host memory: 0.68e-9 were measured for one device with 16 processors;
 # several share the memory's bandwidth.
 _UPDATE_AWAY_S = 1.0e-9
 # What is left of the host's link for weights while inputs travel the other way.

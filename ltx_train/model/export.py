@@ -37,7 +37,7 @@ def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtyp
         module, _, part = name.rpartition(".lora_")
         value, exported = parameter.detach().float(), name
         if part.startswith("B"):
-            # Loaders disagree on what alpha means where it is missing or of another rank.
+            # Without an alpha in the file loaders take the scale to be 1.
             value = value * lora.scale_of(module)
         elif part.startswith("magnitude"):
             value, exported = value[:, None], f"{module}.{DORA}"
