@@ -1,33 +1,22 @@
-"""`ltx-train <command> [key=value ...]`, equal to `python -m ltx_train`.
+"""`ltx-train <command> [folder] [key=value ...]`, equal to `python -m ltx_train`.
 
-Owns the command line: which command, which configuration, how errors and exit codes come out.
-Imports a command only when it runs, so that help and `--cfg job` need no torch.
+Owns the command line: which command, which configuration, how errors and exit codes come out. A command is imported
+when it runs, so that help, `--cfg job` and every refusal of a setting need no torch.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, NoReturn
 
 from ltx_train import __version__
-from ltx_train.commands.guarded import guarded
-from ltx_train.contracts import Exit
+from ltx_train.config.command_table import COMMANDS
+from ltx_train.contracts import ConfigError, Exit
+from ltx_train.jobs.exit_codes import guarded
 
-COMMANDS = {
-    "prepare": "clips and captions to latents, text contexts and shards",
-    "check": "audit prepared data; decoded previews to look at and listen to",
-    "plan": "what will fit: peak memory, step time, chosen settings, before anything is loaded",
-    "fit": "train; the same command continues an interrupted run",
-    "supervise": "keep fit alive on a spot machine: notices, restarts, an object store",
-    "sweep": "search settings by held-out loss; every trial and the search itself can be continued",
-    "submit": "render, show and submit a SLURM job that runs fit",
-    "evaluate": "held-out loss, reference gap, adapter on/off; writes report.html",
-    "export": "the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
-    "inspect": "prove that every key of a LoRA binds to a base model",
-    "doctor": "machine, disk, data, weights, tracker, cluster: each finding with its mend",
-    "bench": "speed and memory of a training step, as JSON",
-    "sample": "video with sound from text, an image, audio or a reference voice",
-}
+if TYPE_CHECKING:
+    from ltx_train.config import Config
 
 
 def main() -> None:
@@ -36,67 +25,84 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; a user's mistake is one line on stderr."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return Exit.DONE
-    if arguments[0] in ("-V", "--version"):
+    """Runs one command line and returns its exit code; a user's mistake is one message on stderr."""
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    from ltx_train.config import help as helping
+
+    first, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if first in ("-V", "--version"):
         print(f"ltx-train {__version__}")
         return Exit.DONE
-    return guarded(lambda: _run(arguments[0], arguments[1:]))
+    if first in ("-h", "--help", "help"):
+        print(helping.topic(rest[0]) if rest else helping.overview())
+        return Exit.DONE
+    if first not in COMMANDS:
+        raise ConfigError(_no_command(first, rest))
+    if any(word in ("-h", "--help") for word in rest):
+        print(helping.command(first))
+        return Exit.DONE
+    if first == "completion":
+        print(helping.completion(rest[0] if rest else ""))
+        return Exit.DONE
+    return _run_command(first, _parser(first).parse_intermixed_args(rest))
 
 
-def _run(command: str, rest: list[str]) -> int:
+def _no_command(word: str, rest: list[str]) -> str:
+    from ltx_train.config import suggest
+
+    if "=" in word or word.startswith("-"):
+        return f"the command is missing: ltx-train fit {' '.join([word, *rest])} (ltx-train --help lists the others)"
+    return f"there is no command {word!r}{suggest.for_command(word, COMMANDS)} (ltx-train --help lists them)"
+
+
+class _Parser(ArgumentParser):
+    """argparse with this project's exit code."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+
+def _parser(command: str) -> ArgumentParser:
+    parser = _Parser(prog=f"ltx-train {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg")
+    parser.add_argument("--config")
+    parser.add_argument("--config-dir")
+    return parser
+
+
+def _run_command(command: str, options: Namespace) -> int:
     from ltx_train import config
-    from ltx_train.commands import launch
+    from ltx_train.config import multirun
 
-    if command not in COMMANDS:
-        near = config.nearest(command, COMMANDS)
-        raise config.ConfigError(f"there is no command {command!r}{near} (ltx-train --help lists them)")
-    if rest and rest[0] in ("-h", "--help"):
-        print(f"ltx-train {command}: {COMMANDS[command]}\n\n{_USAGE}")
+    overrides, lists = multirun.split_lists(command, options.words, multirun=options.multirun)
+    if options.cfg is not None:
+        if options.cfg != "job":
+            raise ConfigError(f"--cfg {options.cfg}: only `--cfg job` is known")
+        print(config.to_yaml(overrides, options.config_dir), end="")
         return Exit.DONE
-    extra_dir, rest = _option(rest, "--config-dir")
-    shown, overrides = _option(rest, "--cfg")
-    if shown is not None:
-        if shown != "job":
-            raise config.ConfigError(f"--cfg {shown}: only `--cfg job` is known")
-        print(config.to_yaml(overrides, extra_dir), end="")
-        return Exit.DONE
-    file, overrides = _option(overrides, "--config")
-    settings = config.from_file(file, overrides) if file else config.compose_config(overrides, extra_dir, command)
+    settings = _settings(command, overrides, options)
+    if lists:
+        command, settings = "sweep", multirun.as_search(settings, lists)
     config.require(settings, command)
-    # bitsandbytes advertises optional kernels at import, which peft triggers in every command.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return launch.command(command, settings)
+    from ltx_train.jobs import processes
+
+    return processes.run_command(command, settings)
 
 
-def _option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Takes `name VALUE` or `name=VALUE` out of the arguments."""
-    from ltx_train.contracts import ConfigError
+def _settings(command: str, words: list[str], options: Namespace) -> Config:
+    """From a folder, from a saved file, or composed of groups and overrides."""
+    from ltx_train.config import compose, folders
 
-    for place, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2], arguments[:place] + arguments[place + 1 :]
-        if argument == name:
-            if place + 1 == len(arguments):
-                raise ConfigError(f"{name} needs a value")
-            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
-    return None, arguments
-
-
-_USAGE = """usage: ltx-train <command> [group=option ...] [key=value ...]
-  --cfg job           print the configuration and stop
-  --config FILE       start from a run's config.yaml instead of the groups
-  --config-dir DIR    a folder with your own groups (experiment/my_run.yaml, ...)"""
-
-
-def _help() -> str:
-    lines = [f"ltx-train {__version__}: train, measure and ship LTX-2.3 LoRAs", "", _USAGE, "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "example: ltx-train fit experiment=audio_reference adapter=audio_only optim.steps=500"]
-    )
+    if words and "=" not in words[0]:
+        return folders.from_folder(words[0], command, words[1:])
+    if options.config:
+        return compose.from_file(options.config, words)
+    return compose.compose_config(words, options.config_dir)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Coupling(StrEnum):
 SPEAKER = "speaker"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Condition:
     """Tokens given clean: which, and with what probability per sample.
 
@@ -170,7 +170,7 @@ class Levels:
     index: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Modality:
     """One stream of tokens as the transformer reads it.
 
@@ -208,7 +208,7 @@ class Velocity:
     loss_mask: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One prepared clip. Absent parts are None.
 
@@ -230,7 +230,7 @@ class Sample:
     masks: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Samples of one bucket, stacked on dim 0; the fields are those of `Sample`."""
 

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_train import config as configuration
-from ltx_train.commands import bench, optimizing, planning, session
-from ltx_train.memory.cards import GIB
+from ltx_train.assembly import from_config, memory_plan, update_builder
+from ltx_train.commands import bench
+from ltx_train.distributed.ranks import ranks_from_environment, process_group
 from ltx_train.memory.pinned import pinned
-from ltx_train.memory.shares import Shares
+from ltx_train.memory.planning.cards import GIB
 from ltx_train.model import presets
-from ltx_train.training.ranks import found, joined
+from ltx_train.updates.sliced_parameters import SlicedParameters
 
 
 def copies(start: float) -> dict[str, float]:
@@ -108,16 +109,16 @@ def update() -> dict[str, Any]:
         "experiment=voice_reference_22b", "model.weights=random", "adapter=full", "optim=adamw", "memory=recompute",
         "strategy=zero3_offload", "strategy.devices=1", "data.source=none", "data.root=none", "memory.graphs=false",
     ])  # fmt: skip
-    ranks = found(os.environ)
-    device, spent, times = session.device(config, ranks.local), dict[str, float](), list[float]()
-    with joined(ranks, device, 600):
-        config, _ = planning.settle(config)
-        transformer, updates = optimizing.opened(config, ranks)
+    ranks = ranks_from_environment(os.environ)
+    device, spent, times = from_config.device(config, ranks.local), dict[str, float](), list[float]()
+    with process_group(ranks, device, 600):
+        config, _ = memory_plan.settle(config)
+        transformer, updates = update_builder.opened(config, ranks)
         step = bench._step(config, transformer, updates, device, ranks)
         for number in range(7):
             if number == 4:
                 for name in ("settle", "norm", "scale", "forget", "publish"):
-                    _time(Shares, name, spent)
+                    _time(SlicedParameters, name, spent)
                 _time(type(updates.optimizer), "step", spent)
             began = time.perf_counter()
             float(step(number))

@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.commands import bench, launch, optimizing, planning, session
+from ltx_train.assembly import from_config, memory_plan, update_builder
+from ltx_train.commands import bench
 from ltx_train.config import Config
-from ltx_train.memory.cards import GIB
+from ltx_train.distributed.ranks import ranks_from_environment, process_group
+from ltx_train.jobs import processes
+from ltx_train.memory.planning.cards import GIB
 from ltx_train.model import presets
-from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.ranks import found, joined
-from ltx_train.training.saving import Saver
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.background import Saver
+from ltx_train.training.checkpoints.commit import Checkpoint
 
 if len(sys.argv) > 3:
     os.environ.update(ROUND_TRIP_LAYERS=sys.argv[2], ROUND_TRIP_FOLDER=sys.argv[3])
@@ -32,14 +34,14 @@ presets.PRESETS["ltx2_3_22b"] = replace(_SIZES, layers=int(os.environ["ROUND_TRI
 
 def trip(config: Config) -> int:
     """One rank's part."""
-    ranks, folder = found(os.environ), Path(os.environ["ROUND_TRIP_FOLDER"])
-    device = session.device(config, ranks.local)
-    with joined(ranks, device, 600):
-        config, _ = ranks.lead(lambda: planning.settle(config))
-        transformer, updates = optimizing.opened(config, ranks)
+    ranks, folder = ranks_from_environment(os.environ), Path(os.environ["ROUND_TRIP_FOLDER"])
+    device = from_config.device(config, ranks.local)
+    with process_group(ranks, device, 600):
+        config, _ = ranks.lead(lambda: memory_plan.settle(config))
+        transformer, updates = update_builder.opened(config, ranks)
         step = bench._step(config, transformer, updates, device, ranks)
         losses = [float(step(number)) for number in range(3)]
-        shard = updates.held().shard
+        shard = updates.state().shard
         assert shard is not None
         name = ranks.lead(lambda: "trip")
         saver = Saver(folder, 1, lambda _step, _weights: None, leads=ranks.leads)
@@ -48,10 +50,10 @@ def trip(config: Config) -> int:
         started = time.perf_counter()
         losses += [float(step(3))]
         seconds = time.perf_counter() - started
-        shard = updates.held().shard
+        shard = updates.state().shard
         assert shard is not None
         started = time.perf_counter()
-        saver.start(Checkpoint(4, {}, {}, {}, shard=shard, name=name))
+        saver.start(Checkpoint(step=4, weights={}, optimizer={}, notes={}, shard=shard, name=name))
         blocked = time.perf_counter() - started
         saver.settle()
         written = time.perf_counter() - started
@@ -61,11 +63,11 @@ def trip(config: Config) -> int:
         del transformer, updates, step, shard
         torch.cuda.empty_cache()
         started = time.perf_counter()
-        transformer, updates = optimizing.opened(config, ranks)
-        loaded = checkpointing.load(folder / "step-000004")
+        transformer, updates = update_builder.opened(config, ranks)
+        loaded = commit.load(folder / "step-000004")
         updates.restore(loaded.weights, loaded.optimizer)
         restored = time.perf_counter() - started
-        again = updates.held().shard
+        again = updates.state().shard
         assert again is not None
         equal = all(torch.equal(t.cpu(), before[n][k]) for n, kinds in again.tensors.items() for k, t in kinds.items())
         losses += [float(bench._step(config, transformer, updates, device, ranks)(4))]
@@ -87,7 +89,7 @@ def main() -> int:
         "strategy=zero3", f"strategy.devices={sys.argv[1]}", "data.source=none", "data.root=none",
         *sys.argv[4:],
     ])  # fmt: skip
-    return launch.run(trip, config, int(sys.argv[1]))
+    return processes.run(trip, config, int(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -25,21 +25,21 @@ from torch import Tensor
 
 from ltx_train import config as configuration
 from ltx_train import rng
-from ltx_train.commands import training
-from ltx_train.commands.measuring import Measurement
-from ltx_train.commands.training import Start
+from ltx_train.assembly import run_builder
+from ltx_train.assembly.heldout_measurement import Measurement
+from ltx_train.assembly.run_builder import Start
 from ltx_train.config import Config
 from ltx_train.data import index
 from ltx_train.data.index import Index, Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO_CONTEXT, VOICE
+from ltx_train.distributed.ranks import ALONE
 from ltx_train.evaluation import attention_mass, verdicts
 from ltx_train.evaluation.rows import CORRECT, DROPPED, WRONG, Row, differences, paired
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.evaluation.verdicts import Kind
 from ltx_train.model import adapter
-from ltx_train.training import checkpointing
-from ltx_train.training.ranks import ALONE
+from ltx_train.training.checkpoints import commit
 from ltx_train.training.watchdog import Watchdog
 
 HERE = Path(__file__).parent
@@ -118,13 +118,13 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
             items[key] = save(tensors)
             records.append(
                 Record(
-                    key, "heldout" if number >= IDENTITIES else "train", who, context, f"32x32x{frames}", 25.0,
-                    frames / 25, context, has_audio=True, voice=True, own_reference=case.own, rms_db=0.0,
+                    key=key, split="heldout" if number >= IDENTITIES else "train", speaker=who, caption=context, bucket=f"32x32x{frames}", fps=25.0,
+                    seconds=frames / 25, context=context, has_audio=True, voice=True, own_reference=case.own, rms_db=0.0,
                     source=key, source_sha256=key, item=key,
                 )
             )  # fmt: skip
     shards, placed = pack.write_shards(records, lambda r: items[r.key], root / "shards", 512)
-    made = Index({}, {}, tuple(shards), tuple(placed))
+    made = Index(settings={}, encoders={}, shards=tuple(shards), records=tuple(placed))
     index.save(made, root)
     return made
 
@@ -153,11 +153,11 @@ def trained(case: Case, seed: int, place: Path, *more: str) -> tuple[list[Row], 
     folder = place / "runs" / name / "main"
     folder.mkdir(parents=True)
     with Watchdog(folder, 0, 0, 0) as watchdog:
-        training.train(config, Start(folder, root, made, None), None, ALONE, watchdog)
-    from ltx_train.commands import transformers
+        run_builder.train(config, Start(folder, root, made, None), None, ALONE, watchdog)
+    from ltx_train.assembly import model_builder
 
-    transformer = transformers.trainable(config)
-    adapter.load_state(transformer, checkpointing.load(checkpointing.committed(folder / "checkpoints")[-1]).weights)
+    transformer = model_builder.trainable(config)
+    adapter.load_state(transformer, commit.load(commit.committed(folder / "checkpoints")[-1]).weights)
     measurement = Measurement(config, root, made)
     rows = measurement.rows(transformer)
     likeness = measurement.likeness()

@@ -20,11 +20,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ltx_train.commands import launch, planning, session
+from ltx_train.assembly import from_config, memory_plan, model_source, resolve
+from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
-from ltx_train.memory.cards import GIB
-from ltx_train.training.ranks import found, joined
+from ltx_train.distributed.ranks import process_group, ranks_from_environment
+from ltx_train.jobs import processes
+from ltx_train.memory.planning.cards import GIB
 
 _PROBE_BYTES = 256 * 2**20
 # A notice of 30 seconds, of which 25 are used: what a disk has to take for a save in that time.
@@ -50,6 +52,9 @@ def run(config: Config) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         _show(findings)
+        close(
+            None, "ltx-train prepare ..." if any(f.name == "data" and f.mend for f in findings) else "ltx-train fit ..."
+        )
     return Exit.CONFIG if any(finding.level == "fail" for finding in findings) else Exit.DONE
 
 
@@ -105,36 +110,36 @@ def _links() -> Iterator[Finding]:
 
 def _ranks(config: Config) -> Iterator[Finding]:
     """Whether the processes of a run on several devices find each other, and how fast they add up 64 MiB."""
-    count = config.strategy.devices
+    count = resolve.launch(config).processes
     if count == 1:
         return
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
-        code = launch.run(partial(_meet, said), config, count)
-        if code != 0 or not said.is_file():
-            mend = "what went wrong stands above; NCCL_DEBUG=INFO makes NCCL tell more"
+        answer = Path(folder) / "answer"
+        code = processes.run_processes(partial(_all_reduce, answer), config, count)
+        if code != 0 or not answer.is_file():
+            mend = "the error is above; NCCL_DEBUG=INFO makes NCCL print more"
             yield Finding("all-reduce", "fail", f"{count} processes did not add up a tensor", mend)
             return
-        yield Finding("all-reduce", "pass", f"{count} processes: {said.read_text()}")
+        yield Finding("all-reduce", "pass", f"{count} processes: {answer.read_text()}")
 
 
-def _meet(said: Path, config: Config) -> int:
-    """One of the processes."""
-    ranks = found(os.environ)
-    device = session.device(config, ranks.local)
-    with joined(ranks, device, _MEETING_S):
+def _all_reduce(answer: Path, config: Config) -> int:
+    """In each of the processes."""
+    ranks = ranks_from_environment(os.environ)
+    device = resolve.device(config, ranks)
+    with process_group(ranks, device, _MEETING_S):
         exchange, taken = ranks.exchange(), list[float]()
         for _ in range(3):
             values = torch.full((_PROBE_BYTES // 16,), float(ranks.rank + 1), device=device)
             ranks.any(False)
             started = time.perf_counter()
-            exchange.total(values)
+            exchange.all_reduce(values)
             total = float(values[-1])
             taken.append(time.perf_counter() - started)
             if total != ranks.world * (ranks.world + 1) / 2:
                 raise UserError(f"rank {ranks.rank}: an all-reduce over {ranks.world} processes gave {total:g}")
         if ranks.leads:
-            said.write_text(f"64 MiB in {1000 * min(taken):.1f} ms")
+            answer.write_text(f"64 MiB in {1000 * min(taken):.1f} ms")
     return Exit.DONE
 
 
@@ -150,29 +155,28 @@ def _memory(_config: Config) -> Iterator[Finding]:
 def _plan(config: Config) -> Iterator[Finding]:
     if not config.data.buckets:
         return
-    place = planning.here(config)
-    if place is None:
+    room = memory_plan.here(config)
+    if room is None:
         return
-    fitting = planning.planned(config, place)
-    if fitting is None:
+    plan = memory_plan.plan_for(config, room)
+    if plan is None:
         yield Finding(
-            "plan", "fail", planning.refusal(config, place).splitlines()[0], "ltx-train plan names three ways"
+            "plan", "fail", memory_plan.refusal(config, room).splitlines()[0], "ltx-train plan names three ways"
         )
     else:
-        foot = fitting.footprint
+        foot = plan.footprint
         yield Finding(
-            "plan", "pass", f"needs {foot.gib:.1f} of {place.budget_gib:.1f} GiB, about {foot.step_s:.2f} s a step"
+            "plan", "pass", f"needs {foot.gib:.1f} of {room.budget_gib:.1f} GiB, about {foot.step_s:.2f} s a step"
         )
 
 
 def _disk(config: Config) -> Iterator[Finding]:
     """Free space against what is kept, and how fast a save is on it."""
-    root = session.run_dir(config)
+    root = from_config.run_dir(config)
     while not root.exists():
         root = root.parent
-    trained = planning.need(config).trained
-    moments = 2 if config.optim.name == "adamw8bit" else 8
-    save = trained.parameters * (4.0 + moments)
+    trained = memory_plan.need(config).trained
+    save = trained.parameters * resolve.optimizer(config).saved_bytes
     free, needed = shutil.disk_usage(root).free, save * (config.checkpoint.keep + 1)
     short = free < needed
     mend = "free some, lower checkpoint.keep or set run.root" if short else ""
@@ -186,10 +190,10 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 
 def _regime(config: Config, seconds: float) -> str:
-    """What saves that take so long ask for, if anything."""
-    place = planning.here(config) if config.data.buckets else None
-    fitting = None if place is None else planning.planned(config, place)
-    step_s = 0.0 if fitting is None else fitting.footprint.step_s
+    """The advice for saves of this duration, empty when they are fast enough."""
+    room = memory_plan.here(config) if config.data.buckets else None
+    plan = None if room is None else memory_plan.plan_for(config, room)
+    step_s = 0.0 if plan is None else plan.footprint.step_s
     if step_s and seconds > config.checkpoint.interval * step_s:
         least = math.ceil(seconds / step_s)
         return f"training would wait for every save: checkpoint.interval={least} or more, or a faster disk"
@@ -214,7 +218,7 @@ def _weights(config: Config) -> Iterator[Finding]:
     elif config.model.path is None:
         yield Finding("weights", "warn", "model.path is not set", "give the single-file checkpoint")
     else:
-        source = session.weights(config)
+        source = model_source.weights(config)
         name = source.config["transformer"]["num_layers"]
         yield Finding(
             "weights", "pass", f"{config.model.path}: {name} blocks, fingerprint {source.fingerprint('')[:16]}"
@@ -225,7 +229,7 @@ def _data(config: Config) -> Iterator[Finding]:
     if not config.data.root or not Path(config.data.root).is_dir():
         yield Finding("data", "warn", f"nothing is prepared in {config.data.root!r}", "ltx-train prepare")
         return
-    _, index, stale = session.prepared(config)
+    _, index, stale = from_config.prepared(config)
     mend = "ltx-train prepare" if stale else ""
     yield Finding(
         "data",

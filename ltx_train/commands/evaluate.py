@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ltx_train import config as configuration
-from ltx_train.commands import compare, logging, planning, session, transformers
-from ltx_train.commands.check import refuse_bad
-from ltx_train.commands.export import open_run
-from ltx_train.commands.measuring import Measurement, course
-from ltx_train.commands.previews import Previews
+from ltx_train.assembly import comparison, from_config, model_builder, resolve, trackers
+from ltx_train.assembly.checked_data import open_heldout
+from ltx_train.assembly.closing import close
+from ltx_train.assembly.heldout_measurement import Measurement, course
+from ltx_train.assembly.previews import Previews
+from ltx_train.assembly.saved_run import open_run
+from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config
-from ltx_train.contracts import DataError, Exit
-from ltx_train.data.audit import audit
-from ltx_train.data.index import HELDOUT
+from ltx_train.contracts import Exit
 from ltx_train.evaluation import attention_mass, ranking, report, verdicts
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.evaluation.rows import summary
 from ltx_train.model import adapter
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.tracking import Metrics, read_rows
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.tracking.metrics import Metrics, read_rows
 
 
 def run(config: Config) -> int:
     """The same numbers go to the page, to metrics.jsonl and to W&B."""
     if config.checkpoints is not None:
-        return compare.run(config)
-    folder = session.run_dir(config)
+        page, first = comparison.compare(config)
+        close(page, f"ltx-train sample ... sample.adapter={first}")
+        return Exit.DONE
+    folder = from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
-    config, _ = planning.settle(configuration.continued(config, trained_with, 1), training=False)
-    configuration.refuse_drift(trained_with, config, folder)
     # In the arithmetic of the run, which its strategy decides where all weights are trained.
-    config = replace(config, strategy=replace(config.strategy, name=trained_with.strategy.name))
-    root, index, stale = session.prepared(config)
-    refuse_bad(audit(root, index, session.asked(config), stale), root)
-    if not index.split(HELDOUT):
-        raise DataError(f"nothing is held out in {root}: set data.heldout_speakers and prepare again")
-    transformer = transformers.trainable(config, fresh=False)
+    continued = configuration.continued(config, trained_with, 1)
+    setup = forward_only(resolve.with_strategy_of(continued, trained_with))
+    config = setup.config
+    configuration.refuse_drift(trained_with, resolve.with_strategy_of(config, trained_with), folder)
+    root, index = open_heldout(config)
+    transformer = model_builder.open_trainable(setup, fresh=False)
     adapter.load_state(transformer, checkpoint.published)
-    measurement = Measurement(config, root, index)
+    measurement, previews = Measurement(setup, root, index), Previews(setup, root, index)
     rows, masses = measurement.rows(transformer), measurement.masses(transformer)
-    previews = Previews(config, root, index)
     clips = previews.generate(transformer, folder / "samples" / f"step-{checkpoint.step:06d}")
-    subject = Subject(f"step {checkpoint.step}", checkpoint.step, rows, masses, clips)
-    said = verdicts.of_rows(rows, measurement.grid, measurement.likeness()) + course(folder)
+    subject = Subject(name=f"step {checkpoint.step}", step=checkpoint.step, rows=rows, masses=masses, clips=clips)
+    found = verdicts.of_rows(rows, measurement.grid, measurement.likeness()) + course(folder)
     values = summary(rows, measurement.grid) | attention_mass.summary(masses)
     page = folder / "report.html"
     metrics = read_rows(folder / "metrics.jsonl")
@@ -52,22 +50,23 @@ def run(config: Config) -> int:
     report.write(
         page,
         Report(
-            f"{folder.parent.name}/{folder.name}", _facts(config, checkpoint, folder), metrics, [subject],
-            measurement.grid, said, listed, previews.references(folder / "samples" / "references"),
+            title=f"{folder.parent.name}/{folder.name}", facts=_facts(config, checkpoint, folder), metrics=metrics,
+            subjects=[subject], grid=measurement.grid, verdicts=found, ranking=listed,
+            references=previews.references(folder / "samples" / "references"),
         ),
     )  # fmt: skip
     _record(config, folder, values, page, subject)
-    print("\n".join(verdict.text for verdict in said))
-    print(f"wrote {page}")
+    print("\n".join(verdict.text for verdict in found))
+    close(page, f"ltx-train export {folder}")
     return Exit.DONE
 
 
 def _record(config: Config, folder: Path, values: dict[str, float], page: Path, subject: Subject) -> None:
     step = subject.step or 0
-    # Only this step's row is added: rows of later steps, if any, stay.
+    # Metrics removes rows behind its first step, and rows of later steps must stay.
     newest = max((int(row["step"]) for row in read_rows(folder / "metrics.jsonl")), default=step)
     last = max(step, newest)
-    metrics = Metrics(folder, last, logging.sinks(config, folder, last))
+    metrics = Metrics(folder, last, trackers.sinks(config, folder, last))
     metrics.write(step, values)
     metrics.page(page)
     for clip in subject.clips:
@@ -78,9 +77,9 @@ def _record(config: Config, folder: Path, values: dict[str, float], page: Path, 
 
 
 def _facts(config: Config, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    mode = session.mode_facts(config)
-    trained = f"{config.adapter.kind}, {len(checkpoint.weights)} tensors"
-    if config.adapter.kind == "lora":
+    mode = from_config.mode_facts(config)
+    trained = f"{resolve.trained_kind(config)}, {len(checkpoint.weights)} tensors"
+    if not resolve.trains_all_weights(config):
         trained += f", rank {config.adapter.rank}, alpha {config.adapter.alpha:g}"
     merged = f" + {config.model.merge_strength:g} x {config.model.merge}" if config.model.merge else ""
     return {

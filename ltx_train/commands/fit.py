@@ -5,111 +5,127 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.commands import measuring, planning, session, training
-from ltx_train.commands.check import refuse_bad
-from ltx_train.commands.training import Start
+from ltx_train.assembly import from_config, heldout_measurement, memory_plan, publishing, resolve, run_builder
+from ltx_train.assembly.checked_data import open_checked
+from ltx_train.assembly.closing import close
+from ltx_train.assembly.run_builder import RunStart
+from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
-from ltx_train.data.audit import audit
+from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.evaluation import ranking, verdicts
-from ltx_train.memory.plan import Planned
-from ltx_train.training import checkpointing
-from ltx_train.training.lock import FolderLock
+from ltx_train.jobs.folder_lock import FolderLock
+from ltx_train.memory.planning.search import MemoryPlan
+from ltx_train.training.checkpoints import commit
 from ltx_train.training.preemption import stop_before_training
-from ltx_train.training.ranks import Ranks, found, joined
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.tracking.metrics import read_rows
 from ltx_train.training.watchdog import Watchdog
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settled:
+    """What rank 0 decides for all ranks. finished: why there is nothing left to train, None otherwise."""
+
+    config: Config
+    plan: MemoryPlan | None
+    start: RunStart
+    finished: str | None
+
+
 def run(config: Config) -> int:
-    """DONE, or PREEMPTED after a signal and a save; on several devices in a process of each (`launch.command`)."""
-    ranks = found(os.environ)
-    if ranks.world > 1 and config.strategy.name == "single":
-        raise UserError(
-            f"{ranks.world} processes were started, but strategy=single: set strategy=ddp, zero1, zero2 or zero3"
-        )
+    """DONE, or PREEMPTED after a signal and a save; on several devices in a process of each (`jobs.processes`)."""
+    ranks = ranks_from_environment(os.environ)
+    resolve.sharing(config, ranks)
     stop_before_training()
-    device = session.device(config, ranks.local)
-    with joined(ranks, device, config.strategy.start_timeout_s or 86400):
+    launch = resolve.launch(config)
+    with process_group(ranks, resolve.device(config, ranks), launch.rendezvous_timeout_s):
         return _run(config, ranks)
 
 
 def _run(config: Config, ranks: Ranks) -> int:
-    folder = session.run_dir(config)
+    folder = from_config.run_dir(config)
     with ExitStack() as stack:
-        ranks.lead(lambda: _entered(stack, FolderLock(folder)))
-        config, planned, start = ranks.lead(lambda: _start(config, folder, ranks.world))
-        complete = _complete(config, start)
-        if complete:
+        # `lead` broadcasts what its work returns. A lock cannot be sent, so the work enters it and returns nothing.
+        ranks.lead(lambda: _enter(stack, FolderLock(folder)))
+        decided = ranks.lead(lambda: _settle(config, folder, ranks.world))
+        if decided.finished is not None:
             if ranks.leads:
-                print(f"{folder} is complete: {complete}")
+                print(f"{folder} is complete: {decided.finished}")
+                close(None, f"ltx-train evaluate {folder}")
             return Exit.DONE
-        limits = (config.strategy.start_timeout_s, config.strategy.step_timeout_s)
-        watchdog = stack.enter_context(Watchdog(folder, ranks.rank, *limits))
+        launch = resolve.launch(decided.config)
+        watchdog = stack.enter_context(
+            Watchdog(folder, ranks.rank, start_s=launch.start_timeout_s, step_s=launch.step_timeout_s)
+        )
         try:
-            code = training.train(config, start, planned, ranks, watchdog)
+            code = run_builder.train(setup(decided.config, ranks, decided.plan), decided.start, watchdog)
         except torch.OutOfMemoryError as error:
-            raise UserError(planning.out_of_memory(config, planned)) from error
+            raise UserError(memory_plan.out_of_memory(decided.config, decided.plan)) from error
     if ranks.leads and code is Exit.PREEMPTED:
-        print("stopped after a save; the same command continues", file=sys.stderr)
+        print(f"stopped after a save; the same command continues, or: ltx-train fit {folder}", file=sys.stderr)
     elif ranks.leads:
         _conclude(folder)
     return code
 
 
-def _complete(config: Config, start: Start) -> str | None:
-    """Why there is nothing left to train, if so."""
+def _enter(stack: ExitStack, lock: FolderLock) -> None:
+    stack.enter_context(lock)
+
+
+def _settle(config: Config, folder: Path, world: int) -> _Settled:
+    """Decides everything that the configuration leaves open. Everything that can be refused is refused here, before
+    weights are loaded."""
+    root, index = open_checked(config)
+    saved = folder / "config.yaml"
+    checkpoints = commit.committed(folder / "checkpoints") if config.run.resume == "auto" else []
+    before = configuration.load(saved) if saved.is_file() and checkpoints else None
+    readers = configuration.readers(config, world)
+    config, plan = memory_plan.settle(configuration.continued(config, before, readers))
+    configuration.micro_batches(config, world)
+    if before is not None:
+        for line in configuration.refuse_drift(before, config, folder):
+            print(f"changed since the run was started: {line}")
+        print(_resuming(folder, checkpoints[-1]))
+    folder.mkdir(parents=True, exist_ok=True)
+    saved.write_text(configuration.dump(config))
+    start = RunStart(folder=folder, root=root, index=index, checkpoint=checkpoints[-1] if checkpoints else None)
+    return _Settled(config=config, plan=plan, start=start, finished=_finished(config, start))
+
+
+def _finished(config: Config, start: RunStart) -> str | None:
+    """Why there is nothing left to train, None otherwise."""
     if start.checkpoint is None:
         return None
     if start.step >= config.optim.steps:
         return f"{start.step} of {config.optim.steps} steps are done"
-    ended = checkpointing.notes(start.checkpoint).get("ended")
+    ended = commit.notes(start.checkpoint).get("ended")
     return f"step {start.step}, {ended}; eval.patience=0 would go on" if ended and config.eval.patience else None
 
 
-def _conclude(folder: Path) -> None:
-    """What the run's course says, and which of its checkpoints to take, printed and linked."""
-    metrics = read_rows(folder / "metrics.jsonl")
-    measured = [row for row in metrics if "val/loss" in row]
-    for verdict in [*measuring.course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]:
-        print(verdict.text)
-    entries = ranking.ranked(metrics, folder)
-    if entries:
-        print(ranking.table(entries))
-        ranking.link(entries, folder)
-
-
-def _entered(stack: ExitStack, lock: FolderLock) -> None:
-    stack.enter_context(lock)
-
-
-def _start(config: Config, folder: Path, world: int) -> tuple[Config, Planned | None, Start]:
-    """Settles what the configuration leaves open; everything that can be refused is refused here, before
-    weights are loaded."""
-    root, index, stale = session.prepared(config)
-    refuse_bad(audit(root, index, session.asked(config), stale), root)
-    saved = folder / "config.yaml"
-    found = checkpointing.committed(folder / "checkpoints") if config.run.resume == "auto" else []
-    before = configuration.load(saved) if saved.is_file() and found else None
-    config, planned = planning.settle(configuration.continued(config, before, configuration.readers(config, world)))
-    configuration.rounds(config, world)
-    if before is not None:
-        for line in configuration.refuse_drift(before, config, folder):
-            print(f"changed since the run was started: {line}")
-        print(_resuming(folder, found[-1]))
-    folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(configuration.dump(config))
-    return config, planned, Start(folder, root, index, found[-1] if found else None)
-
-
 def _resuming(folder: Path, checkpoint: Path) -> str:
-    """What is continued, and how many steps that had been logged are to be done again."""
+    """Which checkpoint is continued, and how many logged steps are repeated."""
     step = int(checkpoint.name.removeprefix("step-"))
     rows = read_rows(folder / "metrics.jsonl")
     lost = max(0, int(rows[-1]["step"]) - step) if rows else 0
     return f"resuming {folder} at step {step} from {checkpoint}, {lost} steps lost"
+
+
+def _conclude(folder: Path) -> None:
+    """Prints the verdicts on the run's course and its ranked checkpoints, and links the best one."""
+    metrics = read_rows(folder / "metrics.jsonl")
+    measured = [row for row in metrics if "val/loss" in row]
+    for verdict in [*heldout_measurement.course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]:
+        print(verdict.text)
+    entries = ranking.ranked(metrics, folder)
+    best = None
+    if entries:
+        print(ranking.table(entries))
+        best = ranking.link(entries, folder)
+    made = best or publishing.newest_adapter(folder) or commit.committed(folder / "checkpoints")[-1]
+    close(made, f"ltx-train {'evaluate' if measured else 'export'} {folder}")

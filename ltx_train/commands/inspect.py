@@ -1,4 +1,4 @@
-"""`ltx-train inspect`: the proof that a LoRA file binds to a base and does what training did."""
+"""`ltx-train inspect`: proves that a LoRA file binds to a base and reproduces the trained adapter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from ltx_train import rng
-from ltx_train.commands import session
-from ltx_train.commands.export import open_run
+from ltx_train.assembly import from_config, model_source
+from ltx_train.assembly.closing import close
+from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit, Modality
 from ltx_train.diffusion import positions
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.checkpoint import TensorSource
-from ltx_train.model.loaders import TRANSFORMER_PREFIX, build_transformer, load_transformer
+from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer
 from ltx_train.model.transformer import Pair, Transformer
 
 _TOLERANCE = 1e-5
@@ -23,10 +24,10 @@ _TOLERANCE = 1e-5
 
 def run(config: Config) -> int:
     """Exit code 78 with the list when a key does not bind, the base is another, or the outputs differ."""
-    assert config.inspect.file is not None  # config.require has asked for it
+    assert config.inspect.file is not None  # config.require has refused it
     tensors, metadata = lora_file.read_lora(config.inspect.file)
-    source = session.weights(config)
-    problems = lora_file.unbound_keys(tensors, build_transformer(source))
+    source = model_source.weights(config)
+    problems = lora_file.unbound_keys(tensors, model_source.skeleton(config))
     print(f"{config.inspect.file}: {len(tensors)} tensors")
     for name, value in sorted(metadata.items()):
         print(f"  {name}: {value}")
@@ -42,6 +43,8 @@ def run(config: Config) -> int:
             raise DataError(
                 f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})"
             )
+    run_folder = f" {config.inspect.run}" if config.inspect.run else " ..."
+    close(None, f"ltx-train sample{run_folder} sample.adapter={config.inspect.file}")
     return Exit.DONE
 
 
@@ -56,7 +59,7 @@ def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.T
     """Largest difference between the file merged into the base and the trained adapter, on one keyed input."""
     trained_with, checkpoint = open_run(Path(config.inspect.run or ""), config.export.step)
     trainer = load_transformer(source, dtype=torch.float32)
-    adapter.attach(trainer, session.lora(trained_with), trained_with.run.seed)
+    adapter.attach(trainer, from_config.lora(trained_with), trained_with.run.seed)
     adapter.load_state(trainer, _rounded(checkpoint.weights, tensors, trained_with))
     merged = load_transformer(source, dtype=torch.float32)
     export.merge(merged, tensors)
@@ -69,7 +72,7 @@ def _rounded(
     weights: Mapping[str, torch.Tensor], exported: Mapping[str, torch.Tensor], config: Config
 ) -> dict[str, torch.Tensor]:
     """The trained weights as exact as the file's dtype can hold them, so that only binding and scale are judged."""
-    lora, kept = session.lora(config), dict[str, torch.Tensor]()
+    lora, kept = from_config.lora(config), dict[str, torch.Tensor]()
     dtype = next(iter(exported.values())).dtype
     for name, tensor in weights.items():
         factor = lora.scale_of(lora_file.module_of(name)) if ".lora_B." in name else 1.0
@@ -89,4 +92,10 @@ def _modality(bounds: torch.Tensor, channels: int, width: int, name: str) -> Mod
     tokens = bounds.shape[1]
     latent = rng.normal((1, tokens, channels), 0, "inspect", name)
     context = rng.normal((1, 128, width), 0, "inspect/context", name)
-    return Modality(latent, torch.full((1, tokens), 0.5), torch.full((1,), 0.5), bounds[None], context)
+    return Modality(
+        latent=latent,
+        timesteps=torch.full((1, tokens), 0.5),
+        sigma=torch.full((1,), 0.5),
+        positions=bounds[None],
+        context=context,
+    )

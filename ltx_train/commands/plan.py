@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 from rich.table import Table
 
-from ltx_train.commands import planning, session, summary
-from ltx_train.commands.planning import Place
+from ltx_train import config as configuration
+from ltx_train.assembly import memory_plan, resolve, summary
+from ltx_train.assembly.closing import close
+from ltx_train.assembly.memory_plan import Room
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
-from ltx_train.memory.cards import CARDS, GIB, card_by_name
-from ltx_train.memory.footprint import Choice
-from ltx_train.memory.plan import Planned
+from ltx_train.memory.planning.cards import CARDS, GIB, Card, card_by_name
+from ltx_train.memory.planning.footprint import MemoryChoice
+from ltx_train.memory.planning.search import MemoryPlan
 
 
 def run(config: Config) -> int:
     """One card in detail, or all known ones in a table; a UserError with mends when the card is too small."""
-    place = _place(config)
-    if place is None:
+    room = _room(config)
+    if room is None:
         _overview(config)
+        close(None, 'ltx-train plan ... plan.card="RTX 4090" (one card in detail)')
         return Exit.DONE
-    found = planning.planned(config, place)
-    if found is None:
-        raise UserError(planning.refusal(config, place))
-    _detail(place, found)
+    plan = memory_plan.plan_for(config, room)
+    if plan is None:
+        raise UserError(memory_plan.refusal(config, room))
+    _detail(room, plan)
+    close(None, f"ltx-train fit ... {overrides(plan.choice)}")
     return Exit.DONE
 
 
-def _place(config: Config) -> Place | None:
+def _room(config: Config) -> Room | None:
     if config.plan.card is not None:
-        card = card_by_name(config.plan.card)
-        return Place(card, config.memory.budget_gib or card.budget_gib, None)
-    return planning.here(config) if session.device(config).type == "cuda" or config.memory.budget_gib else None
+        return _room_on(config, card_by_name(config.plan.card))
+    is_here = resolve.device(config).type == "cuda" or resolve.budget_gib(config) is not None
+    return memory_plan.here(config) if is_here else None
+
+
+def _room_on(config: Config, card: Card) -> Room:
+    return Room(card=card, budget_gib=resolve.budget_gib(config) or card.budget_gib, host_gib=None)
 
 
 def _overview(config: Config) -> None:
     table = Table("card", "to use", "peak", "step", "host", "how")
+    quantize, _ = resolve.precision(config)
     for card in CARDS:
-        place = Place(card, config.memory.budget_gib or card.budget_gib, None)
-        found = planning.planned(config, place)
-        if found is None and config.memory.quantize == "none" and config.adapter.kind == "lora":
-            found = planning.planned(replace(config, memory=replace(config.memory, quantize="int8")), place)
-        budget = f"{place.budget_gib:.0f} GiB"
-        if found is None:
+        room = _room_on(config, card)
+        plan = memory_plan.plan_for(config, room)
+        if plan is None and quantize == "none" and not resolve.trains_all_weights(config):
+            plan = memory_plan.plan_for(configuration.changed(config, {"memory.quantize": "int8"}), room)
+        budget = f"{room.budget_gib:.0f} GiB"
+        if plan is None:
             table.add_row(card.name, budget, "", "", "", "does not fit: ltx-train plan plan.card=... says why")
             continue
-        foot = found.footprint
+        foot = plan.footprint
         table.add_row(
             card.name, budget, f"{foot.gib:.1f} GiB", f"{foot.step_s:.2f} s", f"{foot.host_gib:.0f} GiB",
-            summary.how(found.choice),
+            summary.how(plan.choice),
         )  # fmt: skip
     Console(width=160).print(table)
 
 
-def _detail(place: Place, found: Planned) -> None:
-    foot = found.footprint
-    table = Table("at the peak", "GiB", title=f"{place.card.name}, {place.budget_gib:.1f} GiB to use")
+def _detail(room: Room, plan: MemoryPlan) -> None:
+    foot = plan.footprint
+    table = Table("at the peak", "GiB", title=f"{room.card.name}, {room.budget_gib:.1f} GiB to use")
     for name, size in foot.parts.items():
         if size:
             table.add_row(name, f"{size / GIB:.2f}")
@@ -66,17 +73,16 @@ def _detail(place: Place, found: Planned) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"about {foot.step_s:.2f} s a step; {foot.host_gib:.1f} GiB of host memory besides the program's own")
-    console.print(overrides(found.choice), soft_wrap=True)
 
 
-def overrides(choice: Choice) -> str:
+def overrides(choice: MemoryChoice) -> str:
     """A choice as the overrides that fix it."""
     values = {
         "quantize": choice.quantize,
         "compute": choice.compute if choice.compute != "bf16" else None,
         "keep": choice.keep.value,
         "keep_everything": choice.keep_everything,
-        "stream_blocks": choice.stream_blocks if choice.shards == 1 else None,
+        "stream_blocks": choice.stream_blocks if choice.slices == 1 else None,
         "offload_inputs": str(choice.offload_inputs).lower(),
         "graphs": str(choice.graphs).lower(),
     }

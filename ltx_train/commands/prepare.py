@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-from ltx_train.commands import session
+from ltx_train import config as configuration
+from ltx_train.assembly import from_config
+from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
 from ltx_train.data.prepare import build
 from ltx_train.data.prepare.sources import read_source
-from ltx_train.training.lock import FolderLock
+from ltx_train.jobs.folder_lock import FolderLock
 
 
 def run(config: Config) -> int:
-    """Encodes what is new; unchanged clips are taken from earlier work."""
-    assert config.data.source is not None  # config.require has asked for it
+    """Encodes new clips; unchanged clips are taken from earlier work."""
+    assert config.data.source is not None  # config.require has refused it
     clips = read_source(config.data.source)
-    recipe = session.recipe(config)
+    recipe = from_config.recipe(config)
     root = Path(config.data.root)
     with FolderLock(root):
-        outcome = build.prepare(clips, recipe, session.encoders(config), root, _progress)
-    _print_summary(outcome, root)
+        outcome = build.prepare(clips, recipe, from_config.encoders(config), root, _progress)
+        _keep_settings(config, root)
+    _print_summary(outcome)
+    close(root, f"ltx-train check {root}")
     return Exit.DONE
+
+
+def _keep_settings(config: Config, root: Path) -> None:
+    """The folder's config.yaml, with which `check` and `fit` need no other settings."""
+    temporary = root / f"config.yaml.tmp-{os.getpid()}"
+    temporary.write_text(configuration.dump(config))
+    os.replace(temporary, root / "config.yaml")
 
 
 def _progress(number: int, total: int, key: str) -> None:
@@ -33,9 +45,9 @@ def _progress(number: int, total: int, key: str) -> None:
         print(f"prepare {number}/{total} {key}", file=sys.stderr)
 
 
-def _print_summary(outcome: build.Outcome, root: Path) -> None:
+def _print_summary(outcome: build.Outcome) -> None:
     index = outcome.index
-    print(f"prepared {root}: {outcome.encoded} clips encoded, {outcome.reused} unchanged")
+    print(f"{outcome.encoded} clips encoded, {outcome.reused} unchanged")
     for split, count in sorted(Counter(r.split for r in index.records).items()):
         speakers = len({r.speaker for r in index.records if r.split == split})
         print(f"  {split}: {count} clips of {speakers} speakers")

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_train.commands import planning, session, transformers
+from ltx_train.assembly import from_config, model_builder, model_source, resolve
+from ltx_train.assembly.closing import close
+from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, ModalityName, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.media import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
-from ltx_train.diffusion import conditions, positions, references, sigma
+from ltx_train.diffusion import conditions, references, sigma
+from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import codecs, export, lora_file
 from ltx_train.model.transformer import Transformer
 from ltx_train.sampling import media, sampler
@@ -23,8 +26,8 @@ from ltx_train.sampling.media import Sound
 
 
 @dataclass(frozen=True)
-class Given:
-    """The request as tensors, with the original sound that a given audio is returned with."""
+class SampleRequest:
+    """What is asked for as tensors. sound: the given audio in its original quality, which the file gets."""
 
     mode: Mode
     batch: Batch
@@ -33,10 +36,10 @@ class Given:
 
 
 def run(config: Config) -> int:
-    """Writes sample.out; the encoders are gone before the transformer is loaded."""
-    width, height, frames = parse_bucket(config.sample.bucket or config.data.buckets[0])
+    """Writes sample.out. The encoders are freed before the transformer is loaded."""
+    bucket = parse_bucket(config.sample.bucket or config.data.buckets[0])
     fps = config.sample.fps or config.data.fps
-    given = _given(config, session.encoders(config), (width, height, frames), fps)
+    given = _given(config, from_config.encoders(config), bucket, fps)
     transformer = _transformer(config)
     video, audio = sampler.sample(
         transformer, _start(config, given), sigma.inference_schedule(config.sample.steps), _guidance(config)
@@ -46,23 +49,22 @@ def run(config: Config) -> int:
     return Exit.DONE
 
 
-def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps: float) -> Given:
-    width, height, frames = bucket
-    s, device = config.sample, session.device(config)
-    channels = session.weights(config).config["transformer"]
-    latents = positions.audio_latents(frames / fps)
+def _given(config: Config, encoders: Encoders, bucket: Bucket, fps: float) -> SampleRequest:
+    s, device = config.sample, resolve.device(config)
+    channels = model_source.weights(config).config["transformer"]
+    latents = bucket.audio_tokens(fps)
     audio_shape = (1, channels["audio_in_channels"] // codecs.LATENT_MEL_BINS, latents, codecs.LATENT_MEL_BINS)
     positive, negative = encoders.caption(s.prompt), encoders.caption(s.negative_prompt)
     encoders.release_text()
-    video = torch.zeros(1, channels["in_channels"], positions.latent_frames(frames), height // 32, width // 32)
+    video = torch.zeros(1, channels["in_channels"], *bucket.latents)
     audio: Tensor | None = torch.zeros(audio_shape)
     mode = _mode(config)
     sound = reference = None
     if s.image is not None:
-        pixels = media.image_to_pixels(s.image, width, height).to(device)
+        pixels = media.image_to_pixels(s.image, bucket.width, bucket.height).to(device)
         video[:, :, :1] = codecs.encode_video(encoders.video_vae, pixels).float().cpu()
     if s.audio is not None:
-        sound = _sound(s.audio, frames / fps)
+        sound = _sound(s.audio, bucket.frames / fps)
         audio = encoders.sound(sound.waveform, sound.rate)[None, :, :latents]
     if s.reference_audio is not None:
         reference = encoders.reference(Path(s.reference_audio), config.data.reference_s)[None]
@@ -73,14 +75,14 @@ def _given(config: Config, encoders: Encoders, bucket: tuple[int, int, int], fps
         video_context=positive[VIDEO_CONTEXT][None].to(device), audio_context=positive[AUDIO_CONTEXT][None].to(device),
         references={} if reference is None else {_voice(config).name: reference.to(device)},
     )  # fmt: skip
-    return Given(mode, batch, {k: v[None].to(device) for k, v in negative.items()}, sound)
+    return SampleRequest(mode, batch, {k: v[None].to(device) for k, v in negative.items()}, sound)
 
 
 def _mode(config: Config) -> Mode:
     """The trained mode, with the conditions that the given files ask for."""
     asked: list[Condition] = []
     if config.sample.image is not None:
-        asked.append(Condition(ConditionKind.first_frame, 1.0))
+        asked.append(Condition(kind=ConditionKind.first_frame, p=1.0))
     if config.sample.reference_audio is not None:
         asked.append(_voice(config))
     role = Role.freeze if config.sample.audio is not None else config.mode.audio
@@ -90,34 +92,47 @@ def _mode(config: Config) -> Mode:
 def _voice(config: Config) -> Condition:
     """How a voice was given in training, now always."""
     voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
-    return replace(voices[0], p=1.0) if voices else Condition(ConditionKind.reference)
+    return replace(voices[0], p=1.0) if voices else Condition(kind=ConditionKind.reference)
 
 
-def _start(config: Config, given: Given) -> sampler.Start:
+def _start(config: Config, given: SampleRequest) -> sampler.SamplerInputs:
     draws = conditions.draw(given.batch, given.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
     inputs = conditions.assemble(given.batch, references.always_open(given.mode), draws)
     negative = given.negative
     gates = references.gates(given.mode, given.batch)
-    return sampler.Start(inputs.video, inputs.audio, negative[VIDEO_CONTEXT], negative[AUDIO_CONTEXT], gates)
+    return sampler.SamplerInputs(
+        video=inputs.video,
+        audio=inputs.audio,
+        negative_video=negative[VIDEO_CONTEXT],
+        negative_audio=negative[AUDIO_CONTEXT],
+        gates=gates,
+    )
 
 
 def _guidance(config: Config) -> Guidance:
     s = config.sample
-    return Guidance(s.video_cfg, s.audio_cfg, s.modality_scale, s.stg_scale, tuple(s.stg_blocks), s.rescale)
+    return Guidance(
+        video_cfg=s.video_cfg,
+        audio_cfg=s.audio_cfg,
+        modality_scale=s.modality_scale,
+        stg_scale=s.stg_scale,
+        stg_blocks=tuple(s.stg_blocks),
+        rescale=s.rescale,
+    )
 
 
 def _transformer(config: Config) -> Transformer:
-    asked = [config.sample.bucket] if config.sample.bucket else config.data.buckets[:1]
-    settled, _ = planning.settle(replace(config, data=replace(config.data, buckets=asked)), training=False)
-    transformer = transformers.opened(settled)
+    buckets = [config.sample.bucket] if config.sample.bucket else config.data.buckets[:1]
+    setup = forward_only(replace(config, data=replace(config.data, buckets=buckets)))
+    transformer = model_builder.open_frozen(setup)
     if config.sample.adapter is not None:
         tensors, _ = lora_file.read_lora(config.sample.adapter)
         export.bind(transformer, tensors, config.sample.strength)
     return transformer.eval()
 
 
-def _write(config: Config, given: Given, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
-    decoder = media.open_decoder(session.weights(config), session.device(config), session.dtype(config))
+def _write(config: Config, given: SampleRequest, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
+    decoder = media.open_decoder(model_source.weights(config), resolve.device(config), from_config.dtype(config))
     video_latent, audio_latent = given.batch.video_latent, given.batch.audio_latent
     clip = speech = None
     if video is not None and video_latent is not None:
@@ -126,7 +141,7 @@ def _write(config: Config, given: Given, video: Tensor | None, audio: Tensor | N
         speech = codecs.audio_grid(audio[:, : audio_latent.shape[2]], audio_latent.shape[1])[0]
     pixels, sound = media.decode(decoder, clip, speech)
     media.write_mp4(Path(config.sample.out), pixels, given.sound or sound, fps)
-    print(f"wrote {config.sample.out}")
+    close(config.sample.out, "ltx-train sample ... sample.seed=43 (another one)")
 
 
 def _sound(path: str, seconds: float) -> Sound:

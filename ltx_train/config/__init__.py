@@ -1,21 +1,44 @@
-"""The typed configuration: composing it, its rules, and what a run that goes on may change.
+"""The typed configuration: composing it, its rules, its help, and what a continued run may change.
 
-The only room that raises `ConfigError`, and it does so before anything heavy is imported: no
-torch here, so that `--cfg job` answers at once. Knows names and numbers, not what they do.
+Knows names and numbers, not what they do: no torch here, so that `--help` and `--cfg job` answer at once. Submodules
+are imported when a name is first used, because Hydra alone takes longer than printing the help.
 """
 
-from ltx_train.config.compose import compose_config, config_dir, dump, from_file, load, shipped, to_yaml
-from ltx_train.config.grid import parse_bucket
-from ltx_train.config.modes import training
-from ltx_train.config.rules import readers, require, rounds, validate
-from ltx_train.config.runs import continued, flat, refuse_drift
-from ltx_train.config.targets import settled
-from ltx_train.config.words import nearest
-from ltx_train.contracts import ConfigError
-from ltx_train.schema import Config
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltx_train.config.buckets import parse_bucket
+    from ltx_train.config.compose import changed, compose_config, dump, from_file, load, to_yaml
+    from ltx_train.config.files import config_dir, shipped
+    from ltx_train.config.modes import training_modes
+    from ltx_train.config.requirements import require
+    from ltx_train.config.rules import micro_batches, readers, validate
+    from ltx_train.config.runs import continued, flat, refuse_drift
+    from ltx_train.config.schema import Config
+    from ltx_train.config.targets import with_targets
+    from ltx_train.contracts import ConfigError
+
+_HOMES = {
+    "parse_bucket": "buckets",
+    "changed": "compose", "compose_config": "compose", "dump": "compose", "from_file": "compose", "load": "compose",
+    "to_yaml": "compose", "config_dir": "files", "shipped": "files", "training_modes": "modes",
+    "require": "requirements", "micro_batches": "rules", "readers": "rules", "validate": "rules", "continued": "runs",
+    "flat": "runs", "refuse_drift": "runs", "Config": "schema", "with_targets": "targets",
+}  # fmt: skip
 
 __all__ = [
-    "Config", "ConfigError", "compose_config", "config_dir", "continued", "dump", "flat", "from_file", "load",
-    "nearest", "parse_bucket", "readers", "refuse_drift", "require", "rounds", "settled", "shipped",
-    "to_yaml", "training", "validate",
+    "Config", "ConfigError", "changed", "compose_config", "config_dir", "continued", "dump", "flat", "from_file",
+    "load", "micro_batches", "parse_bucket", "readers", "refuse_drift", "require", "shipped", "to_yaml",
+    "training_modes", "validate", "with_targets",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ConfigError":
+        return import_module("ltx_train.contracts").ConfigError
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

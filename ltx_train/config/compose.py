@@ -1,4 +1,4 @@
-"""Composes the configuration out of groups, files and overrides, and finds typing errors before Hydra does."""
+"""Composes the configuration out of groups, files and overrides; finds typing errors before Hydra does."""
 
 from __future__ import annotations
 
@@ -13,89 +13,78 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ltx_train.config.rules import schema_keys, validate
-from ltx_train.config.targets import settled
-from ltx_train.config.words import nearest
+from ltx_train.config import suggest
+from ltx_train.config.files import config_dir, group_options
+from ltx_train.config.rules import validate
+from ltx_train.config.schema import Config
+from ltx_train.config.settings import OPEN_MAPPINGS, OPEN_PREFIXES, all_settings, check_text, known_names
+from ltx_train.config.targets import with_targets
 from ltx_train.contracts import ConfigError, Mode
-from ltx_train.schema import Config
 
 ConfigStore.instance().store(name="schema", node=Config)
 
-_NOT_READ = {
-    "plan": ("data.root", "data.source"),
-    "evaluate": ("data.root", "data.source"),
-    "bench": ("data.root", "data.source"),
-    "doctor": ("data.root", "data.source"),
-}
-# Lists and mappings whose entries the user names.
-_MAPPINGS = ("mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights")
-_OPEN = ("mode.conditions.", *(f"{name}." for name in _MAPPINGS))
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
 
-def config_dir() -> Path:
-    """The Hydra tree: inside an installed wheel, beside the package in a checkout."""
-    return shipped("conf")
+def compose_config(overrides: list[str], extra_dir: str | None = None) -> Config:
+    """The validated configuration of a list of Hydra overrides. extra_dir: a user's own tree of groups.
 
-
-def shipped(name: str) -> Path:
-    """A folder of declarative files that stands beside the package in a checkout and inside it in a wheel."""
-    packaged = Path(__file__).parent.parent / name
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent / name
-
-
-def compose_config(overrides: list[str], extra_dir: str | None = None, command: str = "") -> Config:
-    """The validated configuration of a list of Hydra overrides; `extra_dir` adds a user's own tree.
-
-    Settings without a default that `command` does not read may stay unset.
+    Settings without a default stay empty; `requirements.require` refuses what a command cannot do without.
     """
     composed = _composed(overrides, extra_dir)
-    unset = sorted(OmegaConf.missing_keys(composed))
-    for name in _NOT_READ.get(command, ()):
-        if name in unset:
-            OmegaConf.update(composed, name, "")
-            unset.remove(name)
-    if unset:
-        raise ConfigError(f"{' and '.join(unset)} must be set: add {unset[0]}=... to the command")
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    _name_modes(config, extra_dir)
-    validate(config)
-    return settled(config)
+    for name in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, name, None if all_settings()[name].nullable else "")
+    return _finished(composed, extra_dir)
 
 
-def _name_modes(config: Config, extra_dir: str | None) -> None:
-    """Fills `modes` with the presets that the mixture names, so that a saved configuration holds all it needs."""
-    roots = [Path(extra_dir)] if extra_dir else []
-    for name in config.mixture:
-        if name in config.modes:
-            continue
-        found = [root / "mode" / f"{name}.yaml" for root in (*roots, config_dir())]
-        path = next((p for p in found if p.is_file()), None)
-        if path is None:
-            raise ConfigError(f"mixture: there is no mode {name!r}{nearest(name, _groups(extra_dir)['mode'])}")
-        merged = OmegaConf.merge(OmegaConf.structured(Mode), OmegaConf.load(path))
-        mode = OmegaConf.to_object(merged)
-        assert isinstance(mode, Mode)
-        config.modes[name] = mode
-
-
-def from_file(path: str, overrides: list[str]) -> Config:
-    """A configuration that `dump` wrote, with single settings changed; groups have been composed already."""
-    groups = _groups(None)
+def from_file(path: str | Path, overrides: list[str]) -> Config:
+    """A configuration that `dump` wrote, with single settings changed; its groups are composed already."""
+    groups = group_options(None)
     for override in overrides:
         _check_override(override, groups)
         if override.partition("=")[0].lstrip("+~") in groups:
             raise ConfigError(f"{override}: {path} is composed already, change single settings (key.name=value)")
-    merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(overrides))
     try:
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(overrides))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explained(error)) from error
+    return _finished(merged, None)
+
+
+def changed(config: Config, overrides: dict[str, Any]) -> Config:
+    """The configuration with settings changed by dotted name, validated like any other."""
+    node = OmegaConf.structured(config)
+    for name, value in overrides.items():
+        OmegaConf.update(node, name, value)
+    return _finished(node, None)
+
+
+def _finished(node: Any, extra_dir: str | None) -> Config:
+    try:
+        config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(_explained(error)) from error
     assert isinstance(config, Config)
-    _name_modes(config, None)
+    _name_modes(config, extra_dir)
     validate(config)
-    return settled(config)
+    return with_targets(config)
+
+
+def _name_modes(config: Config, extra_dir: str | None) -> None:
+    """Fills `modes` with the presets that the mixture names, so that a saved configuration is complete."""
+    roots = [Path(extra_dir)] if extra_dir else []
+    for name in config.mixture:
+        if name in config.modes:
+            continue
+        candidates = [root / "mode" / f"{name}.yaml" for root in (*roots, config_dir())]
+        path = next((p for p in candidates if p.is_file()), None)
+        if path is None:
+            known = group_options(extra_dir)["mode"]
+            raise ConfigError(f"mixture: there is no mode {name!r}{suggest.nearest(name, known)}")
+        merged = OmegaConf.merge(OmegaConf.structured(Mode), OmegaConf.load(path))
+        mode = OmegaConf.to_object(merged)
+        assert isinstance(mode, Mode)
+        config.modes[name] = mode
 
 
 def to_yaml(overrides: list[str], extra_dir: str | None = None) -> str:
@@ -120,7 +109,7 @@ def load(path: Path) -> Config:
 
 
 def _composed(overrides: list[str], extra_dir: str | None) -> Any:
-    groups = _groups(extra_dir)
+    groups = group_options(extra_dir)
     for override in overrides:
         _check_override(override, groups)
     search = [f"hydra.searchpath=[file://{Path(extra_dir).absolute()}]"] if extra_dir else []
@@ -133,31 +122,25 @@ def _composed(overrides: list[str], extra_dir: str | None) -> Any:
 
 
 def _adding(override: str) -> str:
-    """Hydra wants to be told that an entry of a mapping may be new."""
+    """With Hydra's prefix for entries of a mapping that may be new."""
     name = override.partition("=")[0]
-    return f"++{override}" if any(name == m or name.startswith(f"{m}.") for m in _MAPPINGS) else override
-
-
-def _groups(extra_dir: str | None) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for root in (config_dir(), *([Path(extra_dir)] if extra_dir else [])):
-        for path in sorted(root.glob("*/*.yaml")):
-            groups.setdefault(path.parent.name, []).append(path.stem)
-    return groups
+    return f"++{override}" if any(name == m or name.startswith(f"{m}.") for m in OPEN_MAPPINGS) else override
 
 
 def _check_override(override: str, groups: dict[str, list[str]]) -> None:
-    """Finds typing errors before Hydra does, because it can name the nearest valid word."""
+    """ConfigError with the nearest valid word, or with the type that is expected."""
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"{override!r} is not an override: write key=value")
     key = key.lstrip("+~")
-    known = sorted({*schema_keys(), *groups})
-    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith((*_OPEN, "hydra.", "hydra/")):
-        raise ConfigError(f"there is no setting {key!r}{nearest(key, known)}")
+    known = sorted({*known_names(), *groups})
+    if re.sub(r"\.\d+(\.|$)", r".0\1", key) not in known and not key.startswith((*OPEN_PREFIXES, "hydra.", "hydra/")):
+        raise ConfigError(f"there is no setting {key!r}{suggest.for_setting(key, known)}")
     if key in groups and value and value not in (*groups[key], "null") and not value.startswith(("[", "{")):
         options = ", ".join(groups[key])
-        raise ConfigError(f"there is no {key}={value}{nearest(value, groups[key])}; there are: {options}")
+        raise ConfigError(f"there is no {key}={value}{suggest.nearest(value, groups[key])}; there are: {options}")
+    if key in all_settings() and not override.startswith("~"):
+        check_text(all_settings()[key], value)
 
 
 def _explained(error: Exception) -> str:
@@ -165,8 +148,8 @@ def _explained(error: Exception) -> str:
     match = _NOT_A_KEY.search(text) or _NOT_A_KEY.search(str(error.__cause__))
     hint = ""
     if match:
-        known = list(schema_keys())
-        hint = nearest(match[1], [*known, *(k.rsplit(".", 1)[-1] for k in known)])
+        names = known_names()
+        hint = suggest.nearest(match[1], [*names, *(name.rsplit(".", 1)[-1] for name in names)])
     return _first_line(error) + hint
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ltx_train.config.grid import PIXELS_PER_LATENT, audio_latents, parse_bucket, video_latents
+from ltx_train.config.buckets import parse_bucket
+from ltx_train.config.schema import Config
 from ltx_train.contracts import SPEAKER, Condition, ConditionKind, ConfigError, ModalityName, Mode, Role
-from ltx_train.schema import Config
+from ltx_train.diffusion.grid import PIXELS_PER_LATENT
 
 _VIDEO_ONLY = (ConditionKind.first_frame, ConditionKind.spatial_crop)
 _SPANS = (ConditionKind.prefix, ConditionKind.suffix)
@@ -18,7 +19,7 @@ _SPANS = (ConditionKind.prefix, ConditionKind.suffix)
 
 @dataclass(frozen=True)
 class Clip:
-    """A bucket in latents: steps by modality, and its size in pixels."""
+    """A bucket: latent steps by modality, and its size in pixels."""
 
     bucket: str
     steps: Mapping[ModalityName, int]
@@ -26,7 +27,7 @@ class Clip:
     height: int
 
 
-def training(config: Config) -> list[tuple[float, Mode]]:
+def training_modes(config: Config) -> list[tuple[float, Mode]]:
     """The modes that training draws from, with their weights: the mixture, or the one mode."""
     return [(w, config.modes[name]) for name, w in config.mixture.items() if w] or [(1.0, config.mode)]
 
@@ -39,7 +40,7 @@ def validate(config: Config) -> None:
     for name, mode in {"mode": config.mode, **{f"modes.{k}": m for k, m in config.modes.items()}}.items():
         _validate_mode(name, mode, clips)
     weights = {ModalityName.video: config.loss.video_weight, ModalityName.audio: config.loss.audio_weight}
-    for _, mode in training(config):
+    for _, mode in training_modes(config):
         generated = [name for name in ModalityName if mode.role(name) is Role.generate]
         if all(weights[name] == 0 for name in generated):
             raise ConfigError(f"loss: the weight of every generated modality ({', '.join(generated)}) is 0")
@@ -47,12 +48,9 @@ def validate(config: Config) -> None:
 
 def _clips(config: Config) -> Iterator[Clip]:
     for bucket in config.data.buckets:
-        width, height, frames = parse_bucket(bucket)
-        steps = {
-            ModalityName.video: video_latents(frames),
-            ModalityName.audio: audio_latents(frames, config.data.fps),
-        }
-        yield Clip(bucket, steps, width, height)
+        parsed = parse_bucket(bucket)
+        steps = {ModalityName.video: parsed.latents[0], ModalityName.audio: parsed.audio_tokens(config.data.fps)}
+        yield Clip(bucket, steps, parsed.width, parsed.height)
 
 
 def _validate_mode(name: str, mode: Mode, clips: list[Clip]) -> None:

@@ -1,4 +1,4 @@
-"""What a run that goes on keeps of its own configuration, and what may differ from it."""
+"""What a continued run keeps of its own configuration, and which settings may differ from it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ltx_train.config.schema import Config
 from ltx_train.contracts import ConfigError
-from ltx_train.schema import Config
 
+# Settings that decide what a run computes.
 _FIXED_IN_A_RUN = (
     "model.",
     "mode.",
@@ -26,17 +27,21 @@ _FIXED_IN_A_RUN = (
     "memory.quantize",
     "memory.compute",
 )
+# Exceptions: settings of `prepare` alone (the prepared folder's index is compared with the others by itself), paths,
+# and what may change with a warning.
 _FREE_IN_A_RUN = (
     "data.workers",
     "data.source",
     "data.root",
+    "data.on_bad_clip",
+    "data.samples_per_shard",
+    "data.silence_db",
     "model.path",
-    "optim.steps",
     "model.text_encoder",
+    "optim.steps",
     "optim.batch_size",
 )
-
-# What goes on as the same run, but not as if nothing had happened.
+# What continues as the same run, but with other numbers.
 _WARNED = {
     "optim.steps": "the learning rate's course follows the new number of steps from here on",
     "optim.batch_size": "sums are taken in another order: near the unbroken run, not bit for bit",
@@ -46,44 +51,45 @@ _WARNED = {
     "model.path": "the same base, if its weights are",
 }
 # Exceptions from these: they change nothing that is computed.
-_UNNOTICED = (
+_NOT_WARNED = (
     "strategy.step_timeout_s", "strategy.start_timeout_s", "memory.budget_gib", "memory.stream", "eval.interval",
     "eval.patience", "eval.samples",
 )  # fmt: skip
 
 
-def refuse_drift(saved: Config, now: Config, where: Path) -> list[str]:
+def refuse_drift(saved: Config, now: Config, folder: Path) -> list[str]:
     """Compares a run's saved configuration with the present one before it is continued.
 
-    Returns the differences that it may have, each with what it means if it means something; ConfigError lists those
-    that would make another run of it.
+    Returns the differences that are allowed, each with its consequence if it has one. ConfigError lists the
+    differences that would make it another run.
     """
     old, new = flat(saved), flat(now)
     changed = [
         f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
     ]
-    free = (*_FREE_IN_A_RUN, *(f"{name}:" for name in now.run.allow))
+    allowed = tuple(f"{name}:" for name in now.run.allow)
+    free = (*_FREE_IN_A_RUN, *allowed)
     refused = [line for line in changed if line.startswith(_FIXED_IN_A_RUN) and not line.startswith(free)]
     if refused:
         listed = "\n  ".join(refused)
         raise ConfigError(
-            f"{where} was started with another configuration:\n  {listed}\n"
+            f"{folder} was started with another configuration:\n  {listed}\n"
             "start a new run (run.id=...), undo the changes to continue this one, "
             f"or mean it: run.allow=[{','.join(line.split(':')[0] for line in refused)}]"
         )
-    return [f"{line}{_meaning(line, free[len(_FREE_IN_A_RUN) :])}" for line in changed]
+    return [f"{line}{_consequence(line, allowed)}" for line in changed]
 
 
-def _meaning(line: str, allowed: tuple[str, ...]) -> str:
+def _consequence(line: str, allowed: tuple[str, ...]) -> str:
     if allowed and line.startswith(allowed):
         return " (warning: allowed by run.allow, another course from here on)"
     why = next((why for name, why in _WARNED.items() if line.startswith(name)), None)
-    return "" if why is None or line.startswith(_UNNOTICED) else f" (warning: {why})"
+    return "" if why is None or line.startswith(_NOT_WARNED) else f" (warning: {why})"
 
 
 def continued(config: Config, before: Config | None, world: int) -> Config:
-    """What a run keeps where the configuration leaves it open: the precision that was chosen for it, and its global
-    batch on any number of devices. before: the run's own configuration, None for a new one."""
+    """The configuration with what a run keeps where it is left open: the precision that was chosen for it, and its
+    global batch on any number of devices. before: the run's own configuration, None for a new run."""
     memory, optim = config.memory, config.optim
     if before is not None and memory.quantize == "auto":
         memory = replace(memory, quantize=before.memory.quantize)
@@ -94,6 +100,8 @@ def continued(config: Config, before: Config | None, world: int) -> Config:
 
 
 def flat(config: Config) -> dict[str, str]:
+    """Every setting as text, by dotted name."""
+
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             if isinstance(value, dict):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from ltx_train.config.modes import training
-from ltx_train.config.words import nearest
+from ltx_train.config.modes import training_modes
+from ltx_train.config.schema import Config
+from ltx_train.config.suggest import nearest
 from ltx_train.contracts import ConditionKind, ConfigError, ModalityName, Mode, Placement, Role
-from ltx_train.schema import Config
 
 _HEADS = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED = ("net.0.proj", "net.2")
@@ -58,7 +58,7 @@ _OUTSIDE = (
 )  # fmt: skip
 
 
-def settled(config: Config) -> Config:
+def with_targets(config: Config) -> Config:
     """The configuration with its targets as name endings: sets spelled out, or the mode's own set."""
     if config.adapter.kind == "full":
         return config
@@ -86,7 +86,7 @@ def of_mode(mode: Mode) -> str:
 
 def validate(config: Config) -> None:
     """ConfigError for a target none of whose layers ever sees a loss, naming it."""
-    modes = [mode for _, mode in training(config)]
+    modes = [mode for _, mode in training_modes(config)]
     for target in config.adapter.targets:
         for ending in SETS.get(target, (target,)):
             hit = [name for name in _BLOCK if name == ending or name.endswith(f".{ending}")]

@@ -15,8 +15,9 @@ from torch import Tensor
 from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
-from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, Wants
-from ltx_train.diffusion import positions, references
+from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, ReadRequest
+from ltx_train.diffusion import references
+from ltx_train.diffusion.grid import Bucket, audio_latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,11 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DataRequirements:
     """What the data are to serve: the modes, what a reader is told to read for them, and the quietest sound."""
 
     modes: tuple[Mode, ...]
-    wants: Wants
+    request: ReadRequest
     silence_db: float
 
     def role(self, name: ModalityName) -> bool:
@@ -40,19 +41,19 @@ class Asked:
         return any(mode.role(name) is not Role.absent for mode in self.modes)
 
 
-def audit(root: Path, index: Index, asked: Asked, stale: Sequence[str]) -> list[Finding]:
+def audit(root: Path, index: Index, requirements: DataRequirements, stale: Sequence[str]) -> list[Finding]:
     """Everything at once, so that a user mends all in one go."""
     findings = [Finding(True, f"stale: {reason}; run prepare again") for reason in stale]
     findings += _splits(index)
     findings += _files(root, index)
-    if asked.wants.caption_dropout and not index.dropped_context:
+    if requirements.request.caption_dropout and not index.dropped_context:
         findings.append(Finding(True, "prepared without a context for dropped captions: run prepare again"))
     if any(f.error for f in findings if "shard" in f.text):
         return findings
-    reader = Reader(root, index, seed=0, wants=asked.wants)
+    reader = Reader(root, index, seed=0, request=requirements.request)
     for record in index.records:
         try:
-            findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, asked)]
+            findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, requirements)]
         except DataError as error:
             findings.append(Finding(True, str(error)))
     findings += [Finding(False, f"set aside by prepare: {key}: {why}") for key, why in index.quarantined.items()]
@@ -80,26 +81,25 @@ def _files(root: Path, index: Index) -> Iterator[Finding]:
             yield Finding(True, f"shard {path} is {found}: run prepare again")
 
 
-def _sample(reader: Reader, record: Record, asked: Asked) -> Iterator[str]:
+def _sample(reader: Reader, record: Record, requirements: DataRequirements) -> Iterator[str]:
     tensors = reader.tensors(record)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield f"{name} holds numbers that are not finite"
-        elif name not in asked.wants.masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
+        elif name not in requirements.request.masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
             yield f"{name} is constant"
-    if asked.role(ModalityName.video):
+    if requirements.role(ModalityName.video):
         yield from _video_fits(record, tensors.get(VIDEO))
-    if asked.role(ModalityName.audio):
-        yield from _audio_fits(record, tensors.get(AUDIO), asked.silence_db)
-    for name in sorted(asked.wants.masks):
+    if requirements.role(ModalityName.audio):
+        yield from _audio_fits(record, tensors.get(AUDIO), requirements.silence_db)
+    for name in sorted(requirements.request.masks):
         yield from _mask_fits(name, tensors)
-    for condition in asked.wants.references.values():
+    for condition in requirements.request.references.values():
         yield from _reference(reader, record, condition, tensors)
 
 
 def _video_fits(record: Record, latent: Tensor | None) -> Iterator[str]:
-    width, height, frames = (int(n) for n in record.bucket.split("x"))
-    wanted = (positions.latent_frames(frames), height // 32, width // 32)
+    wanted = Bucket(*(int(n) for n in record.bucket.split("x"))).latents
     if latent is None:
         yield "no video latent"
     elif tuple(latent.shape[1:]) != wanted:
@@ -107,7 +107,7 @@ def _video_fits(record: Record, latent: Tensor | None) -> Iterator[str]:
 
 
 def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Iterator[str]:
-    wanted = positions.audio_latents(record.seconds)
+    wanted = audio_latents(record.seconds)
     if latent is None:
         yield "no audio, but the mode needs it"
         return

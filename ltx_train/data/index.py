@@ -28,7 +28,7 @@ class Member:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One sample. seconds is the length of the target; voice tells whether it holds a reference window for others;
     context and variants are digests of its captions' contexts."""
@@ -61,7 +61,7 @@ class Shard:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Index:
     """settings and encoders are what latents depend on; a difference to the run's makes the folder stale.
 

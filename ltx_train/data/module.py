@@ -38,7 +38,10 @@ class ShardData(LightningDataModule):
         self._rank, self._world = rank, world
 
     def train_dataloader(self) -> DataLoader[Any]:
-        batches = MicroBatches(self._order, self._micro, self._first, self._last, self._rank, self._world)
+        batches = MicroBatches(
+            self._order, micro_batch=self._micro, first_step=self._first, last_step=self._last, rank=self._rank,
+            world=self._world,
+        )  # fmt: skip
         return DataLoader(
             AddressedDataset(self._reader),
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]

@@ -55,7 +55,9 @@ class Order:
 class MicroBatches:
     """The batch sampler of one rank: its share of every global batch, in micro-batches, from a given step on."""
 
-    def __init__(self, order: Order, micro_batch: int, first_step: int, last_step: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, order: Order, *, micro_batch: int, first_step: int, last_step: int, rank: int = 0, world: int = 1
+    ) -> None:  # fmt: skip
         self._order, self._micro = order, micro_batch
         self._steps, self._rank, self._world = range(first_step, last_step), rank, world
 

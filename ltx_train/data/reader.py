@@ -31,7 +31,7 @@ _CONTEXTS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Wants:
+class ReadRequest:
     """What is read of a clip besides its latents and its first caption.
 
     references: by the name of their condition. masks: tensor names, given if the clip has them or required.
@@ -44,7 +44,7 @@ class Wants:
     variants: bool = False
 
     @classmethod
-    def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> Wants:
+    def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> ReadRequest:
         """For training in any of several modes."""
         modes = list(modes)
         found = {c.name: c for mode in modes for c in mode.references}
@@ -55,8 +55,8 @@ class Wants:
 class Reader:
     """Samples of a prepared folder by key. `seed` keys which clip of a speaker serves as the reference."""
 
-    def __init__(self, root: str | Path, index: Index, *, seed: int, wants: Wants | None = None) -> None:
-        self._root, self._seed, self._wants = Path(root), seed, wants or Wants()
+    def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
+        self._root, self._seed, self._request = Path(root), seed, request or ReadRequest()
         self._dropped = index.dropped_context
         self.records: Mapping[str, Record] = {r.key: r for r in index.records}
         self._by_speaker: dict[str, list[Record]] = {}
@@ -80,11 +80,11 @@ class Reader:
 
     def caption(self, address: Address) -> str:
         """The digest of the context this draw sees: dropped, or a keyed choice among the clip's captions."""
-        record, wants = self.records[address.key], self._wants
+        record, request = self.records[address.key], self._request
         where = (record.key, address.draw)
-        if wants.caption_dropout and float(rng.uniform(self._seed, "caption/drop", *where)) < wants.caption_dropout:
+        if request.caption_dropout and float(rng.uniform(self._seed, "caption/drop", *where)) < request.caption_dropout:
             return self._dropped
-        choices = (record.context, *record.variants) if wants.variants else (record.context,)
+        choices = (record.context, *record.variants) if request.variants else (record.context,)
         return choices[rng.choice(len(choices), self._seed, "caption", *where)]
 
     def reference_key(self, address: Address, condition: Condition) -> str:
@@ -115,7 +115,7 @@ class Reader:
         for other in self._by_split[record.split]:
             if other.speaker != record.speaker and all(
                 _gives(other, record, c) or (c.stream is ModalityName.audio and other.own_reference)
-                for c in self._wants.references.values()
+                for c in self._request.references.values()
             ):
                 fitting.setdefault(other.speaker, []).append(other.key)
         stream = rng.generator(self._seed, "wrong-reference", record.key, address.draw)
@@ -138,12 +138,12 @@ class Reader:
     def _made(self, address: Address, donor: str | None, context: str) -> Sample:
         record = self.records[address.key]
         tensors, contexts = self.tensors(record), self._context(context)
-        missing = sorted(name for name in self._wants.masks if name not in tensors)
+        missing = sorted(name for name in self._request.masks if name not in tensors)
         if missing:
             raise DataError(f"{record.key}: the shards have no {missing[0]!r} for it, which the mode or the loss reads")
         references = {
             name: self._reference(donor or self.reference_key(address, condition), condition)
-            for name, condition in self._wants.references.items()
+            for name, condition in self._request.references.items()
         }
         return Sample(
             key=record.key,
@@ -155,7 +155,7 @@ class Reader:
             video_context=contexts[VIDEO_CONTEXT],
             audio_context=contexts[AUDIO_CONTEXT],
             references=references,
-            masks={name: tensors[name] for name in self._wants.masks},
+            masks={name: tensors[name] for name in self._request.masks},
         )
 
     def _reference(self, key: str, condition: Condition) -> Tensor:

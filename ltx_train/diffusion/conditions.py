@@ -35,7 +35,7 @@ TokenWeights = Mapping[str, float]
 _UNWEIGHTED: TokenWeights = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
     """Everything random in one training step, float32 on the CPU: sigma (B,) per modality, noise like the target
     tokens, and per condition of the mode whether a sample has it (B,) bool and its numbers (B, 4) from U[0, 1)."""
@@ -73,15 +73,17 @@ def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *
     if sigma is not None:
         video = audio = torch.full((len(pairs),), sigma)
     else:
-        video = torch.cat([_level(distribution, seed, "sigma", k, d, shared_tokens) for k, d in pairs])
+        video = torch.cat([_level(distribution, rng.generator(seed, "sigma", k, d), shared_tokens) for k, d in pairs])
         audio = video
         if mode.sigma is Coupling.independent:
-            audio = torch.cat([_level(distribution, seed, "sigma/audio", k, d, audio_tokens) for k, d in pairs])
+            audio = torch.cat(
+                [_level(distribution, rng.generator(seed, "sigma/audio", k, d), audio_tokens) for k, d in pairs]
+            )
     # Drawn whether a sample has the condition or not: another p changes no other draw.
     chances = [torch.cat([rng.uniform(seed, c.name, k, d) for k, d in pairs]) for c in mode.conditions]
     numbers = [torch.stack([rng.uniform(seed, f"{c.name}/place", k, d, 4) for k, d in pairs]) for c in mode.conditions]
     return Draws(
-        video, audio,
+        video_sigma=video, audio_sigma=audio,
         video_noise=_noise(batch, mode.video, "noise/video", seed, batch.video_latent),
         audio_noise=_noise(batch, mode.audio, "noise/audio", seed, batch.audio_latent),
         chosen=tuple(chance < c.p for chance, c in zip(chances, mode.conditions, strict=True)),
@@ -131,14 +133,14 @@ def _stream(
         mask = _named(batch, condition, batch.masks) if condition.kind is ConditionKind.mask else None
         clean = given.tokens(condition, grid, numbers, mask).to(latent.device)
         noised[clean & chosen[:, None].to(latent.device)] = 0
-    modality, velocity = _noised(batch, latent, noised, draws.sigma(name), draws.noise(name), name)
+    modality, velocity = _noised(batch, latent, noised, sigma=draws.sigma(name), noise=draws.noise(name), name=name)
     if velocity is not None:
         velocity = replace(velocity, loss_mask=_weighted(batch, velocity.loss_mask, grid, token_weights))
     return references.attached(modality, beside, latent, batch.fps), velocity
 
 
 def _noised(
-    batch: Batch, latent: Tensor, noised: Tensor, sigma: Tensor, noise: Tensor | None, name: ModalityName
+    batch: Batch, latent: Tensor, noised: Tensor, *, sigma: Tensor, noise: Tensor | None, name: ModalityName
 ) -> tuple[Modality, Velocity | None]:
     """x = (1 - sigma) * clean + sigma * noise where `noised` is 1; a modality without noise is given as it is."""
     clean, device = references.tokens(latent), latent.device
@@ -151,10 +153,18 @@ def _noised(
         context = batch.audio_context
     if noise is None:
         none = torch.zeros(clean.shape[0], device=device)
-        return Modality(clean, torch.zeros_like(noised), none, bounds, context), None
+        return Modality(
+            latent=clean, timesteps=torch.zeros_like(noised), sigma=none, positions=bounds, context=context
+        ), None
     noise, level = noise.to(device), sigma.to(device)
     timesteps = level[:, None] * noised
-    modality = Modality(torch.lerp(clean, noise, timesteps[..., None]), timesteps, level, bounds, context)
+    modality = Modality(
+        latent=torch.lerp(clean, noise, timesteps[..., None]),
+        timesteps=timesteps,
+        sigma=level,
+        positions=bounds,
+        context=context,
+    )
     return modality, Velocity(noise - clean, noised)
 
 
@@ -179,8 +189,7 @@ def _token_counts(batch: Batch) -> tuple[int, int]:
     return video, 0 if batch.audio_latent is None else batch.audio_latent.shape[2]
 
 
-def _level(distribution: SigmaDistribution, seed: int, purpose: str, key: str, step: int, tokens: int) -> Tensor:
-    stream = rng.generator(seed, purpose, key, step)
+def _level(distribution: SigmaDistribution, stream: torch.Generator, tokens: int) -> Tensor:
     normal = torch.randn(1, generator=stream)
     flat, selector = torch.rand(2, generator=stream).split(1)
     return levels(normal, flat, selector, tokens, distribution)

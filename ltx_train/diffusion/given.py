@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import Condition, ConditionKind
-from ltx_train.diffusion.positions import PIXELS_PER_LATENT
+from ltx_train.diffusion.grid import PIXELS_PER_LATENT
 
 Grid = tuple[int, ...]
 _SMALLEST_SIDE = 0.25

@@ -15,18 +15,18 @@ Predictor = Callable[[Modality | None, Modality | None], tuple[Tensor | None, Te
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """A forward and a backward pass: inputs on the device, weights of losses, and what the gradient is scaled with."""
+class MicroBatch:
+    """One forward and backward pass: inputs on the device, weights of the losses, scale of the gradient."""
 
     inputs: ModelInputs
     weights: Weights
     scale: float = 1.0
 
 
-def backward(predict: Predictor, given: Pass) -> StepResult:
-    """Adds the gradients of the scaled loss to the parameters'; the result is free of the graph behind it."""
-    result = losses(predict, given.inputs, given.weights)
-    (result.loss * given.scale).backward()
+def backward(predict: Predictor, micro_batch: MicroBatch) -> StepResult:
+    """Accumulates the gradients of the scaled loss into the parameters. The result is detached."""
+    result = losses(predict, micro_batch.inputs, micro_batch.weights)
+    (result.loss * micro_batch.scale).backward()
     return StepResult(result.loss.detach(), _detached(result.video), _detached(result.audio), result.sigma)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FRAMES_PER_LATENT, PIXELS_PER_LATENT = 8, 32
+from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+
 MEL_FRAMES_PER_LATENT = 4
 MEL_HOP_S = 160 / 16000
-AUDIO_LATENTS_PER_S = 25.0
 
 
 def video(latent_frames: int, latent_height: int, latent_width: int, fps: float) -> Tensor:
@@ -27,7 +27,7 @@ def video(latent_frames: int, latent_height: int, latent_width: int, fps: float)
 
 
 def video_reference(
-    latent_frames: int, latent_height: int, latent_width: int, fps: float, spatial_scale: int, temporal_scale: int
+    latent_frames: int, latent_height: int, latent_width: int, fps: float, *, spatial_scale: int, temporal_scale: int
 ) -> Tensor:
     """(3, F * H * W, 2) on the axes of a target of `fps` frames a second.
 
@@ -46,13 +46,3 @@ def audio(latents: int) -> Tensor:
     edges = torch.arange(latents + 1, dtype=torch.float32) * MEL_FRAMES_PER_LATENT
     seconds = (edges + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0) * MEL_HOP_S
     return torch.stack([seconds[:-1], seconds[1:]], dim=-1)[None]
-
-
-def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of 8k + 1 pixel frames."""
-    return (frames - 1) // FRAMES_PER_LATENT + 1
-
-
-def audio_latents(seconds: float) -> int:
-    """Audio latents that stand for a duration: 25 per second, as at inference."""
-    return round(seconds * AUDIO_LATENTS_PER_S)

@@ -31,7 +31,7 @@ def visible(condition: Condition, chosen: Tensor, sigma: Tensor) -> Tensor:
     return chosen & (sigma >= low) & (sigma <= high)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """Tokens [first, last) of a modality that are there at noise levels in [low, high] only."""
 
@@ -51,7 +51,7 @@ def gates(mode: Mode, batch: Batch) -> tuple[Gate, ...]:
         for condition in (c for c in mode.references if c.stream is name and c.name in batch.references):
             count = tokens(batch.references[condition.name][:1]).shape[1]
             low, high = condition.sigmas
-            found.append(Gate(name, place, place + count, low, high))
+            found.append(Gate(modality=name, first=place, last=place + count, low=low, high=high))
             place += count
     return tuple(gate for gate in found if (gate.low, gate.high) != (0.0, 1.0))
 
@@ -94,7 +94,10 @@ def bounds(condition: Condition, latent: Tensor, target: Tensor, fps: Tensor) ->
     else:
         scale = condition.spatial_scale or spatial_scale(latent, target)
         sizes = (latent.shape[2], latent.shape[3], latent.shape[4])
-        made = [positions.video_reference(*sizes, float(f), scale, condition.temporal_scale) for f in fps]
+        made = [
+            positions.video_reference(*sizes, float(f), spatial_scale=scale, temporal_scale=condition.temporal_scale)
+            for f in fps
+        ]
         found = torch.stack(made)
     if condition.position is Placement.negative:
         found[:, 0] -= found[:, 0, -1:, 1:] + condition.gap_s

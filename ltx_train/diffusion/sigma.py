@@ -33,7 +33,7 @@ class SigmaKind(StrEnum):
     high = "high"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SigmaDistribution:
     """Parameters of the distribution of noise levels.
 

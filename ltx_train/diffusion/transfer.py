@@ -36,18 +36,18 @@ def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on a device, for what is computed there step by step."""
-    return mapped(batch, lambda tensor: tensor.to(device))
+    return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Nested dataclasses and dicts with every tensor changed, everything else as it is."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
     if isinstance(value, dict):
         items: dict[str, Any] = value
-        return {name: mapped(item, change) for name, item in items.items()}
+        return {name: map_tensors(item, change) for name, item in items.items()}
     return value
 
 

@@ -14,8 +14,8 @@ from ltx_train.contracts import Modality, ModalityName
 from ltx_train.data.index import Index
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import heldout
-from ltx_train.evaluation.heldout import Settings
-from ltx_train.memory.recompute import BlockRunner
+from ltx_train.evaluation.heldout import MeasurementSettings
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model.attention import key_mass
 from ltx_train.model.transformer import Block, Stream, Transformer
 
@@ -44,8 +44,8 @@ class Probe:
         hidden, stream = (video, streams[0]) if self._name is ModalityName.video else (audio, streams[1])
         assert isinstance(hidden, torch.Tensor)
         assert isinstance(stream, Stream)
-        if stream.part is not None:
-            hidden, stream = stream.part.whole(hidden), stream.whole()
+        if stream.token_slice is not None:
+            hidden, stream = stream.token_slice.whole(hidden), stream.whole()
         prefix = "" if self._name is ModalityName.video else "audio_"
         keys = hidden.shape[1]
         if keys == self._targets:
@@ -54,12 +54,13 @@ class Probe:
         rows = torch.arange(0, self._targets, step, device=hidden.device)
         seen = block.attended(hidden, stream, prefix)
         attention = block.get_submodule(f"{prefix}attn1")
-        share = key_mass(attention, seen, stream.rotary, stream.self_bias, rows, self._targets)
+        share = key_mass(attention, seen, stream.rotary, bias=stream.self_bias, rows=rows, first_key=self._targets)
         self.shares.append((index, share, 1 - self._targets / keys))
 
 
 def measure(
-    transformer: Transformer, root: str, index: Index, settings: Settings, levels: Sequence[float],
+    transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *,
+    levels: Sequence[float],
     device: torch.device, share: tuple[int, int] = (0, 1),
 ) -> list[Mass]:  # fmt: skip
     """Masses of the held-out split with its own references; empty when the mode has none."""
@@ -67,7 +68,7 @@ def measure(
     runner = transformer.run_block
     if not streams or not isinstance(runner, BlockRunner):
         return []
-    reader = Reader(root, index, seed=settings.seed, wants=heldout.wants(settings))
+    reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
     found: list[Mass] = []
     with heldout.undisturbed(transformer):
         for addresses in heldout.batches(index, settings)[share[0] :: share[1]]:

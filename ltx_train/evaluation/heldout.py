@@ -17,7 +17,7 @@ from ltx_train.contracts import Batch, Mode
 from ltx_train.data.collate import collate
 from ltx_train.data.index import HELDOUT, Index, Record
 from ltx_train.data.order import Address
-from ltx_train.data.reader import Reader, Wants
+from ltx_train.data.reader import Reader, ReadRequest
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
@@ -26,8 +26,8 @@ from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementSettings:
     """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether these
     arms are measured. max_samples 0 takes all."""
 
@@ -53,14 +53,14 @@ class Arm:
 
 
 def measure(
-    transformer: Transformer, root: str, index: Index, settings: Settings, device: torch.device, *, with_base: bool,
-    share: tuple[int, int] = (0, 1),
+    transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *, device: torch.device,
+    with_base: bool, share: tuple[int, int] = (0, 1),
 ) -> list[Row]:  # fmt: skip
     """The rows of the held-out split; of every n-th batch from the k-th on where share is (k, n).
 
     Leaves training mode and torch's random state as they were.
     """
-    reader = Reader(root, index, seed=settings.seed, wants=wants(settings))
+    reader = Reader(root, index, seed=settings.seed, request=read_request(settings))
     rows: list[Row] = []
     with undisturbed(transformer):
         for addresses in batches(index, settings)[share[0] :: share[1]]:
@@ -71,12 +71,12 @@ def measure(
     return rows
 
 
-def wants(settings: Settings) -> Wants:
+def read_request(settings: MeasurementSettings) -> ReadRequest:
     """What a reader reads: first captions, never dropped."""
-    return replace(Wants.of([settings.mode]), variants=False)
+    return replace(ReadRequest.of([settings.mode]), variants=False)
 
 
-def heldout_records(index: Index, settings: Settings) -> list[Record]:
+def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]:
     """The clips that are measured, always the same ones; of fewer than all, as many identities as there can be."""
     turns: dict[str, int] = {}
     placed: list[tuple[int, Record]] = []
@@ -88,7 +88,7 @@ def heldout_records(index: Index, settings: Settings) -> list[Record]:
     return sorted(chosen, key=lambda r: (r.bucket, r.key))
 
 
-def passes(index: Index, settings: Settings, *, with_base: bool) -> tuple[int, int, int]:
+def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> tuple[int, int, int]:
     """What a measurement costs: clips, noise levels, and versions of each clip at most."""
     references = bool(settings.mode.references)
     arms = 1 + with_base + (settings.dropped + settings.wrong_references) * references
@@ -97,7 +97,7 @@ def passes(index: Index, settings: Settings, *, with_base: bool) -> tuple[int, i
     return len(heldout_records(index, settings)), len(settings.levels), arms
 
 
-def batches(index: Index, settings: Settings) -> list[list[Address]]:
+def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
     """The held-out clips in batches of one bucket."""
     records = heldout_records(index, settings)
     found: list[list[Address]] = []
@@ -107,7 +107,7 @@ def batches(index: Index, settings: Settings) -> list[list[Address]]:
     return found
 
 
-def arms(reader: Reader, addresses: list[Address], settings: Settings, with_base: bool) -> Iterator[Arm]:
+def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings, with_base: bool) -> Iterator[Arm]:
     """A batch as it is, and every version of it that is compared with it."""
     correct = collate([reader.sample(a) for a in addresses])
     yield Arm(CORRECT, correct)
@@ -129,7 +129,7 @@ def arms(reader: Reader, addresses: list[Address], settings: Settings, with_base
             yield Arm(CAPTION, collate([reader.with_caption_of(a, key) for a, key in named]))
 
 
-def inputs(arm: Arm, settings: Settings, sigma: float, device: torch.device) -> conditions.ModelInputs:
+def inputs(arm: Arm, settings: MeasurementSettings, sigma: float, device: torch.device) -> conditions.ModelInputs:
     """The arm's batch at one noise level; the noise is keyed by sample alone."""
     # The distribution is irrelevant here: the level is given.
     draws = conditions.draw(arm.batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
@@ -152,7 +152,7 @@ def undisturbed(transformer: Transformer) -> Generator[None]:
         torch.set_rng_state(state)
 
 
-def _losses(transformer: Transformer, arm: Arm, settings: Settings, device: torch.device) -> Sequence[Row]:
+def _losses(transformer: Transformer, arm: Arm, settings: MeasurementSettings, device: torch.device) -> Sequence[Row]:
     rows: list[Row] = []
     for sigma in settings.levels:
         result = objective.losses(transformer, inputs(arm, settings, sigma, device), Weights())
@@ -162,5 +162,8 @@ def _losses(transformer: Transformer, arm: Arm, settings: Settings, device: torc
         total = torch.nan_to_num(video) * settings.video_weight + torch.nan_to_num(audio) * settings.audio_weight
         names = zip(arm.batch.keys, arm.batch.speakers, strict=True)
         values = zip(total.tolist(), video.tolist(), audio.tolist(), strict=True)
-        rows += [Row(*who, sigma, arm.name, *numbers) for who, numbers in zip(names, values, strict=True)]
+        rows += [
+            Row(key=key, speaker=speaker, sigma=sigma, arm=arm.name, loss=loss, video=v, audio=a)
+            for (key, speaker), (loss, v, a) in zip(names, values, strict=True)
+        ]
     return rows

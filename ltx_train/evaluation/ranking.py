@@ -14,7 +14,7 @@ BEST = "best.safetensors"
 _SHOWN = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """A measured step; half: half width of its 95 % interval over identities; kept: the file or folder that has it."""
 
@@ -33,8 +33,8 @@ def ranked(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Entry]:
         if "val/loss" in row:
             step = int(row["step"])
             found[step] = Entry(
-                step, row["val/loss"], row.get("val/loss_ci95", float("nan")), row.get("val/reference_gap"),
-                row.get("val/adapter_gain"), _kept(folder, step),
+                step=step, loss=row["val/loss"], half=row.get("val/loss_ci95", float("nan")),
+                gap=row.get("val/reference_gap"), gain=row.get("val/adapter_gain"), kept=_kept(folder, step),
             )  # fmt: skip
     return sorted(found.values(), key=lambda entry: entry.loss)
 

@@ -20,7 +20,7 @@ from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, WRONG, Grid, Row, mea
 from ltx_train.evaluation.verdicts import Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """One measured adapter (or full weights). step: of its run, None for a file from elsewhere."""
 
@@ -31,7 +31,7 @@ class Subject:
     clips: Sequence[Clip] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What is shown. subjects: what was measured now, best first when there are several; the first is shown whole."""
 

@@ -19,7 +19,7 @@ _DIFFERENCES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Losses of one sample at one noise level under one arm; nan for a modality that is not generated."""
 

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """value: the held-out loss at the end, None when it was given up; course: held-out loss by step."""
 

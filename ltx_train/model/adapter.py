@@ -30,7 +30,7 @@ class AdapterError(UserError):
     """Target modules or adapter tensors that do not fit the model."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
     """What is attached: rank, alpha (scale = alpha / rank), dropout and target module names (suffixes at a dot).
 
@@ -111,6 +111,12 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
             )
 
 
+def inputs_and_outputs(layer: nn.Module) -> int:
+    """in_features + out_features: the elements of a rank-1 adapter on a linear layer."""
+    linear: Any = layer
+    return linear.in_features + linear.out_features
+
+
 def _materialize(layer: LowRankLinear) -> None:
     """The low-rank weights in zeros, where the layer's own are."""
     base: Any = layer.get_base_layer()
@@ -175,11 +181,11 @@ def refuse_misfit(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor
         )
 
 
-def cut_dropout(model: nn.Module, part: int) -> None:
-    """Layers that see video tokens draw the masks of this part of them."""
+def slice_dropout(model: nn.Module, rank: int) -> None:
+    """Layers that see video tokens draw the dropout masks of this rank's token slice."""
     for name, layer in model.named_modules():
         if isinstance(layer, LowRankLinear) and name.startswith("transformer_blocks."):
-            layer.part = part if tokens_seen(name.split(".", 2)[2]) == "video" else 0
+            layer.token_slice = rank if tokens_seen(name.split(".", 2)[2]) == "video" else 0
 
 
 class DropoutKeys:

@@ -12,26 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltx_train.distributed.sequence import TokenSlice
 from ltx_train.model.linear import products
-from ltx_train.model.sequence import Part
 
 Rotary = tuple[Tensor, Tensor]
 
 
-class Apart(NamedTuple):
-    """Keys and values (B, size, H, D) whose tokens are cut over ranks; both: the queries' are too."""
+class SlicedKeys(NamedTuple):
+    """Keys and values (B, size, H, D) whose tokens are sliced over ranks. queries_too: so are the queries'."""
 
-    part: Part
-    both: bool
+    token_slice: TokenSlice
+    queries_too: bool
 
-    def together(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens: of a share of the heads, or of all of them where every rank has all queries."""
-        if self.both:
-            return self.part.over_heads(query), self.part.over_heads(key), self.part.over_heads(value)
-        return query, self.part.whole(key), self.part.whole(value)
+    def gathered(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens: of a part of the heads (all-to-all), or of all heads where every rank has all queries."""
+        own = self.token_slice
+        if self.queries_too:
+            return own.over_heads(query), own.over_heads(key), own.over_heads(value)
+        return query, own.whole(key), own.whole(value)
 
-    def back(self, mixed: Tensor) -> Tensor:
-        return self.part.over_tokens(mixed) if self.both else mixed
+    def sliced(self, mixed: Tensor) -> Tensor:
+        return self.token_slice.over_tokens(mixed) if self.queries_too else mixed
 
 
 def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -57,19 +58,21 @@ def attend(
     rotary: Rotary | None = None,
     key_rotary: Rotary | None = None,
     values_only: bool = False,
-    part: Part | None = None,
+    token_slice: TokenSlice | None = None,
 ) -> Tensor:
     """Attention through the projections of an `LTX2Attention`, of hidden (B, Tq, D)
     over context (B, Tk, Dc), or over itself when context is None.
 
-    values_only replaces the attention by its value projection (spatio-temporal guidance). part: the keys' tokens are
-    cut over ranks, and when context is None the queries' too; bias is over whole tokens.
+    values_only replaces the attention by its value projection (spatio-temporal guidance). token_slice: the keys'
+    tokens are sliced over ranks, and when context is None the queries' too; bias is over all tokens.
     """
     if values_only:
         mixed = module.to_v(hidden if context is None else context)
     else:
-        apart = None if part is None else Apart(part, context is None)
-        mixed = _weighted(module, _projected(module, hidden, context), bias, rotary, key_rotary, apart)
+        keys = None if token_slice is None else SlicedKeys(token_slice, context is None)
+        mixed = _weighted(
+            module, _projected(module, hidden, context), bias=bias, rotary=rotary, key_rotary=key_rotary, sliced=keys
+        )
     gate = 2.0 * torch.sigmoid(module.to_gate_logits(hidden))
     mixed = (_heads(module, mixed) * gate[..., None]).flatten(2)
     return module.to_out[0](mixed)
@@ -85,10 +88,11 @@ def _projected(module: Any, hidden: Tensor, context: Tensor | None) -> list[Tens
 def _weighted(
     module: Any,
     projected: list[Tensor],
+    *,
     bias: Tensor | None,
     rotary: Rotary | None,
     key_rotary: Rotary | None,
-    apart: Apart | None,
+    sliced: SlicedKeys | None,
 ) -> Tensor:
     query, key, value = projected
     query, key = _heads(module, module.norm_q(query)), _heads(module, module.norm_k(key))
@@ -96,14 +100,16 @@ def _weighted(
         query = rotated(query, rotary)
         key = rotated(key, rotary if key_rotary is None else key_rotary)
     value = _heads(module, value)
-    if apart is not None:
-        query, key, value = apart.together(query, key, value)
+    if sliced is not None:
+        query, key, value = sliced.gathered(query, key, value)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
-    return (mixed if apart is None else apart.back(mixed)).flatten(2)
+    return (mixed if sliced is None else sliced.sliced(mixed)).flatten(2)
 
 
-def key_mass(module: Any, hidden: Tensor, rotary: Rotary, bias: Tensor | None, rows: Tensor, first_key: int) -> float:
+def key_mass(
+    module: Any, hidden: Tensor, rotary: Rotary, *, bias: Tensor | None, rows: Tensor, first_key: int
+) -> float:
     """The share of attention that the queries at `rows` give to the keys from `first_key` on: mean over batch, heads
     and queries, of self-attention over hidden (B, T, D)."""
     query = rotated(_heads(module, module.norm_q(module.to_q(hidden))), rotary)[:, rows].transpose(1, 2)

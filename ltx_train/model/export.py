@@ -66,7 +66,7 @@ def bind(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0)
     refuse_unbound(tensors, model)
     ranks = {module_of(name): tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     dora = any(name.endswith(DORA) for name in tensors)
-    lora = Lora(1, 1, 0.0, tuple(ranks), rank_pattern=ranks, alpha_pattern=ranks, dora=dora)
+    lora = Lora(rank=1, alpha=1, dropout=0.0, targets=tuple(ranks), rank_pattern=ranks, alpha_pattern=ranks, dora=dora)
     adapter.attach(model, lora, seed=0)
     adapter.load_state(model, {_trained_name(n): _trained_shape(n, t) for n, t in tensors.items()})
     adapter.set_strength(model, strength)

@@ -27,10 +27,10 @@ class LowRankLinear(PeftLinear):
     """
 
     mask_keys: Tensor | None = None
-    # Both matrices in the activations' dtype, during a training pass of the block (`lowered.Lowered`).
-    lowered: tuple[Tensor, Tensor] | None = None
-    # Which of the equally many tokens each rank has are this rank's, where they are cut.
-    part: int = 0
+    # Both matrices in the activations' dtype, during a training pass of the block (`memory.blocks.cast_adapters`).
+    cast_pair: tuple[Tensor, Tensor] | None = None
+    # The number of this rank's token slice under sequence parallelism.
+    token_slice: int = 0
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         result = self.base_layer(x)
@@ -43,8 +43,8 @@ class LowRankLinear(PeftLinear):
 
     def low_rank(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank) in `dtype`."""
-        if self.lowered is not None and torch.is_grad_enabled():
-            return self.lowered
+        if self.cast_pair is not None and torch.is_grad_enabled():
+            return self.cast_pair
         layers: Any = (self.lora_A[name], self.lora_B[name])
         return layers[0].weight.to(dtype), layers[1].weight.to(dtype)
 
@@ -88,7 +88,7 @@ class LowRankLinear(PeftLinear):
             return x
         if self.mask_keys is None:
             raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
-        kept = keyed_mask(self.mask_keys, x.shape[1:], rate, self.part * x.shape[1:].numel())
+        kept = keyed_mask(self.mask_keys, x.shape[1:], rate, self.token_slice * x.shape[1:].numel())
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
 
 

@@ -81,7 +81,7 @@ def load_video_vae(
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Video(**spec.video_vae(source.config))
-    return _filled(model, source, video_vae_original_name, ("vae.",), device, dtype)
+    return _filled(model, source, video_vae_original_name, ("vae.",), device=device, dtype=dtype)
 
 
 def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> AutoencoderKLLTX2Audio:
@@ -91,7 +91,7 @@ def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> Autoe
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Audio(**spec.audio_vae(source.config))
-    return _filled(model, source, audio_vae_original_name, ("audio_vae.",), device, torch.float32)
+    return _filled(model, source, audio_vae_original_name, ("audio_vae.",), device=device, dtype=torch.float32)
 
 
 def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2VocoderWithBWE:
@@ -101,7 +101,7 @@ def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2Voc
     source = checkpoint.open_source(path)
     # Not on the meta device: its resampling filter is computed at construction and stored in no file.
     model = LTX2VocoderWithBWE(**spec.vocoder(source.config))
-    return _filled(model, source, vocoder_original_name, ("vocoder.",), device, torch.float32)
+    return _filled(model, source, vocoder_original_name, ("vocoder.",), device=device, dtype=torch.float32)
 
 
 def load_text_connectors(
@@ -114,7 +114,7 @@ def load_text_connectors(
     with torch.device("meta"):
         model = LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source)))
     prefixes = (_PROJECTION, *_CONNECTOR_PREFIXES)
-    return _filled(model, source, _connector_original_name, prefixes, device, dtype)
+    return _filled(model, source, _connector_original_name, prefixes, device=device, dtype=dtype)
 
 
 def text_hidden_states(source: TensorSource) -> int:
@@ -160,6 +160,7 @@ def _filled(
     source: TensorSource,
     original_name: checkpoint.Rename,
     prefixes: tuple[str, ...],
+    *,
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> M:

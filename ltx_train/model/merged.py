@@ -20,7 +20,7 @@ from ltx_train.model.loaders import TRANSFORMER_PREFIX, build_transformer, trans
 from ltx_train.model.lora_file import merged_weight, module_of, read_lora, refuse_unbound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergedSource:
     """inner plus strength * B A; modules: by the checkpoint's name of the weight they change."""
 
@@ -38,7 +38,7 @@ class MergedSource:
         modules = {transformer_original_name(f"{m}.weight"): m for m in sorted({module_of(n) for n in tensors})}
         with Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        return cls(inner, strength, digest, tensors, modules)
+        return cls(inner=inner, strength=strength, digest=digest, tensors=tensors, modules=modules)
 
     @property
     def config(self) -> Mapping[str, Any]:

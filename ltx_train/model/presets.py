@@ -12,7 +12,7 @@ from typing import Any
 Config = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Everything that differs between the real model and a small one."""
 

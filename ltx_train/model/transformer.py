@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ltx_train.contracts import Modality
 from ltx_train.diffusion import transfer
+from ltx_train.distributed.sequence import SequenceGroup, TokenSlice
 from ltx_train.model.attention import Rotary, attend, bias_from_strength
 from ltx_train.model.linear import rows_at
-from ltx_train.model.sequence import Part, Together
 from ltx_train.model.spec import Section
 
 
@@ -48,22 +48,24 @@ class Stream(NamedTuple):
     rotary: Rotary
     cross_rotary: Rotary
     embedded: Tensor  # (U, D)
-    part: Part | None = None  # of a modality whose tokens are cut over ranks, as level, text_scale and rotary are then
+    # Under sequence parallelism: level, text_scale and rotary are those of this rank's tokens then.
+    token_slice: TokenSlice | None = None
 
-    def cut(self, part: Part) -> Stream:
-        """The same for this rank's tokens; biases stay those of all."""
-        text = None if self.text_scale is None else part.cut(self.text_scale)
-        rotary, cross = (
-            (part.cut(cos, 2), part.cut(sin, 2)) for cos, sin in (self.rotary, self.cross_rotary)
-        )  # fmt: skip
-        return self._replace(level=part.cut(self.level), text_scale=text, rotary=rotary, cross_rotary=cross, part=part)
+    def cut(self, own: TokenSlice) -> Stream:
+        """The stream of this rank's tokens; biases stay those of all tokens."""
+        text = None if self.text_scale is None else own.cut(self.text_scale)
+        rotary, cross = ((own.cut(cos, 2), own.cut(sin, 2)) for cos, sin in (self.rotary, self.cross_rotary))
+        return self._replace(
+            level=own.cut(self.level), text_scale=text, rotary=rotary, cross_rotary=cross, token_slice=own
+        )
 
     def whole(self) -> Stream:
-        """For self-attention of all tokens again."""
-        if self.part is None:
+        """The stream of all tokens, for self-attention outside sequence parallelism."""
+        own = self.token_slice
+        if own is None:
             return self
-        cos, sin = (self.part.whole(table.transpose(1, 2)).transpose(1, 2) for table in self.rotary)
-        return self._replace(level=self.part.whole(self.level), rotary=(cos, sin), part=None)
+        cos, sin = (own.whole(table.transpose(1, 2)).transpose(1, 2) for table in self.rotary)
+        return self._replace(level=own.whole(self.level), rotary=(cos, sin), token_slice=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ Pair = tuple[Tensor | None, Tensor | None]
 class Block(LTX2VideoTransformerBlock):
     """One of the transformer's blocks; the layers are diffusers', the forward is ours."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    # Positional: the checkpoint and the compiled call pass arguments on.
+    def forward(  # noqa: PLR0917  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         video: Tensor | None,
         audio: Tensor | None,
@@ -116,7 +119,8 @@ class Block(LTX2VideoTransformerBlock):
         layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
         own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
         own = attend(
-            layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip, part=stream.part
+            layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip,
+            token_slice=stream.token_slice,
         )  # fmt: skip
         hidden = hidden + own * mod[2]
         table = getattr(self, f"{name}prompt_scale_shift_table")
@@ -137,15 +141,15 @@ class Block(LTX2VideoTransformerBlock):
         a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
         heard = _scaled(a_norm, a_mod[1], a_mod[0])
-        # Every rank's cut video reads the whole audio, whose gradient is then spread over ranks.
-        heard = heard if v.part is None else v.part.read_by_all(heard)
+        # Every rank's video tokens read the whole audio, so each rank has a part of the audio's gradient.
+        heard = heard if v.token_slice is None else v.token_slice.averaged_in_backward(heard)
         to_video = attend(
             self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), heard,
             bias=a.cross_bias, rotary=v.cross_rotary, key_rotary=a.cross_rotary,
         )  # fmt: skip
         to_audio = attend(
             self.video_to_audio_attn, _scaled(a_norm, a_mod[3], a_mod[2]), _scaled(v_norm, v_mod[3], v_mod[2]),
-            bias=v.cross_bias, rotary=a.cross_rotary, key_rotary=v.cross_rotary, part=v.part,
+            bias=v.cross_bias, rotary=a.cross_rotary, key_rotary=v.cross_rotary, token_slice=v.token_slice,
         )  # fmt: skip
         video = video + (v_table[4] + v.cross_gate) * to_video
         return video, audio + (a_table[4] + a.cross_gate) * to_audio
@@ -185,8 +189,8 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(**_block_arguments(config)) for _ in range(config["num_layers"]))
         self._rotary = {name: _rotary(config, name) for name in ("video", "audio", "video_cross", "audio_cross")}
         self.run_block: Callable[..., Pair] = run_block
-        # Ranks that take every sample together, each a part of its video tokens.
-        self.together: Together | None = None
+        # Sequence parallelism: the ranks that share each sample's video tokens.
+        self.sequence_group: SequenceGroup | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,18 +204,18 @@ class Transformer(nn.Module):
         a_stream = self._stream(audio, video, "audio_")
         v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
         a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
-        # The head comes after the tokens are together again.
-        whole, part = v_stream, None
-        if self.together is not None and v_hidden is not None and v_stream is not None:
-            part = Part.of(self.together, v_hidden.shape[1])
-            v_hidden, v_stream = part.cut(v_hidden), v_stream.cut(part)
+        # The head runs on all tokens again.
+        whole, own = v_stream, None
+        if self.sequence_group is not None and v_hidden is not None and v_stream is not None:
+            own = TokenSlice.of(self.sequence_group, v_hidden.shape[1])
+            v_hidden, v_stream = own.cut(v_hidden), v_stream.cut(own)
         for index, block in enumerate(self.transformer_blocks):
             skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(
                 index, block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
             )
-        if part is not None and v_hidden is not None:
-            v_hidden = part.whole(v_hidden)
+        if own is not None and v_hidden is not None:
+            v_hidden = own.whole(v_hidden)
         return self._head(v_hidden, whole, ""), self._head(a_hidden, a_stream, "audio_")
 
     def _stream(self, own: Modality | None, other: Modality | None, name: str) -> Stream | None:

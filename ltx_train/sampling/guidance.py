@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
     """Scales; cfg 1, modality 1 and stg 0 switch their term off and save its forward pass."""
 

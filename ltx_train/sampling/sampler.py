@@ -18,8 +18,8 @@ from ltx_train.model.transformer import UNPERTURBED, Pair, Perturbation, Transfo
 from ltx_train.sampling.guidance import Guidance, combine
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerInputs:
     """Both modalities at sigma 1: noised tokens hold noise and timestep 1, given tokens their values and timestep 0.
 
     negative_*: contexts of the negative prompt, (1, S, D), when guidance needs them. gates: references that are there
@@ -34,7 +34,7 @@ class Start:
 
 
 @torch.no_grad()
-def sample(transformer: Transformer, start: Start, sigmas: Tensor, guidance: Guidance) -> Pair:
+def sample(transformer: Transformer, start: SamplerInputs, sigmas: Tensor, guidance: Guidance) -> Pair:
     """Clean tokens (B, T, C) of both modalities, references included; None for an absent one.
 
     sigmas: steps + 1 levels from 1 to 0.
@@ -48,7 +48,7 @@ def sample(transformer: Transformer, start: Start, sigmas: Tensor, guidance: Gui
         ]
         clean = _guided(transformer, now[0], now[1], start, guidance)
         video, audio = (
-            _stepped(begun, m, x, mask, sigma, following)
+            _stepped(begun, m, x, mask, sigma=sigma, following=following)
             for begun, m, x, mask in zip((start.video, start.audio), now, clean, masks, strict=True)
         )
     return (None if video is None else video.latent), (None if audio is None else audio.latent)
@@ -65,8 +65,8 @@ def _at(
 
 
 def _stepped(
-    begun: Modality | None, modality: Modality | None, clean: Tensor | None, mask: Tensor | None, sigma: float,
-    following: float,
+    begun: Modality | None, modality: Modality | None, clean: Tensor | None, mask: Tensor | None, *,
+    sigma: float, following: float,
 ) -> Modality | None:  # fmt: skip
     """The next step's tokens in what the sampling began with: masks of this step's noise level are left behind."""
     if modality is None or clean is None or mask is None or begun is None:
@@ -76,7 +76,7 @@ def _stepped(
 
 
 def _guided(
-    transformer: Transformer, video: Modality | None, audio: Modality | None, start: Start, g: Guidance
+    transformer: Transformer, video: Modality | None, audio: Modality | None, start: SamplerInputs, g: Guidance
 ) -> Pair:
     """The guided prediction of the clean tokens."""
     skipped = Perturbation(skip_self_attention=frozenset(g.stg_blocks))

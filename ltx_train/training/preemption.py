@@ -29,7 +29,7 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.requested = False
-        self._saved = False
+        self._is_saved = False
 
     def install(self) -> None:
         for number in _SIGNALS:
@@ -38,17 +38,17 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.install()
 
-    def settled(self) -> None:
-        """The run is saved and ends: further notices must not end it otherwise."""
-        self._saved = True
+    def saved(self) -> None:
+        """The run is saved and ends with 75: further notices must not change the exit code."""
+        self._is_saved = True
 
     def leave(self) -> None:
         """The trainer is gone. A Python handler would be taken away while the interpreter ends, and a late notice
         would then end the process with the wrong code; an ignored signal stays ignored."""
-        for number in _SIGNALS if self._saved else ():
+        for number in _SIGNALS if self._is_saved else ():
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT and not self._saved:
+        if self.requested and number == signal.SIGINT and not self._is_saved:
             raise KeyboardInterrupt
         self.requested = True

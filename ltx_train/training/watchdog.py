@@ -24,7 +24,7 @@ class Watchdog:
     afterwards. 0 switches it off.
     """
 
-    def __init__(self, folder: Path, rank: int, start_s: float, step_s: float) -> None:
+    def __init__(self, folder: Path, rank: int, *, start_s: float, step_s: float) -> None:
         self._path = folder / "stacks" / f"rank-{rank}.txt"
         self._rank, self._start_s, self._step_s = rank, start_s, step_s
         self._limit, self._last = start_s, time.monotonic()

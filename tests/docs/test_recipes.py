@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ltx_train import config
+from ltx_train.config.schema import Config
 from ltx_train.contracts import Condition, ConditionKind, ModalityName
-from ltx_train.schema import Config
 from tests.conftest import REPOSITORY
 
 CONF = REPOSITORY / "conf"
@@ -31,7 +31,7 @@ COMMON = {
 }  # fmt: skip
 R1 = {
     "mode.video": "generate", "mode.audio": "generate", "adapter.targets": ATTENTION, "adapter.dropout": 0.0,
-    "mode.conditions": [asdict(Condition(ConditionKind.first_frame, 0.5))],
+    "mode.conditions": [asdict(Condition(kind=ConditionKind.first_frame, p=0.5))],
     "optim.name": "adamw", "optim.lr": 1e-4, "optim.final_lr": 1e-5, "optim.schedule": "linear", "optim.warmup": 0,
     "optim.steps": 2000, "memory.quantize": "none", "data.buckets": ["1280x704x153"], "data.trigger": "OHWXPERSON",
     "eval.interval": 250, "sample.video_cfg": 4.0, "sample.audio_cfg": 4.0, "sample.strength": 1.0,
@@ -39,7 +39,7 @@ R1 = {
 }  # fmt: skip
 R2 = {
     "mode.video": "generate", "mode.audio": "generate", "adapter.dropout": 0.05,
-    "mode.conditions": [asdict(Condition(ConditionKind.reference, modality=ModalityName.audio))],
+    "mode.conditions": [asdict(Condition(kind=ConditionKind.reference, modality=ModalityName.audio))],
     "optim.name": "adamw8bit", "optim.lr": 2e-4, "optim.final_lr": 2e-5, "optim.schedule": "cosine",
     "optim.warmup": 50, "optim.steps": 1000, "memory.quantize": "int8", "data.buckets": ["512x512x121"],
     "data.reference_s": 3.5, "data.caption": "a person is speaking", "data.heldout_speakers": 0.1,

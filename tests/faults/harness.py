@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.tracking.metrics import read_rows
 
 
 @contextmanager

@@ -14,37 +14,39 @@ from safetensors.torch import load_file
 
 from ltx_train.contracts import DataError, DivergedError, StepResult
 from ltx_train.data import index
-from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.guard import NonFiniteGuard, step_within
-from ltx_train.training.spikes import Spikes
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.stability.nonfinite import NonFiniteGuard, step_within
+from ltx_train.training.stability.spikes import Spikes
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     def checkpoint(step: int, size: int) -> Checkpoint:
-        return Checkpoint(step, {"w": torch.zeros(size)}, {"state": {}, "param_groups": []}, {})
+        return Checkpoint(
+            step=step, weights={"w": torch.zeros(size)}, optimizer={"state": {}, "param_groups": []}, notes={}
+        )
 
-    checkpointing.save(tmp_path, checkpoint(1, 10), keep=2)
+    commit.save(tmp_path, checkpoint(1, 10), keep=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
         with pytest.raises(DataError, match="step 2 could not be written"):
-            checkpointing.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
+            commit.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, previous)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    checkpointing.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
-    assert len(checkpointing.committed(tmp_path)) == 2
+    commit.save(tmp_path, checkpoint(2, 1_000_000), keep=2)
+    assert len(commit.committed(tmp_path)) == 2
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range, factor: float = float("nan")) -> None:
     """Gradients so many times too large, or not finite, in the given steps (from 0)."""
-    from ltx_train.training.task import Task
+    from ltx_train.training.step import Task
 
     original = Task._backward
 
@@ -92,13 +94,13 @@ def test_what_is_usual_follows_accepted_norms() -> None:
     for number in range(20):
         limit = spikes.limit()
         assert limit == torch.inf
-        spikes.saw(torch.tensor(float(number % 2 + 1)), limit)
+        spikes.record(torch.tensor(float(number % 2 + 1)), limit)
     assert spikes.limit() == pytest.approx(4.5)
     for norm in (4.6, float("nan"), float("inf")):
-        spikes.saw(torch.tensor(norm), spikes.limit())
+        spikes.record(torch.tensor(norm), spikes.limit())
     assert spikes.limit() == pytest.approx(4.5)
     for _ in range(300):
-        spikes.saw(torch.tensor(4.0), spikes.limit())
+        spikes.record(torch.tensor(4.0), spikes.limit())
     again = Spikes(3.0, torch.device("cpu"))
     again.restore(spikes.state())
     assert again.limit() == spikes.limit() == pytest.approx(11.8, abs=0.1)
@@ -124,7 +126,7 @@ def test_numbers_that_stay_not_finite_stop_the_run(
         return
     kept = newest(run)
     assert kept.name == f"step-{last:06d}"
-    assert all(bool(torch.isfinite(w).all()) for w in checkpointing.load(kept).weights.values())
+    assert all(bool(torch.isfinite(w).all()) for w in commit.load(kept).weights.values())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -144,7 +146,7 @@ def test_a_bad_gradient_norm_skips_the_update(fused: bool) -> None:
 def test_one_in_a_hundred_bad_steps_stops_the_run() -> None:
     guard = NonFiniteGuard()
     for step in range(1000):
-        guard.saw(step, ("clip",), torch.tensor(float("inf") if step % 20 == 19 else 1.0))
+        guard.record(step, ("clip",), torch.tensor(float("inf") if step % 20 == 19 else 1.0))
     with pytest.raises(DivergedError, match="11 of the last"):
         guard.check()
     assert guard.skipped == 11

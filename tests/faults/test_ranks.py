@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ltx_train.training import checkpointing
-from ltx_train.training.ranks import Ranks, first_host, found
-from ltx_train.training.tracking import read_rows
+from ltx_train.distributed.ranks import Ranks, first_host, ranks_from_environment
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command, settings
 from tests.faults.harness import ranks, started, steps_done, wait_for
 from tests.faults.test_resume import curve, newest
@@ -188,7 +188,7 @@ def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_pa
         assert time.monotonic() - stopped < 4 + 10 + 15
     assert "rank 0 made no progress" in (tmp_path / "log").read_text()
     assert "Thread" in (run / "stacks" / "rank-0.txt").read_text()
-    assert checkpointing.committed(run / "checkpoints")
+    assert commit.committed(run / "checkpoints")
 
 
 def test_a_killed_rank_ends_the_run(prepared: Path, clips: Path, tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_doctor_lets_the_processes_of_a_run_meet(tmp_path: Path) -> None:
 
 
 def test_who_this_process_is() -> None:
-    assert found({}) == Ranks()
-    assert found({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == Ranks(5, 8, 1)
+    assert ranks_from_environment({}) == Ranks()
+    assert ranks_from_environment({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == Ranks(5, 8, 1)
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
     assert found(slurm) == Ranks(3, 4, 1)
-    assert found({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
+    assert ranks_from_environment({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
     # The batch shell has these too, and is no task.
-    assert found({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}) == Ranks()
+    assert ranks_from_environment({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}) == Ranks()
     assert first_host("gpu[03-07,9],login") == "gpu03"
     assert first_host("node1,node2") == "node1"
     assert first_host("n[1-2]") == "n1"

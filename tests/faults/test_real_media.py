@@ -13,7 +13,7 @@ import pytest
 
 from ltx_train.data import index
 from ltx_train.data.reader import AUDIO, Reader
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, TINY, command
 
 # Animation with 5.1 sound, 25 fps; a man talking into a webcam, stereo, 30.12 fps; a film with a silent sound track.

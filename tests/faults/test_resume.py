@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from ltx_train.contracts import DataError
-from ltx_train.training import checkpointing
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
 
 STEPS, STOP = 30, 13
@@ -63,7 +63,7 @@ def test_stopped_at_13_of_30_equals_an_unbroken_run(
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A real signal to this process while the given step runs."""
-    from ltx_train.training.task import Task
+    from ltx_train.training.step import Task
 
     original = Task.training_step
 
@@ -161,7 +161,7 @@ def test_a_change_that_is_meant_is_allowed(
 
 def test_a_checkpoint_of_the_first_release_is_read() -> None:
     """Stored when schema 1 was new; a release that cannot read it has to say so and to change the schema."""
-    stored = checkpointing.load(Path(__file__).parent / "data" / "schema-1" / "step-000007")
+    stored = commit.load(Path(__file__).parent / "data" / "schema-1" / "step-000007")
     assert stored.step == 7
     assert stored.weights["a.lora_A.weight"].tolist() == [[1.0, 2.0]]
     assert stored.optimizer["state"][0]["exp_avg"].tolist() == [[0.5, 0.25]]
@@ -174,4 +174,4 @@ def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "step-000007" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99'))
     with pytest.raises(DataError, match=r"another release \(schema 99, this one reads 1\)"):
-        checkpointing.load(tmp_path / "step-000007")
+        commit.load(tmp_path / "step-000007")

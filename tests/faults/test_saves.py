@@ -11,15 +11,20 @@ import pytest
 import torch
 
 from ltx_train.contracts import DataError
-from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, {"w": torch.full((1000,), float(step))}, {"state": {}, "param_groups": []}, {"n": step})
+    return Checkpoint(
+        step=step,
+        weights={"w": torch.full((1000,), float(step))},
+        optimizer={"state": {}, "param_groups": []},
+        notes={"n": step},
+    )
 
 
 def killed_at(folder: Path, step: int, point: int) -> bool:
@@ -38,11 +43,11 @@ def killed_at(folder: Path, step: int, point: int) -> bool:
 
             return call
 
-        checkpointing._sync = counted(checkpointing._sync)
-        checkpointing.save_file = counted(checkpointing.save_file)
+        commit._sync = counted(commit._sync)
+        commit.save_file = counted(commit.save_file)
         os.rename = counted(os.rename)
-        checkpointing.shutil.rmtree = counted(checkpointing.shutil.rmtree)
-        checkpointing.save(folder, checkpoint(step), keep=2)
+        commit.shutil.rmtree = counted(commit.shutil.rmtree)
+        commit.save(folder, checkpoint(step), keep=2)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -50,17 +55,17 @@ def killed_at(folder: Path, step: int, point: int) -> bool:
 def test_a_kill_at_any_point_of_a_save_loses_no_committed_one(tmp_path: Path) -> None:
     """And the same step can be saved afterwards."""
     for step in (1, 2):
-        checkpointing.save(tmp_path, checkpoint(step), keep=2)
+        commit.save(tmp_path, checkpoint(step), keep=2)
     point = 0
     while killed_at(tmp_path, 3, point):
-        whole = checkpointing.committed(tmp_path)
-        assert {2, 3} & {checkpointing.load(path).step for path in whole}
+        whole = commit.committed(tmp_path)
+        assert {2, 3} & {commit.load(path).step for path in whole}
         for path in whole:
-            found = checkpointing.load(path)
+            found = commit.load(path)
             assert torch.equal(found.weights["w"], torch.full((1000,), float(found.step)))
         point += 1
     assert point > 8
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000003"]
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000003"]
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
@@ -70,19 +75,19 @@ def test_half_saves_do_not_count_for_retention(tmp_path: Path) -> None:
         half.mkdir()
         (half / "weights.safetensors").write_bytes(b"cut")
     for step in (1, 2, 3):
-        checkpointing.save(tmp_path, checkpoint(step), keep=2)
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000003"]
+        commit.save(tmp_path, checkpoint(step), keep=2)
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000003"]
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
-    original = checkpointing.save
+    original = commit.save
 
     def save(folder: Path, saved: Checkpoint, keep: int, protected: int | None) -> Path:
         if saved.step in steps:
             raise DataError(f"the checkpoint of step {saved.step} could not be written to {folder} (no space left)")
         return original(folder, saved, keep, protected)
 
-    monkeypatch.setattr(checkpointing, "save", save)
+    monkeypatch.setattr(commit, "save", save)
 
 
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(
@@ -95,20 +100,20 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     assert "no space left); training goes on (1 in a row)" in error
     assert "training goes on (2 in a row)" in error
     run = tmp_path / "audio_reference" / "main"
-    assert [p.name[-1] for p in checkpointing.committed(run / "checkpoints")] == ["1", "4", "5"]
+    assert [p.name[-1] for p in commit.committed(run / "checkpoints")] == ["1", "4", "5"]
     assert [row.get("run/failed_saves") for row in read_rows(run / "metrics.jsonl")] == [None, None, None, 1, 2]
 
 
 def test_a_disk_that_is_too_slow_for_the_interval_is_said_once_and_counted(
     prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = checkpointing.save
+    original = commit.save
 
     def save(folder: Path, saved: Checkpoint, keep: int, protected: int | None) -> Path:
         time.sleep(1.2)
         return original(folder, saved, keep, protected)
 
-    monkeypatch.setattr(checkpointing, "save", save)
+    monkeypatch.setattr(commit, "save", save)
     arguments = fit(prepared, clips, tmp_path, "optim.steps=4", "checkpoint.interval=1", "eval.interval=0")
     assert command(*arguments) == 0
     error = capsys.readouterr().err

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_train.training import checkpointing
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.harness import ranks, started, steps_done, wait_for
 from tests.faults.test_ranks import end, fit
@@ -45,7 +45,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpointing.load(newest(run(root))).weights)
+    return dict(commit.load(newest(run(root))).weights)
 
 
 def assert_near(first: Path, other: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from ltx_train.commands import submit
 from ltx_train.config import compose_config, from_file
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.slurm import Slurm

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 
 from ltx_train.commands import supervise
 from ltx_train.config import Config, compose_config
-from ltx_train.training import checkpointing, notice
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.store import RunStore
-from ltx_train.training.tracking import read_rows
+from ltx_train.jobs import notices
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.checkpoints.mirror import RunStore
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.test_resume import curve, fit, newest
@@ -78,17 +79,22 @@ def cloud() -> Generator[Cloud]:
 
 
 def test_notices_of_both_clouds(cloud: Cloud) -> None:
-    asking = [notice.source(name, cloud.url) for name in ("aws", "gcp", "none")]
+    asking = [notices.source(name, cloud.url) for name in ("aws", "gcp", "none")]
     assert [ask() for ask in asking] == [False, False, False]
     cloud.leaving = True
     assert [ask() for ask in asking] == [True, True, False]
-    assert not notice.aws("http://127.0.0.1:9")
-    assert not notice.gcp("http://127.0.0.1:9")
+    assert not notices.aws("http://127.0.0.1:9")
+    assert not notices.gcp("http://127.0.0.1:9")
 
 
 def saved(folder: Path, step: int, **notes: Any) -> None:
-    made = Checkpoint(step, {"w": torch.full((9,), float(step))}, {"state": {}, "param_groups": []}, notes)
-    checkpointing.save(folder / "checkpoints", made, keep=9)
+    made = Checkpoint(
+        step=step,
+        weights={"w": torch.full((9,), float(step))},
+        optimizer={"state": {}, "param_groups": []},
+        notes=notes,
+    )
+    commit.save(folder / "checkpoints", made, keep=9)
 
 
 def test_only_whole_checkpoints_travel(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_only_whole_checkpoints_travel(tmp_path: Path) -> None:
     (remote / "step-000003" / "weights.safetensors").write_bytes(damaged)
     assert RunStore(store, there).pull() == "step-000002"
     assert RunStore(store, there).pull() is None
-    assert float(checkpointing.load(newest(there)).weights["w"][0]) == 2
+    assert float(commit.load(newest(there)).weights["w"][0]) == 2
     assert (there / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert not list(there.rglob("*.tmp-*"))
 
@@ -222,7 +228,7 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
             wait_for(lambda: steps_done(run) >= goal, process)  # noqa: B023
             time.sleep(chance.random() * 0.3)
             if harm == "disk":
-                whole = checkpointing.committed(run / "checkpoints")[-1]
+                whole = commit.committed(run / "checkpoints")[-1]
                 size = max(p.stat().st_size for p in whole.iterdir())
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
             else:

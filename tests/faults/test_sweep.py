@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ltx_train import config
-from ltx_train.commands import sweep, trials
+from ltx_train.commands import sweep
 from ltx_train.contracts import UserError
 from ltx_train.evaluation.sweep_report import Trial, render
+from ltx_train.jobs import trials
 from tests.conftest import command
 from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.test_resume import fit
@@ -105,9 +106,12 @@ def test_a_search_is_continued_where_it_was_killed(
 
 
 def test_a_report_without_a_finished_trial_is_a_table() -> None:
-    page = render("<x>", [Trial(0, {"optim.name": "adamw"}, None, "pruned", {})])
+    page = render("<x>", [Trial(number=0, params={"optim.name": "adamw"}, value=None, state="pruned", course={})])
     assert "&lt;x&gt;" in page
     assert "<img" not in page
     assert "adamw" in page
-    both = [Trial(n, {"a": v, "b": 10.0**n}, n / 2, "complete", {1: 2.0}) for n, v in enumerate("xyx")]
+    both = [
+        Trial(number=n, params={"a": v, "b": 10.0**n}, value=n / 2, state="complete", course={1: 2.0})
+        for n, v in enumerate("xyx")
+    ]
     assert render("t", both).count("<img") == 2

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ltx_train.model.checkpoint import CheckpointFile
 from ltx_train.model.loaders import transformer_original_name
-from ltx_train.training.tracking import read_rows
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, TINY, command, settings
 
 

@@ -62,8 +62,8 @@ def test_inference_schedule(entry: dict[str, Any]) -> None:
     torch.testing.assert_close(found, torch.tensor(entry["sigmas"]), atol=1e-6, rtol=0)
 
 
-FIRST, REFERENCE = Condition(ConditionKind.first_frame), Condition(ConditionKind.reference)
-VIDEO = Condition(ConditionKind.reference, source="reference_video_latent", position=Placement.overlap)
+FIRST, REFERENCE = Condition(kind=ConditionKind.first_frame), Condition(kind=ConditionKind.reference)
+VIDEO = Condition(kind=ConditionKind.reference, source="reference_video_latent", position=Placement.overlap)
 
 
 def _batch(tensors: dict[str, torch.Tensor], fps: float, mode: Mode, shape: tuple[int, int, int]) -> Batch:
@@ -106,8 +106,8 @@ def test_assembled_inputs(case: str, mode: Mode, shape: tuple[int, int, int]) ->
     first = tensors["video.denoise_mask"][:, 0] == 0 if "video.denoise_mask" in tensors else torch.ones(2) > 0
     chosen = tuple(first if c.kind is ConditionKind.first_frame else torch.ones(2) > 0 for c in mode.conditions)
     draws = conditions.Draws(
-        tensors["video.sigma"], tensors["audio.sigma"], noise["video"], noise["audio"], chosen,
-        tuple(torch.zeros(2, 4) for _ in chosen),
+        video_sigma=tensors["video.sigma"], audio_sigma=tensors["audio.sigma"], video_noise=noise["video"], audio_noise=noise["audio"], chosen=chosen,
+        numbers=tuple(torch.zeros(2, 4) for _ in chosen),
     )  # fmt: skip
     inputs = conditions.assemble(batch, mode, draws)
     for name, modality, velocity in (

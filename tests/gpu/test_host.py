@@ -7,13 +7,13 @@ import gc
 import pytest
 import torch
 
-from ltx_train.memory.host import Host, accumulate
+from ltx_train.updates.state_offload import StateOffload, accumulate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def test_what_travels_passes_through_page_locked_memory() -> None:
-    host, total = Host(None), torch.zeros(2**22)
+    host, total = StateOffload(None), torch.zeros(2**22)
 
     def add(_name: str, share: torch.Tensor) -> None:
         assert share.is_pinned()
@@ -29,7 +29,7 @@ def test_what_travels_passes_through_page_locked_memory() -> None:
 
 def test_masters_become_the_devices_weights() -> None:
     """More of them than travel at once, so that memory on the way is used again."""
-    host, count = Host(None), 5 * 2**23
+    host, count = StateOffload(None), 5 * 2**23
     weights = torch.empty(count, device="cuda", dtype=torch.bfloat16)
     for step in range(3):
         master = torch.arange(count, dtype=torch.float32) + step

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ltx_train.memory.peers import PeerSums
+from ltx_train.distributed.mapped_memory import PeerSums
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from ltx_train import config, rng
-from ltx_train.commands import bench, optimizing, planning, session, transformers
+from ltx_train.assembly import from_config, memory_plan, model_builder, update_builder
+from ltx_train.commands import bench
 from ltx_train.config import Config
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
-from ltx_train.memory.recompute import BlockRunner
+from ltx_train.distributed.ranks import ALONE
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
-from ltx_train.training.optim import build_optimizer
-from ltx_train.training.ranks import ALONE
+from ltx_train.updates.optimizers import build_optimizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,23 +39,23 @@ def settled(*overrides: str) -> Config:
             *overrides,
         ]
     )
-    return planning.settle(made)[0]
+    return memory_plan.settle(made)[0]
 
 
 def step_of(made: Config, transformer: Transformer) -> Callable[[int], torch.Tensor]:
     parameters = list(adapter.trainable_parameters(transformer).values())
     optimizer = build_optimizer("adamw", parameters, 1e-3, (0.9, 0.999), 0.01)
     keys = adapter.DropoutKeys(transformer)
-    device = session.device(made)
-    graphs = transformers.recorded(made, transformer, parameters, device)
+    device = from_config.device(made)
+    graphs = model_builder.recorded(made, transformer, parameters, device)
     once = graphs or partial(objective.backward, transformer)
 
     def step(number: int) -> torch.Tensor:
         batch = bench.random_batch(made, number)
         keys.set([rng.key_seed(0, "dropout", "", number)])
-        draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+        draws = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
         inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), device)
-        loss = once(objective.Pass(inputs, Weights())).loss
+        loss = once(objective.MicroBatch(inputs, Weights())).loss
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=graphs is None)
@@ -82,7 +83,7 @@ def test_20_streamed_and_recorded_steps_are_bitwise_those_of_resident_weights(qu
             f"memory.stream_blocks={streamed}", "memory.stream_slots=2", f"memory.offload_inputs={offloaded}",
             f"memory.graphs={graphs}", f"memory.compile={compiled}", "adapter.dropout=0.05",
         )  # fmt: skip
-        transformer = transformers.trainable(made)
+        transformer = model_builder.trainable(made)
         step = step_of(made, transformer)
         losses = [float(step(number)) for number in range(STEPS)]
         found.append((losses, [p.detach().clone() for p in adapter.lora_parameters(transformer).values()]))
@@ -107,10 +108,10 @@ def test_recorded_steps_of_a_shared_full_fine_tune_are_bitwise_those_that_are_la
             "adapter=full", "optim=adamw", "memory.quantize=none", f"strategy={strategy}", f"memory.keep={keep}",
             "memory.keep_everything=0", f"memory.graphs={graphs}",
         )  # fmt: skip
-        transformer, updates = optimizing.opened(made, ALONE)
-        step = bench._step(made, transformer, updates, session.device(made), ALONE)
+        transformer, updates = update_builder.opened(made, ALONE)
+        step = bench._step(made, transformer, updates, from_config.device(made), ALONE)
         losses = [float(step(number)) for number in range(STEPS)]
-        shard = updates.held().shard
+        shard = updates.state().shard
         assert shard is not None
         found.append((losses, [t.clone() for kinds in shard.tensors.values() for t in kinds.values()]))
     assert found[0][0] == found[1][0]
@@ -123,7 +124,7 @@ def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
     made = settled(
         f"memory.stream_blocks={streamed}", "memory.keep=inputs", "memory.keep_everything=0", f"memory.graphs={graphs}"
     )
-    transformer = transformers.trainable(made)
+    transformer = model_builder.trainable(made)
     step = step_of(made, transformer)
     for number in range(3):
         step(number)
@@ -140,29 +141,29 @@ def test_inputs_that_share_memory_reach_the_device() -> None:
     """Measuring has one noise level for all samples: an expanded tensor."""
     made = settled("optim.batch_size=2")
     batch = bench.random_batch(made, 0)
-    drawn = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+    drawn = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
     level = torch.full((1,), 0.5).expand(2)
     inputs = conditions.assemble(batch, made.mode, replace(drawn, video_sigma=level, audio_sigma=level))
-    arrived = transfer.to_device(inputs, session.device(made))
+    arrived = transfer.to_device(inputs, from_config.device(made))
     assert arrived.audio is not None
     assert arrived.audio.sigma.tolist() == [0.5, 0.5]
 
 
 def test_a_run_is_held_to_its_budget() -> None:
     made = settled("memory.budget_gib=2")
-    transformers.opened(made)
+    model_builder.opened(made)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, session.device(made))
+        torch.cuda.set_per_process_memory_fraction(1.0, from_config.device(made))
 
 
 def test_float8_products_stay_near_bfloat16() -> None:
     curves: list[list[float]] = []
     for compute in ("bf16", "fp8"):
         made = settled("memory=auto", f"memory.compute={compute}")
-        step = step_of(made, transformers.trainable(made))
+        step = step_of(made, model_builder.trainable(made))
         curves.append([float(step(number)) for number in range(STEPS)])
     assert curves[0] != curves[1]
     assert all(abs(a / b - 1) < 0.01 for a, b in zip(*curves, strict=True))

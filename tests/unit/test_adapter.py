@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ltx_train import config
 from ltx_train.contracts import DataError
-from ltx_train.memory.recompute import BlockRunner, Keep
+from ltx_train.memory.blocks.runner import BlockRunner, Keep
 from ltx_train.model import adapter, export, load_transformer, loaders, lora_file
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.linear import keyed_mask
@@ -17,7 +17,7 @@ from tests.conftest import TINY
 from tests.golden.support import modality, read
 
 BLOCK_9 = "transformer_blocks.9.attn1.to_q"
-LORA = adapter.Lora(4, 8.0, 0.0, ("attn1.to_q", "audio_ff.net.2"))
+LORA = adapter.Lora(rank=4, alpha=8.0, dropout=0.0, targets=("attn1.to_q", "audio_ff.net.2"))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ SETS = {
 def test_tensor_counts_on_the_real_model(name: str, tensors: int) -> None:
     real = loaders.build_transformer(RandomWeights("ltx2_3_22b"))
     targets = config.compose_config([f"adapter={name}"]).adapter.targets
-    adapter.attach(real, adapter.Lora(32, 32, 0.0, tuple(targets)), 0)
+    adapter.attach(real, adapter.Lora(rank=32, alpha=32, dropout=0.0, targets=tuple(targets)), 0)
     assert len(adapter.lora_parameters(real)) == tensors
 
 
@@ -184,7 +184,7 @@ def test_dropout_masks_are_keyed_by_sample_and_layer() -> None:
 def test_dropout_is_recomputed_as_it_was(model: Transformer) -> None:
     """With and without recomputation, whatever torch's own random state does in between."""
     case = read("transformer_c_audio_ref_negative")
-    adapter.attach(model, adapter.Lora(4, 8.0, 0.5, ("attn1.to_q", "audio_ff.net.2")), 0)
+    adapter.attach(model, adapter.Lora(rank=4, alpha=8.0, dropout=0.5, targets=("attn1.to_q", "audio_ff.net.2")), 0)
     model.train()
     with pytest.raises(RuntimeError, match="dropout without keys"):
         model(modality(case, "video"), modality(case, "audio"))

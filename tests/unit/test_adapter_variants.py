@@ -25,7 +25,7 @@ from tests.conftest import TINY
 from tests.golden.support import modality, read
 from tests.unit.test_modes import batch
 
-PLAIN = Lora(4, 8.0, 0.0, ("attn1.to_q", "audio_ff.net.2"))
+PLAIN = Lora(rank=4, alpha=8.0, dropout=0.0, targets=("attn1.to_q", "audio_ff.net.2"))
 VARIANTS = {
     "plain": PLAIN,
     "patterns": replace(PLAIN, rank_pattern={"audio_ff.net.2": 2}, alpha_pattern={"attn1.to_q": 2.0}),
@@ -102,7 +102,7 @@ def test_dora_is_pefts() -> None:
     theirs, ours = nn.Sequential(nn.Linear(12, 8)), nn.Sequential(nn.Linear(12, 8))
     ours.load_state_dict(theirs.state_dict())
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=["0"], use_dora=True), theirs)
-    adapter.attach(ours, Lora(3, 6.0, 0.0, ("0",), dora=True), 0)
+    adapter.attach(ours, Lora(rank=3, alpha=6.0, dropout=0.0, targets=("0",), dora=True), 0)
     a, b = torch.randn(3, 12, generator=stream), torch.randn(8, 3, generator=stream)
     found: list[list[torch.Tensor]] = []
     for layer in (theirs[0], ours[0]):

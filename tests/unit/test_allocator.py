@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ltx_train.commands import launch
 from ltx_train.config import Config
-from ltx_train.memory import allocator
+from ltx_train.distributed import allocator
+from ltx_train.jobs import processes
 
 NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 MORE = "max_split_size_mb:64,"
@@ -23,16 +23,16 @@ GROWING, FIXED = "expandable_segments:True", "expandable_segments:False"
 )
 def test_segments_grow_unless_the_user_says_otherwise(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
-    allocator.grow(environment)
+    allocator.use_expandable_segments(environment)
     assert environment == expected
 
 
 def test_every_command_says_so_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     environment: dict[str, str] = {}
-    monkeypatch.setattr(launch.os, "environ", environment)
+    monkeypatch.setattr(processes.os, "environ", environment)
     seen: list[str] = []
-    monkeypatch.setattr(launch, "_here", lambda _name, _config: len(seen.append(environment[OLD]) or seen))
-    assert launch.command("plan", Config()) == 1
+    monkeypatch.setattr(processes, "_here", lambda _name, _config: len(seen.append(environment[OLD]) or seen))
+    assert processes.command("plan", Config()) == 1
     assert seen == [GROWING]
 
 

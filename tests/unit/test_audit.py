@@ -13,10 +13,10 @@ from safetensors.torch import save
 
 from ltx_train.contracts import Mode
 from ltx_train.data import index
-from ltx_train.data.audit import Asked, audit
+from ltx_train.data.audit import DataRequirements, audit
 from ltx_train.data.index import Record
 from ltx_train.data.prepare import pack
-from ltx_train.data.reader import AUDIO, VIDEO, Reader, Wants
+from ltx_train.data.reader import AUDIO, VIDEO, Reader, ReadRequest
 
 Tensors = dict[str, torch.Tensor]
 
@@ -36,7 +36,7 @@ def spoiled(prepared: Path, root: Path, spoil: Callable[[Tensors], object]) -> l
 
     shards, placed = pack.write_shards(found.records, data, root / "shards", 256)
     made = replace(found, shards=tuple(shards), records=tuple(placed))
-    return [f.text for f in audit(root, made, Asked((Mode(),), Wants(), -60.0), []) if f.error]
+    return [f.text for f in audit(root, made, DataRequirements((Mode(),), ReadRequest(), -60.0), []) if f.error]
 
 
 @pytest.mark.parametrize(

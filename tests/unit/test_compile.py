@@ -10,7 +10,7 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.virtualized import V
 
-from ltx_train.memory.compile import kernel_choices
+from ltx_train.memory.blocks.compile import kernel_choices
 
 
 @pytest.mark.parametrize(

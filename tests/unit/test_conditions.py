@@ -11,7 +11,7 @@ from ltx_train.diffusion.loss import Weights, masked_mse, weighted_total
 from ltx_train.diffusion.sigma import SigmaDistribution
 
 DISTRIBUTION = SigmaDistribution()
-VOICE = Condition(ConditionKind.reference).name
+VOICE = Condition(kind=ConditionKind.reference).name
 
 
 def batch(size: int = 3, frames: int = 2, reference: bool = False) -> Batch:
@@ -69,7 +69,7 @@ def test_noised_tokens_by_hand() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_first_frame(p: float) -> None:
-    made = inputs(batch(), Mode(conditions=[Condition(ConditionKind.first_frame, p)]))
+    made = inputs(batch(), Mode(conditions=[Condition(kind=ConditionKind.first_frame, p=p)]))
     assert made.video is not None
     assert made.video_velocity is not None
     first, later = made.video.timesteps[:, :4], made.video.timesteps[:, 4:]
@@ -79,7 +79,7 @@ def test_first_frame(p: float) -> None:
 
 
 def test_first_frame_frequency() -> None:
-    mode = Mode(conditions=[Condition(ConditionKind.first_frame, 0.5)])
+    mode = Mode(conditions=[Condition(kind=ConditionKind.first_frame, p=0.5)])
     share = conditions.draw(batch(400, 1), mode, DISTRIBUTION, 3).chosen[0].float().mean()
     assert 0.4 < float(share) < 0.6
 
@@ -87,13 +87,13 @@ def test_first_frame_frequency() -> None:
 def test_one_frame_clips_with_a_clean_first_frame_leave_nothing() -> None:
     data = replace(batch(2, 1), audio_latent=None)
     with pytest.raises(DataError, match="clip0, clip1: every token is given clean, there is nothing to predict"):
-        inputs(data, Mode(audio=Role.absent, conditions=[Condition(ConditionKind.first_frame, 1.0)]))
+        inputs(data, Mode(audio=Role.absent, conditions=[Condition(kind=ConditionKind.first_frame, p=1.0)]))
 
 
 @pytest.mark.parametrize("placement", list(Placement))
 def test_reference_tokens(placement: Placement) -> None:
     data = batch(reference=True)
-    made = inputs(data, Mode(conditions=[Condition(ConditionKind.reference, position=placement)]))
+    made = inputs(data, Mode(conditions=[Condition(kind=ConditionKind.reference, position=placement)]))
     assert made.audio is not None
     assert made.audio_velocity is not None
     assert made.audio.latent.shape[1] == 9 + 5

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ltx_train.assembly.memory_plan import Place
 from ltx_train.commands import doctor
-from ltx_train.commands.planning import Place
-from ltx_train.memory.cards import card_by_name
+from ltx_train.memory.planning.cards import card_by_name
 from tests.conftest import TINY, command
 
 

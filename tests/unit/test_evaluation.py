@@ -34,7 +34,7 @@ def test_clips_of_one_identity_do_not_narrow_the_interval() -> None:
 
 
 def row(key: str, arm: str, loss: float, sigma: float = 0.5) -> Row:
-    return Row(key, key[0], sigma, arm, loss, loss, math.nan)
+    return Row(key=key, speaker=key[0], sigma=sigma, arm=arm, loss=loss, video=loss, audio=math.nan)
 
 
 def test_pairs_share_sample_and_noise_level() -> None:
@@ -46,14 +46,14 @@ def test_pairs_share_sample_and_noise_level() -> None:
     assert "val/loss_audio" not in summary(rows, Grid((), (0.5,)))
 
 
-SETTINGS = heldout.Settings(
-    Mode(conditions=[Condition(ConditionKind.reference)]), (0.3, 0.9), 5, 2, 0, 2, 1.0, 1.0
+SETTINGS = heldout.MeasurementSettings(
+    mode=Mode(conditions=[Condition(kind=ConditionKind.reference)]), levels=(0.3, 0.9), seed=5, batch_size=2, max_samples=0, wrong_references=2, video_weight=1.0, audio_weight=1.0
 )  # fmt: skip
 
 
 def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
     model = load_transformer(TINY)
-    adapter.attach(model, adapter.Lora(2, 2, 0.5, ("attn1.to_q",)), 0)
+    adapter.attach(model, adapter.Lora(rank=2, alpha=2, dropout=0.5, targets=("attn1.to_q",)), 0)
     model.train()
     state = torch.get_rng_state()
     data = index.load(prepared)
@@ -68,7 +68,7 @@ def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
 
 def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
     model = load_transformer(TINY)
-    adapter.attach(model, adapter.Lora(2, 2, 0.0, ("attn1.to_q",)), 0)
+    adapter.attach(model, adapter.Lora(rank=2, alpha=2, dropout=0.0, targets=("attn1.to_q",)), 0)
     rows = heldout.measure(
         model, str(prepared), index.load(prepared), SETTINGS, torch.device("cpu"), with_base=True
     )  # fmt: skip
@@ -133,9 +133,11 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"film")
     clips = [Clip("a: <hello>", tmp_path / "clip.mp4")]
     masses = [Mass(0, 0.5, 0.4, 0.5), Mass(1, 0.5, 0.6, 0.5)]
-    subject = report.Subject("step 2", 2, rows, masses, clips)
+    subject = report.Subject(name="step 2", step=2, rows=rows, masses=masses, clips=clips)
     said = [verdicts.Verdict(verdicts.Kind.reference_used, "used & seen")]
-    shown = report.Report("a <title>", {"k": "<v>"}, metrics, [subject], Grid((), (0.5,)), said)
+    shown = report.Report(
+        title="a <title>", facts={"k": "<v>"}, metrics=metrics, subjects=[subject], grid=Grid((), (0.5,)), verdicts=said
+    )
     report.write(tmp_path / "r.html", shown)
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png;base64,") == 5

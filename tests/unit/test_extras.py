@@ -13,7 +13,7 @@ from ltx_train.contracts import DataError
 from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import extras, sources
-from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_CONTEXT, VIDEO_MASK, Reader, Wants
+from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_CONTEXT, VIDEO_MASK, Reader, ReadRequest
 from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command, settings
 
@@ -104,7 +104,7 @@ def test_prepare_puts_them_into_the_shards(rich: Path) -> None:
 def test_captions_take_turns_and_are_dropped_as_often_as_asked(rich: Path) -> None:
     found = index.load(rich)
     record = found.records[0]
-    reader = Reader(rich, found, seed=0, wants=Wants(caption_dropout=0.5, variants=True))
+    reader = Reader(rich, found, seed=0, wants=ReadRequest(caption_dropout=0.5, variants=True))
     drawn = [reader.caption(Address(record.key, n)) for n in range(400)]
     shares = [drawn.count(c) / 400 for c in (found.dropped_context, record.context, record.variants[0])]
     assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.08)

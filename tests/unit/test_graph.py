@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ltx_train.commands import optimizing, transformers
+from ltx_train.assembly import model_builder, update_builder
 from ltx_train.config import Config, compose_config
 from ltx_train.contracts import Exit
 from ltx_train.diffusion import objective
-from ltx_train.memory.graph import StepGraphs, signature
-from ltx_train.memory.origin import HostOrigin, Origin, PeerOrigin
-from ltx_train.memory.recompute import BlockRunner, Keep
-from ltx_train.memory.stream import WeightStream
-from ltx_train.training.ranks import ALONE
-from ltx_train.training.updates import Updates
+from ltx_train.distributed.ranks import ALONE
+from ltx_train.memory.blocks.cuda_graphs import StepGraphs, signature
+from ltx_train.memory.blocks.runner import BlockRunner, Keep
+from ltx_train.memory.weights.stores import HostStore, WeightStore, PeerStore
+from ltx_train.memory.weights.stream import WeightStream
+from ltx_train.updates.protocol import Updates
 from tests.conftest import command, settings
 
 CPU = torch.device("cpu")
@@ -138,15 +138,15 @@ def test_a_run_with_recorded_passes_is_the_run_without(
     def recorded(_config: Any, transformer: Any, parameters: Any, _device: Any) -> StepGraphs:
         return StepGraphs(partial(objective.backward, transformer), parameters, recorder)
 
-    whole = optimizing.whole
+    whole = update_builder.whole
 
     def in_place(made: Config, *given: Any) -> Updates:
         return whole(replace(made, memory=replace(made.memory, graphs=True)), *given)
 
     for name in ("plain", "recorded"):
         if name == "recorded":
-            monkeypatch.setattr(transformers, "recorded", recorded)
-            monkeypatch.setattr(optimizing, "whole", in_place)
+            monkeypatch.setattr(model_builder, "recorded", recorded)
+            monkeypatch.setattr(update_builder, "whole", in_place)
         more = (
             f"run.experiment={name}", f"run.root={tmp_path}", "optim.steps=8", "optim.batch_size=2",
             "optim.global_batch=4", "optim.name=adamw", "adapter.dropout=0.1", "memory=none", "eval.interval=4",
@@ -165,13 +165,13 @@ def test_graphs_of_a_gpu_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]
     assert "memory.graphs=true records work of a GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("origin", "wanted"), [(HostOrigin(CPU), True), (PeerOrigin(ALONE.exchange(), CPU), False)])
+@pytest.mark.parametrize(("origin", "wanted"), [(HostStore(CPU), True), (PeerStore(ALONE.exchange(), CPU), False)])
 def test_passes_whose_blocks_a_collective_gathers_are_launched(
-    origin: Origin, wanted: bool, prepared: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+    origin: WeightStore, wanted: bool, prepared: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "CudaRecorder", lambda _runner, _device: Repeats())
+    monkeypatch.setattr(model_builder, "CudaRecorder", lambda _runner, _device: Repeats())
     made = compose_config(settings(prepared, clips))
     made = replace(made, memory=replace(made.memory, graphs=True))
     stream = WeightStream([0], 1, CPU, origin)
     model: Any = SimpleNamespace(run_block=BlockRunner([Keep.inputs], compiled=False, stream=stream))
-    assert (transformers.recorded(made, model, [], CPU) is not None) == wanted
+    assert (model_builder.recorded(made, model, [], CPU) is not None) == wanted

@@ -1,4 +1,4 @@
-"""Host memory and files for what the optimizer keeps."""
+"""StateOffload memory and files for what the optimizer keeps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ltx_train.contracts import DataError
-from ltx_train.memory import host as host_module
-from ltx_train.memory.host import Host, accumulate, norm
+from ltx_train.updates import state_offload as host_module
+from ltx_train.updates.state_offload import StateOffload, accumulate, norm
 
 
 @pytest.mark.parametrize("files", [True, False])
 def test_room_has_the_values_and_keeps_changes(files: bool, tmp_path: Path) -> None:
-    host = Host(tmp_path / "rank" if files else None)
+    host = StateOffload(tmp_path / "rank" if files else None)
     given = torch.arange(7, dtype=torch.bfloat16)
     room = host.room("transformer_blocks.0/master", given)
     assert (room.dtype, room.tolist()) == (torch.float32, list(range(7)))
@@ -28,7 +28,7 @@ def test_room_has_the_values_and_keeps_changes(files: bool, tmp_path: Path) -> N
 
 
 def test_gradients_are_added_once_each_and_in_order() -> None:
-    host, seen = Host(None), list[tuple[str, list[float]]]()
+    host, seen = StateOffload(None), list[tuple[str, list[float]]]()
 
     def add(name: str, share: torch.Tensor) -> None:
         seen.append((name, share.tolist()))
@@ -47,14 +47,14 @@ def test_a_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"strategy.offload: .*master.f32 cannot be made .*No space"):
-        Host(tmp_path).room("x/master", torch.zeros(3))
+        StateOffload(tmp_path).room("x/master", torch.zeros(3))
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9])
 def test_masters_and_gradients_travel_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_module, "_SENT", 4)
     monkeypatch.setattr(host_module, "_PIECE", 4)
-    host, weights = Host(None), torch.zeros(count, dtype=torch.bfloat16)
+    host, weights = StateOffload(None), torch.zeros(count, dtype=torch.bfloat16)
     for factor in (1, 2):
         host.send(torch.arange(count) * float(factor), weights)
         assert weights.tolist() == [factor * n for n in range(count)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ltx_train.memory.recompute import BlockRunner, Keep
+from ltx_train.memory.blocks.cast_adapters import CastAdapters
+from ltx_train.memory.blocks.runner import BlockRunner, Keep
 from ltx_train.model import adapter, load_transformer
 from ltx_train.model.adapter import Lora
 from ltx_train.model.linear import LowRankLinear, products
-from ltx_train.model.lowered import Lowered
 from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
 from tests.golden.support import losses, modality, read
@@ -20,7 +20,11 @@ CASE = read("transformer_i_gradients")
 
 def adapted(keep: Keep = Keep.everything) -> Transformer:
     model = load_transformer(TINY, dtype=torch.bfloat16).requires_grad_(False)
-    adapter.attach(model, Lora(4, 4.0, 0.0, ("attn1.to_q", "attn1.to_k", "attn1.to_v", "audio_ff.net.2")), 0)
+    adapter.attach(
+        model,
+        Lora(rank=4, alpha=4.0, dropout=0.0, targets=("attn1.to_q", "attn1.to_k", "attn1.to_v", "audio_ff.net.2")),
+        0,
+    )
     stream = torch.Generator().manual_seed(1)
     for parameter in adapter.lora_parameters(model).values():
         parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=stream))
@@ -42,7 +46,7 @@ def trained(model: Transformer, passes: int = 1) -> dict[str, Tensor]:
 def test_gradients_are_those_of_matrices_cast_one_by_one(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(adapted(keep))
     assert len(found) == 3 * 8
-    monkeypatch.setattr(Lowered, "lower", lambda *_: None)
+    monkeypatch.setattr(CastAdapters, "lower", lambda *_: None)
     expected = trained(adapted(keep))
     assert found.keys() == expected.keys()
     assert all(found[name].dtype is torch.float32 and torch.equal(found[name], expected[name]) for name in found)
@@ -54,7 +58,7 @@ def test_gradients_add_up_where_they_are() -> None:
     places = {name: p.grad for name, p in adapter.lora_parameters(model).items()}
     twice = trained(model)
     assert all(torch.equal(twice[name], 2 * first[name]) and places[name] is twice[name] for name in twice)
-    assert all(layer.lowered is None for layer in model.modules() if isinstance(layer, LowRankLinear))
+    assert all(layer.cast_pair is None for layer in model.modules() if isinstance(layer, LowRankLinear))
 
 
 def test_matrices_of_an_absent_modality_get_no_gradient() -> None:
@@ -72,7 +76,7 @@ def test_a_pass_that_was_given_up_leaves_nothing_behind() -> None:
     inputs = modality(CASE, "video"), modality(CASE, "audio")
     model(*inputs)
     layers = [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
-    assert all(layer.lowered is not None and layer.lowered[0].dtype is torch.bfloat16 for layer in layers)
+    assert all(layer.cast_pair is not None and layer.cast_pair[0].dtype is torch.bfloat16 for layer in layers)
     for one in (model, fresh):
         for parameter in adapter.lora_parameters(one).values():
             parameter.data.mul_(1.5)
@@ -86,8 +90,8 @@ def test_weights_in_the_blocks_own_dtype_are_used_as_they_are() -> None:
     model = adapted().float()
     trained(model)
     block = model.transformer_blocks[0]
-    Lowered(block).lower(torch.float32)
-    assert all(layer.lowered is None for layer in block.modules() if isinstance(layer, LowRankLinear))
+    CastAdapters(block).lower(torch.float32)
+    assert all(layer.cast_pair is None for layer in block.modules() if isinstance(layer, LowRankLinear))
 
 
 def test_rotary_tables_are_in_the_models_dtype() -> None:
@@ -104,7 +108,9 @@ def test_rotary_tables_are_in_the_models_dtype() -> None:
 
 def layers(dropout: float = 0.0) -> list[Any]:
     model = nn.ModuleDict({name: nn.Linear(12, 8) for name in ("to_q", "to_k", "to_v")})
-    adapter.attach(model, Lora(3, 3.0, dropout, ("to_q", "to_k", "to_v"), rank_pattern={"to_k": 5}), 0)
+    adapter.attach(
+        model, Lora(rank=3, alpha=3.0, dropout=dropout, targets=("to_q", "to_k", "to_v"), rank_pattern={"to_k": 5}), 0
+    )
     for name, parameter in adapter.lora_parameters(model).items():
         parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     adapter.DropoutKeys(model).set([7])

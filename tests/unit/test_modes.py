@@ -120,7 +120,7 @@ def test_the_tiny_model_runs_every_preset(name: str) -> None:
 
 
 def condition(kind: str, **values: Any) -> Condition:
-    return Condition(ConditionKind(kind), **values)
+    return Condition(kind=ConditionKind(kind), **values)
 
 
 def test_prefixes_are_drawn_from_their_range() -> None:

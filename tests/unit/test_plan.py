@@ -10,48 +10,59 @@ from typing import Any
 import pytest
 
 from ltx_train import config
-from ltx_train.commands import planning
-from ltx_train.commands.planning import Place
+from ltx_train.assembly import memory_plan
+from ltx_train.assembly.memory_plan import Place
 from ltx_train.contracts import UserError
-from ltx_train.memory import plan
-from ltx_train.memory.cards import CARDS, card_by_name, card_of_device
-from ltx_train.memory.footprint import Choice, Sizes, Trained, Work, model_flops, predict, sizes
-from ltx_train.memory.plan import Allowed, Need
-from ltx_train.memory.recompute import Keep, arrange
+from ltx_train.memory.blocks.runner import Keep, arrange
+from ltx_train.memory.planning import search
+from ltx_train.memory.planning.cards import CARDS, card_by_name, card_of_device
+from ltx_train.memory.planning.footprint import (
+    MemoryChoice,
+    ModelSizes,
+    TrainedWeights,
+    Workload,
+    model_flops,
+    predict,
+    sizes,
+)
+from ltx_train.memory.planning.search import PlanConstraints, StepNeed
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import build_transformer
 from tests.conftest import REPOSITORY, command
 
 PEAKS: list[dict[str, Any]] = json.loads((REPOSITORY / "docs/performance/peaks.json").read_text())
-WORK_A, TRAINED_A = Work(1, 4096, 209, 1024), Trained(144_703_488, "adamw")
+WORK_A, TRAINED_A = (
+    Workload(batch=1, video=4096, audio=209, text=1024),
+    TrainedWeights(parameters=144_703_488, moment_bytes="adamw"),
+)
 H200 = card_by_name("H200")
 REAL = ("experiment=voice_reference_22b", "data.source=x", "data.root=y")
 
 
 @pytest.fixture(scope="module")
-def size() -> Sizes:
+def size() -> ModelSizes:
     return sizes(build_transformer(RandomWeights("ltx2_3_22b")))
 
 
-def _over(peak: dict[str, Any], size: Sizes) -> float:
+def _over(peak: dict[str, Any], size: ModelSizes) -> float:
     """By what share the prediction is above what was measured."""
     chosen = {**peak["choice"], "keep": Keep(peak["choice"].get("keep", "inputs"))}
-    work = Work(1, peak["video"], peak["audio"], peak["text"])
-    trained = Trained(peak["trained"], peak.get("optimizer", "adamw"))
-    return predict(size, work, trained, Choice(**chosen), H200).gib / peak["reserved_gib"] - 1
+    work = Workload(batch=1, video=peak["video"], audio=peak["audio"], text=peak["text"])
+    trained = TrainedWeights(parameters=peak["trained"], moment_bytes=peak.get("optimizer", "adamw"))
+    return predict(size, work, trained, MemoryChoice(**chosen), H200).gib / peak["reserved_gib"] - 1
 
 
 @pytest.mark.parametrize("peak", PEAKS, ids=lambda p: f"{p['work']}-{p['reserved_gib']}")
-def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str, Any], size: Sizes) -> None:
+def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str, Any], size: ModelSizes) -> None:
     """But for runs whose inputs wait on the host: some of those take less than is predicted, by up to 13 %."""
     assert -0.05 <= _over(peak, size) <= (0.13 if peak["choice"].get("offload_inputs") else 0.05)
 
 
-def test_nearly_all_predicted_peaks_are_within_5_percent(size: Sizes) -> None:
+def test_nearly_all_predicted_peaks_are_within_5_percent(size: ModelSizes) -> None:
     assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (41, 43)
 
 
-def test_sizes_of_the_real_model(size: Sizes) -> None:
+def test_sizes_of_the_real_model(size: ModelSizes) -> None:
     elements = sum(layer.inputs * layer.outputs for layer in size.linears)
     assert size.layers * (elements + size.block_rest) + size.outside == 18_988_838_144
     assert len(size.linears) == 28
@@ -63,25 +74,25 @@ def test_sizes_of_the_real_model(size: Sizes) -> None:
 
 
 def test_tokens_and_trained_weights_come_from_the_configuration() -> None:
-    needed = planning.need(config.compose_config(list(REAL)))
-    assert (needed.work, needed.trained) == (WORK_A, Trained(144_703_488, "adamw8bit"))
+    needed = memory_plan.need(config.compose_config(list(REAL)))
+    assert (needed.work, needed.trained) == (WORK_A, TrainedWeights(parameters=144_703_488, moment_bytes="adamw8bit"))
     larger = config.compose_config([*REAL, "data.buckets=[512x512x25,768x512x121]", "optim.batch_size=2"])
-    assert planning.largest_work(larger) == Work(2, 6144, 209, 1024)
+    assert memory_plan.largest_work(larger) == Workload(batch=2, video=6144, audio=209, text=1024)
     silent = config.compose_config([*REAL, "experiment=talking_head_22b", "mode.audio=absent", "adapter=attention"])
-    assert planning.largest_work(silent).audio == 0
-    full = planning.need(config.compose_config([*REAL, "experiment=talking_head_22b", "adapter=full"]))
-    assert full.trained == Trained(18_988_838_144, "adamw", full=True)
+    assert memory_plan.largest_work(silent).audio == 0
+    full = memory_plan.need(config.compose_config([*REAL, "experiment=talking_head_22b", "adapter=full"]))
+    assert full.trained == TrainedWeights(parameters=18_988_838_144, moment_bytes="adamw", full=True)
 
 
 @pytest.mark.parametrize("budget", [6, 8, 12, 22, 40, 80, 139])
 @pytest.mark.parametrize("quantize", ["int8", "int4", "none", "auto"])
 def test_a_plan_stays_within_its_budget_and_more_memory_is_never_slower(
-    budget: float, quantize: str, size: Sizes
+    budget: float, quantize: str, size: ModelSizes
 ) -> None:
     options = ("none", "int8") if quantize == "auto" else (quantize,)
-    need = Need(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
-    found = plan.choose(need, Allowed(options), H200, budget)
-    wider = plan.choose(need, Allowed(options), H200, budget + 4)
+    need = StepNeed(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
+    found = search.choose(need, PlanConstraints(quantize=options), H200, budget)
+    wider = search.choose(need, PlanConstraints(quantize=options), H200, budget + 4)
     assert found is not None or budget < 10
     assert wider is not None
     if found is not None:
@@ -90,33 +101,35 @@ def test_a_plan_stays_within_its_budget_and_more_memory_is_never_slower(
         assert found.choice.keep_everything + found.choice.stream_blocks <= size.layers
 
 
-def test_what_is_set_is_not_planned(size: Sizes) -> None:
-    fixed = Allowed(
-        ("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False, graphs=False
+def test_what_is_set_is_not_planned(size: ModelSizes) -> None:
+    fixed = PlanConstraints(
+        quantize=("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False, graphs=False
     )
-    found = plan.choose(Need(size, WORK_A, TRAINED_A), fixed, H200, 140)
+    found = search.choose(StepNeed(size, WORK_A, TRAINED_A), fixed, H200, 140)
     assert found is not None
-    assert found.choice == Choice("int8", stream_blocks=48)
+    assert found.choice == MemoryChoice(quantize="int8", stream_blocks=48)
     snapshot = 12 * TRAINED_A.parameters / 2**30
     assert found.footprint.host_gib == pytest.approx(17.3 + snapshot, abs=0.1)
-    assert plan.choose(Need(size, WORK_A, TRAINED_A), replace(fixed, host_gib=16), H200, 140) is None
+    assert search.choose(StepNeed(size, WORK_A, TRAINED_A), replace(fixed, host_gib=16), H200, 140) is None
 
 
 @pytest.mark.parametrize("budget", [8, 12, 22, 139])
-def test_a_streamed_block_never_keeps_everything(budget: float, size: Sizes) -> None:
+def test_a_streamed_block_never_keeps_everything(budget: float, size: ModelSizes) -> None:
     """Whatever is fixed: the prediction counts the blocks that `arrange` will really let keep everything."""
-    need = Need(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
-    found = plan.choose(need, Allowed(("int8",), keep=Keep.everything), H200, budget)
+    need = StepNeed(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
+    found = search.choose(need, PlanConstraints(quantize=("int8",), keep=Keep.everything), H200, budget)
     assert (found is not None) == (budget == 139)
     assert found is None or found.choice.stream_blocks == 0
-    fixed = plan.choose(need, Allowed(("int8",), keep_everything=40, stream_blocks=40), H200, 139)
+    fixed = search.choose(need, PlanConstraints(quantize=("int8",), keep_everything=40, stream_blocks=40), H200, 139)
     assert fixed is not None
     assert (fixed.choice.keep_everything, fixed.choice.stream_blocks) == (8, 40)
 
 
-def test_precision_is_given_up_only_for_speed(size: Sizes) -> None:
-    need = Need(size, WORK_A, TRAINED_A)
-    roomy, tight = (plan.choose(need, Allowed(("none", "int8")), H200, budget) for budget in (139, 12))
+def test_precision_is_given_up_only_for_speed(size: ModelSizes) -> None:
+    need = StepNeed(size, WORK_A, TRAINED_A)
+    roomy, tight = (
+        search.choose(need, PlanConstraints(quantize=("none", "int8")), H200, budget) for budget in (139, 12)
+    )
     assert roomy is not None
     assert tight is not None
     assert (roomy.choice.quantize, tight.choice.quantize) == ("none", "int8")
@@ -146,13 +159,13 @@ def test_cards_by_name() -> None:
 def test_a_refusal_names_ways_that_do_fit() -> None:
     made = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute"])
     place = Place(card_by_name("RTX 4090"), 23.0, None)
-    text = planning.refusal(made, place)
+    text = memory_plan.refusal(made, place)
     assert "needs at least 50" in text
     mends = [line.split("   ")[0].split() for line in text.splitlines()[2:]]
     assert len(mends) == 3
     for mend in mends:
         mended = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute", *mend])
-        assert planning.planned(mended, place) is not None
+        assert memory_plan.planned(mended, place) is not None
     costs = [float(s) for s in re.findall(r"about ([\d.]+) s", text)]
     assert costs == sorted(costs)
 
@@ -169,7 +182,7 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert "predicted peak" in shown
     fixed = next(line for line in shown.splitlines() if line.startswith("memory.quantize"))
     made = config.compose_config([*REAL, *fixed.split()])
-    assert planning.allowed(made, None).stream_blocks is not None
+    assert memory_plan.allowed(made, None).stream_blocks is not None
     assert command("plan", "experiment=voice_reference_22b") == 0
     shown = capsys.readouterr().out
     assert all(card.name in shown for card in CARDS)
@@ -177,17 +190,17 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
 
 
 def test_settled_settings_are_plain_without_a_gpu() -> None:
-    made, planned = planning.settle(config.compose_config(["memory.quantize=auto"]))
+    made, planned = memory_plan.settle(config.compose_config(["memory.quantize=auto"]))
     assert planned is None
     assert (made.memory.quantize, made.memory.keep, made.memory.stream_blocks) == ("none", "inputs", 0)
-    made, planned = planning.settle(config.compose_config(["memory.budget_gib=20"]))
+    made, planned = memory_plan.settle(config.compose_config(["memory.budget_gib=20"]))
     assert planned is not None
     assert made.memory.keep is not None
 
 
 def test_running_out_of_memory_says_what_the_refusal_says() -> None:
     made = config.compose_config([*REAL, "memory.budget_gib=22"])
-    text = planning.out_of_memory(made, planning.settle(made)[1])
+    text = memory_plan.out_of_memory(made, memory_plan.settle(made)[1])
     assert "ran out of memory" in text
     assert "planned: " in text
     assert "memory.budget_gib=" in text
@@ -207,7 +220,7 @@ def test_all_weights_in_shares(name: str, devices: int, expected: tuple[float, .
     made = config.compose_config(
         [*REAL, "adapter=full", "optim=adamw", "memory=recompute", f"strategy={name}", f"strategy.devices={devices}"]
     )
-    found = planning.planned(made, Place(H200, 300.0, None))
+    found = memory_plan.planned(made, Place(H200, 300.0, None))
     assert found is not None
     parts = {part: size / 2**30 for part, size in found.footprint.parts.items()}
     names = (
@@ -221,7 +234,7 @@ def test_shares_in_host_memory_leave_the_device() -> None:
     save copies, which is all where the state is in files."""
     full = [*REAL, "adapter=full", "optim=adamw", "memory=recompute", "strategy.devices=4"]
     here, away, files = (
-        planning.planned(config.compose_config([*full, *way]), Place(H200, 139.0, 500.0))
+        memory_plan.planned(config.compose_config([*full, *way]), Place(H200, 139.0, 500.0))
         for way in (("strategy=zero3",), ("strategy=zero3_offload",), ("strategy=zero3", "strategy.offload=/nvme/ltx"))
     )
     assert here is not None
@@ -243,7 +256,7 @@ def test_the_measured_peaks_of_a_full_fine_tune_on_four_devices(kept: int, graph
             f"memory.keep_everything={kept}", f"memory.graphs={graphs}",
         ]
     )  # fmt: skip
-    found = planning.planned(made, Place(H200, 180.0, None))
+    found = memory_plan.planned(made, Place(H200, 180.0, None))
     assert found is not None
     assert found.footprint.gib == pytest.approx(measured, rel=0.05)
 
@@ -252,13 +265,13 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     """By hand: the blocks of the 22B in bfloat16 are 34.4 GiB, a quarter of them 8.6, three in the ring 2.2."""
     place = Place(H200, 40.0, None)
     made = config.compose_config([*REAL, "strategy=zero3", "strategy.devices=4", "memory=recompute"])
-    found = planning.planned(made, place)
+    found = memory_plan.planned(made, place)
     assert found is not None
     assert found.choice.shards == 4
     parts = {name: size / 2**30 for name, size in found.footprint.parts.items()}
     assert parts["share of streamed weights"] == pytest.approx(8.6, abs=0.1)
     assert parts["ring of streamed weights"] == pytest.approx(2.15, abs=0.05)
     assert found.footprint.host_gib == pytest.approx(0.81, abs=0.01), "what a save copies, and no weights"
-    alone = planning.planned(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
+    alone = memory_plan.planned(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
     assert alone is not None
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)

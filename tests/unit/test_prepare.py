@@ -17,11 +17,11 @@ from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import media, sources
 from ltx_train.data.prepare.encode import loudest_window, rms_db
-from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader, Wants
+from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader, ReadRequest
 from ltx_train.model import loaders
 from tests.conftest import REPOSITORY, command, settings
 
-A_VOICE = Condition(ConditionKind.reference)
+A_VOICE = Condition(kind=ConditionKind.reference)
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
 
 
@@ -68,7 +68,7 @@ def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
 
 
 def clip(key: str, speaker: str, split: str = "") -> sources.Clip:
-    return sources.Clip(key, CLIP, "", speaker, split)
+    return sources.Clip(key=key, video=CLIP, caption="", speaker=speaker, split=split)
 
 
 def test_the_split_is_by_identity_and_stable() -> None:
@@ -164,7 +164,7 @@ def test_loudness() -> None:
 
 def test_the_index_addresses_every_tensor(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, wants=Wants.of([Mode(conditions=[A_VOICE])]))
+    reader = Reader(prepared, found, seed=1, wants=ReadRequest.of([Mode(conditions=[A_VOICE])]))
     assert {r.split for r in found.records} == {"train", "heldout"}
     for record in found.records:
         tensors = reader.tensors(record)
@@ -187,7 +187,7 @@ def test_webdataset_reads_our_shards(prepared: Path) -> None:
 
 def test_references_come_from_other_clips_of_the_speaker(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, wants=Wants.of([Mode(conditions=[A_VOICE])]))
+    reader = Reader(prepared, found, seed=1, wants=ReadRequest.of([Mode(conditions=[A_VOICE])]))
     chosen: set[str] = set()
     for draw in range(12):
         for record in found.records:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ltx_train.memory import quantize
-from ltx_train.memory.quantize import block_quantizer
+from ltx_train.memory.weights import quantize
+from ltx_train.memory.weights.quantize import block_quantizer
 from ltx_train.model import load_transformer
 from ltx_train.model.linear import dense_weight
 from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, QuantizedLinear

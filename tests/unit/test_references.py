@@ -53,7 +53,7 @@ def test_where_references_stand(name: str, token: int, expected: list[list[float
 )
 def test_smaller_and_slower_references(spatial: int, temporal: int, token: int, expected: list[list[float]]) -> None:
     condition = Condition(
-        ConditionKind.reference, modality=ModalityName.video, source="r", position=Placement.overlap,
+        kind=ConditionKind.reference, modality=ModalityName.video, source="r", position=Placement.overlap,
         spatial_scale=spatial, temporal_scale=temporal,
     )  # fmt: skip
     found = references.bounds(condition, torch.zeros(1, 16, 3, 1, 1), torch.zeros(1, 16, 5, 2, 2), torch.tensor([25.0]))

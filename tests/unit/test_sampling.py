@@ -27,7 +27,7 @@ def start(mode: Mode, reference: bool = False) -> tuple[sampler.Start, condition
 
 
 def test_given_tokens_come_out_as_they_went_in() -> None:
-    mode = Mode(conditions=[Condition(ConditionKind.first_frame), Condition(ConditionKind.reference)])
+    mode = Mode(conditions=[Condition(kind=ConditionKind.first_frame), Condition(kind=ConditionKind.reference)])
     begin, made = start(mode, reference=True)
     video, audio = sampler.sample(load_transformer(TINY), begin, sigma.inference_schedule(3), Guidance())
     assert made.video is not None
@@ -42,7 +42,7 @@ def test_given_tokens_come_out_as_they_went_in() -> None:
 def test_a_gated_reference_is_there_at_its_noise_levels_only() -> None:
     """Open from 0.5 down: the first steps are those without a reference, the last one is not; and closed for good."""
     model, schedule = load_transformer(TINY), torch.tensor([1.0, 0.8, 0.4, 0.0])
-    voice = Condition(ConditionKind.reference)
+    voice = Condition(kind=ConditionKind.reference)
     found: dict[str, torch.Tensor] = {}
     for name, gate in (("open", [0.0, 1.0]), ("late", [0.0, 0.5]), ("never", [0.0, 0.01])):
         mode = Mode(conditions=[replace(voice, sigmas=gate)])
@@ -103,7 +103,7 @@ def test_guidance_runs_its_arms_and_changes_the_result() -> None:
     begin, _ = start(Mode())
     model, schedule = load_transformer(TINY), sigma.inference_schedule(2)
     plain = sampler.sample(model, begin, schedule, Guidance())[0]
-    full = Guidance(3.0, 7.0, 3.0, 1.0, (1,), 0.7)
+    full = Guidance(video_cfg=3.0, audio_cfg=7.0, modality_scale=3.0, stg_scale=1.0, stg_blocks=(1,), rescale=0.7)
     negative = replace(begin, negative_video=torch.randn(1, 8, 64), negative_audio=torch.randn(1, 8, 32))
     guided = sampler.sample(model, negative, schedule, full)[0]
     assert plain is not None

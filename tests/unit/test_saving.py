@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.saving import Saver, Snapshot
-from ltx_train.training.shards import Shard
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.background import Saver, Snapshot
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.updates.slice_files import StateSlice
 
 
 def state(value: float) -> dict[str, Any]:
@@ -52,14 +52,22 @@ def test_saves_one_after_the_other_hold_their_own_steps(tmp_path: Path) -> None:
     saver = Saver(tmp_path, 5, lambda _step, _weights: None)
     weights = {"a": torch.zeros(1000)}
     layout = {"a": [("a", 0, [1000])]}
-    shard = Shard(0, 1, {"a": {"master": weights["a"]}}, layout, ["a"], [{"params": [0]}], 1.0)
+    shard = StateSlice(
+        rank=0,
+        world=1,
+        tensors={"a": {"master": weights["a"]}},
+        layout=layout,
+        order=["a"],
+        groups=[{"params": [0]}],
+        steps=1.0,
+    )
     saver.prepare(shard).result()
     for step in (1, 2, 3):
         weights["a"].fill_(step)
-        saver.start(Checkpoint(step, {}, {}, {}, shard=shard))
+        saver.start(Checkpoint(step=step, weights={}, optimizer={}, notes={}, shard=shard))
         weights["a"].fill_(-1)
         saver.settle()
     saver.close()
-    for path in checkpointing.committed(tmp_path):
-        assert checkpointing.load(path).weights["a"][:].eq(int(path.name[-1])).all()
-    assert len(checkpointing.committed(tmp_path)) == 3
+    for path in commit.committed(tmp_path):
+        assert commit.load(path).weights["a"][:].eq(int(path.name[-1])).all()
+    assert len(commit.committed(tmp_path)) == 3

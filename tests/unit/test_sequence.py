@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from ltx_train import rng
 from ltx_train.contracts import Modality
-from ltx_train.memory import recompute
-from ltx_train.memory.recompute import BlockRunner, Keep
+from ltx_train.distributed.sequence import joined
+from ltx_train.memory.blocks import runner
+from ltx_train.memory.blocks.runner import BlockRunner, Keep
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import load_transformer
-from ltx_train.model.sequence import joined
 
 pytestmark = pytest.mark.slow
 WORLD, VIDEO, AUDIO, TEXT = 2, 9, 5, 8  # an odd number of tokens
@@ -41,11 +41,11 @@ def results(compiled: bool, rank: int = 0, meeting: str | None = None) -> dict[s
     """Velocities, and gradients of every weight averaged over the ranks."""
     model = load_transformer(RandomWeights("tiny")).requires_grad_(True)
     if compiled:  # as far as the compiler's own kernels
-        recompute.compiled_call = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+        runner.compiled_call = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
     model.run_block = BlockRunner([Keep.inputs] * len(model.transformer_blocks), compiled=compiled)
     if meeting is not None:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
-        model.together = joined(dist.group.WORLD, rank, WORLD)
+        model.sequence_group = joined(dist.group.WORLD, rank, WORLD)
     sizes = model.config
     video = modality("video", VIDEO, 3, sizes["in_channels"], sizes["cross_attention_dim"])
     audio = modality("audio", AUDIO, 1, sizes["audio_in_channels"], sizes["audio_cross_attention_dim"])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.training import checkpointing
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.shards import MOMENTS, Shard
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.updates.slice_files import MOMENTS, StateSlice
 
 NAMES = {"a.weight": (3, 5), "a.bias": (7,), "b": (2, 2, 2), "c": ()}
 
@@ -23,7 +23,7 @@ def state(kind: str) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator) for name, shape in NAMES.items()}
 
 
-def shards(world: int, steps: float | None = 4.0) -> list[Shard]:
+def shards(world: int, steps: float | None = 4.0) -> list[StateSlice]:
     """Two units; parameters begin at multiples of 4 and go over the edges of shares."""
     units = {"first": ["a.weight", "a.bias"], "second": ["b", "c"]}
     layout: dict[str, list[tuple[str, int, list[int]]]] = {}
@@ -43,14 +43,28 @@ def shards(world: int, steps: float | None = 4.0) -> list[Shard]:
             for rank, part in enumerate(flat.chunk(world)):
                 tensors[rank].setdefault(unit, {})[kind] = part.clone()
     groups = [{"lr": 0.1, "params": [0, 1, 2, 3]}]
-    return [Shard(r, world, tensors[r], layout, ["a.bias", "a.weight", "b", "c"], groups, steps) for r in range(world)]
+    return [
+        StateSlice(
+            rank=r,
+            world=world,
+            tensors=tensors[r],
+            layout=layout,
+            order=["a.bias", "a.weight", "b", "c"],
+            groups=groups,
+            steps=steps,
+        )
+        for r in range(world)
+    ]
 
 
 def saved(folder: Path, world: int, steps: float | None = 4.0) -> Path:
-    parts = [Checkpoint(9, {}, {}, {"n": 1}, shard=shard, name="same") for shard in shards(world, steps)]
+    parts = [
+        Checkpoint(step=9, weights={}, optimizer={}, notes={"n": 1}, shard=shard, name="same")
+        for shard in shards(world, steps)
+    ]
     with ThreadPoolExecutor(world) as ranks:
-        others = [ranks.submit(checkpointing.contribute, folder, part) for part in parts[1:]]
-        path = checkpointing.save(folder, parts[0], keep=2)
+        others = [ranks.submit(commit.contribute, folder, part) for part in parts[1:]]
+        path = commit.save(folder, parts[0], keep=2)
     assert all(other.exception() is None for other in others)
     return path
 
@@ -58,8 +72,8 @@ def saved(folder: Path, world: int, steps: float | None = 4.0) -> Path:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_what_ranks_save_is_read_by_name(world: int, tmp_path: Path) -> None:
     path = saved(tmp_path, world)
-    assert checkpointing.committed(tmp_path) == [path]
-    loaded = checkpointing.load(path)
+    assert commit.committed(tmp_path) == [path]
+    loaded = commit.load(path)
     assert set(loaded.weights) == set(NAMES)
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in state("master").items())
     for number, name in enumerate(["a.bias", "a.weight", "b", "c"]):
@@ -71,35 +85,37 @@ def test_what_ranks_save_is_read_by_name(world: int, tmp_path: Path) -> None:
 
 
 def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
-    assert checkpointing.load(saved(tmp_path, 2, steps=None)).optimizer["state"] == {}
+    assert commit.load(saved(tmp_path, 2, steps=None)).optimizer["state"] == {}
 
 
 def test_a_rank_that_cannot_write_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The leading rank tells why, and what was there before stays."""
     before = saved(tmp_path, 2)
-    first, second = (Checkpoint(10, {}, {}, {}, shard=shard, name="same") for shard in shards(2))
+    first, second = (
+        Checkpoint(step=10, weights={}, optimizer={}, notes={}, shard=shard, name="same") for shard in shards(2)
+    )
 
-    def full(_folder: Path, shard: Shard) -> None:
+    def full(_folder: Path, shard: StateSlice) -> None:
         if shard.rank == 1:
             raise OSError(28, "No space left on device")
         write(_folder, shard)
 
-    write = checkpointing.shards.write
-    monkeypatch.setattr(checkpointing.shards, "write", full)
+    write = commit.shards.write
+    monkeypatch.setattr(commit.shards, "write", full)
     with ThreadPoolExecutor(1) as other:
-        other.submit(checkpointing.contribute, tmp_path, second)
+        other.submit(commit.contribute, tmp_path, second)
         with pytest.raises(DataError, match=r"rank 1: .*No space left"):
-            checkpointing.save(tmp_path, first, keep=2)
-    assert checkpointing.committed(tmp_path) == [before]
+            commit.save(tmp_path, first, keep=2)
+    assert commit.committed(tmp_path) == [before]
     assert list(tmp_path.iterdir()) == [before]
 
 
 def test_a_rank_that_never_writes_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointing, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(commit, "_PATIENCE_S", 0.1)
     with pytest.raises(DataError, match="rank 1 has not written its part"):
-        checkpointing.save(tmp_path, Checkpoint(1, {}, {}, {}, shard=shards(2)[0]), keep=2)
+        commit.save(tmp_path, Checkpoint(step=1, weights={}, optimizer={}, notes={}, shard=shards(2)[0]), keep=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,13 +124,13 @@ def test_a_damaged_or_missing_shard_is_found(tmp_path: Path) -> None:
     victim = path / "shard-00001-of-00002.safetensors"
     good = victim.read_bytes()
     victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert checkpointing.committed(tmp_path) == [path]
+    assert commit.committed(tmp_path) == [path]
     with pytest.raises(DataError, match="shard-00001-of-00002"):
-        checkpointing.load(path)
+        commit.load(path)
     files = list(json.loads((path / "manifest.json").read_text())["files"])
     part = files.index(victim.name) % 2
     with pytest.raises(DataError, match="shard-00001-of-00002"):
-        checkpointing.verify(path, part, 2)
-    checkpointing.verify(path, 1 - part, 2)
+        commit.verify(path, part, 2)
+    commit.verify(path, 1 - part, 2)
     victim.unlink()
-    assert checkpointing.committed(tmp_path) == []
+    assert commit.committed(tmp_path) == []

@@ -15,10 +15,10 @@ import pytest
 import wandb
 
 from ltx_train import config
-from ltx_train.commands import logging
+from ltx_train.assembly import trackers
 from ltx_train.contracts import UserError
-from ltx_train.training import sinks
-from ltx_train.training.tracking import Metrics
+from ltx_train.training.tracking import sinks
+from ltx_train.training.tracking.metrics import Metrics
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -136,11 +136,11 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_the_configuration_says_where_numbers_go(tmp_path: Path) -> None:
     made = config.compose_config(["logger=local", "logger.also=[csv,tensorboard]", "data.root=x", "data.source=y"])
-    found = logging.sinks(made, tmp_path, 0)
+    found = trackers.sinks(made, tmp_path, 0)
     assert [type(sink).__name__ for sink in found] == ["Csv", "TensorBoard"]
     for sink in found:
         sink.close()
-    system = logging._system()
+    system = trackers._system()
     assert json.dumps(system)
     assert system["torch"]
     with pytest.raises(config.ConfigError, match=r"logger\.also='tensorbord'.*did you mean 'tensorboard'"):

@@ -14,12 +14,12 @@ import torch
 import torch._dynamo
 
 from ltx_train.contracts import Modality
-from ltx_train.memory.compile import graphs
-from ltx_train.memory.offload import InputOffload
-from ltx_train.memory.origin import ALIGNMENT, Exchange, HostOrigin, PeerOrigin, _checksum
-from ltx_train.memory.quantize import block_quantizer
-from ltx_train.memory.recompute import BlockRunner, Keep, spread
-from ltx_train.memory.stream import WeightStream
+from ltx_train.memory.activations.input_offload import InputOffload
+from ltx_train.memory.blocks.compile import graphs
+from ltx_train.memory.blocks.runner import BlockRunner, Keep, spread
+from ltx_train.memory.weights.quantize import block_quantizer
+from ltx_train.memory.weights.stores import ALIGNMENT, Exchange, HostStore, PeerStore, _checksum
+from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter, load_transformer
 from ltx_train.model.transformer import Transformer
 from tests.conftest import TINY
@@ -28,7 +28,7 @@ from tests.golden.support import losses, modality, read
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CPU = torch.device("cpu")
 CASE = "transformer_c_audio_ref_negative"
-LORA = adapter.Lora(4, 4, 0.0, ("to_q", "audio_ff.net.2"))
+LORA = adapter.Lora(rank=4, alpha=4, dropout=0.0, targets=("to_q", "audio_ff.net.2"))
 
 
 def model(
@@ -40,7 +40,7 @@ def model(
     compiled: bool = False,
     lora: adapter.Lora = LORA,
 ) -> tuple[Transformer, WeightStream | None]:
-    stream = WeightStream(streamed, slots, CPU, HostOrigin(CPU)) if streamed else None
+    stream = WeightStream(streamed, slots, CPU, HostStore(CPU)) if streamed else None
     offload = InputOffload(offloaded, torch.device("cpu")) if offloaded else None
     made = load_transformer(
         TINY, quantize=block_quantizer(quantize), arrived=stream.stash_if_streamed if stream else None
@@ -124,7 +124,7 @@ def test_a_wrong_copy_is_found() -> None:
 
 
 def test_windows_follow_forward_and_backward() -> None:
-    stream = WeightStream([0, 2, 4, 6], 3, CPU, HostOrigin(CPU))
+    stream = WeightStream([0, 2, 4, 6], 3, CPU, HostStore(CPU))
     assert stream._window(0, backward=False, training=True) == [0, 2, 4]
     assert stream._window(2, backward=False, training=True) == [4, 6, 2]
     assert stream._window(3, backward=False, training=True) == [6, 4, 2]
@@ -137,7 +137,7 @@ def test_windows_follow_forward_and_backward() -> None:
 
 def test_a_block_that_never_came_is_an_error() -> None:
     with pytest.raises(ValueError, match="never stashed"):
-        WeightStream([0], 2, CPU, HostOrigin(CPU)).ready()
+        WeightStream([0], 2, CPU, HostStore(CPU)).ready()
 
 
 @pytest.mark.parametrize("keep", list(Keep))
@@ -233,7 +233,7 @@ def test_shares_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> 
         raise AssertionError
 
     tell: Callable[[Any], list[Any]] = lambda value: [value] * 3  # noqa: E731
-    origins = [PeerOrigin(Exchange(rank, 3, gather, unused, unused, tell), CPU) for rank in range(3)]
+    origins = [PeerStore(Exchange(rank, 3, gather, unused, unused, tell), CPU) for rank in range(3)]
     for origin in origins:
         whole = origin.room(size)
         whole[:size] = block

@@ -9,16 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_train import config
-from ltx_train.commands import bench, planning, session, transformers
+from ltx_train.assembly import from_config, memory_plan, model_builder
+from ltx_train.commands import bench
 from ltx_train.contracts import DataError, StepResult, UserError
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
+from ltx_train.jobs.folder_lock import FolderLock
 from ltx_train.model import adapter
-from ltx_train.training import checkpointing, console, tracking
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.lock import FolderLock
-from ltx_train.training.monitor import Monitor
-from ltx_train.training.optim import Schedule, build_optimizer
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.tracking import console, metrics
+from ltx_train.training.tracking.monitor import Monitor
+from ltx_train.updates.optimizers import Schedule, build_optimizer
 
 
 @pytest.mark.parametrize(
@@ -44,8 +46,12 @@ def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> Non
     first = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
     optimizer = build_optimizer(name, [first], 0.1, (0.9, 0.999), 0.01)
     steps(first, optimizer, 3)
-    checkpointing.save(tmp_path, Checkpoint(3, {"w": first.detach().clone()}, optimizer.state_dict(), {"a": [1]}), 1)
-    loaded = checkpointing.load(checkpointing.committed(tmp_path)[-1])
+    commit.save(
+        tmp_path,
+        Checkpoint(step=3, weights={"w": first.detach().clone()}, optimizer=optimizer.state_dict(), notes={"a": [1]}),
+        1,
+    )
+    loaded = commit.load(commit.committed(tmp_path)[-1])
     second = torch.nn.Parameter(loaded.weights["w"])
     again = build_optimizer(name, [second], 0.1, (0.9, 0.999), 0.01)
     again.load_state_dict(dict(loaded.optimizer))
@@ -56,47 +62,51 @@ def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> Non
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, {"w": torch.ones(2)}, {"state": {}, "param_groups": []}, {})
+    return Checkpoint(step=step, weights={"w": torch.ones(2)}, optimizer={"state": {}, "param_groups": []}, notes={})
 
 
 def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     """Half-written folders are neither loaded nor counted, and are cleared away by the next save."""
     for step in (1, 2, 3):
-        checkpointing.save(tmp_path, checkpoint(step), keep=2)
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000003"]
+        commit.save(tmp_path, checkpoint(step), keep=2)
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000003"]
     (tmp_path / "step-000009.tmp-dead").mkdir()
     (tmp_path / "step-000008").mkdir()
     (tmp_path / "step-000003" / "weights.safetensors").write_bytes(b"short")
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002"]
-    checkpointing.save(tmp_path, checkpoint(4), keep=2)
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000002"]
+    commit.save(tmp_path, checkpoint(4), keep=2)
     assert not list(tmp_path.glob("*.tmp-*"))
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000002", "step-000004"]
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000004"]
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    path = checkpointing.save(tmp_path, checkpoint(1), keep=1)
+    path = commit.save(tmp_path, checkpoint(1), keep=1)
     data = bytearray((path / "weights.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "weights.safetensors").write_bytes(data)
     with pytest.raises(DataError, match="is damaged"):
-        checkpointing.load(path)
+        commit.load(path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpointing.save(tmp_path, checkpoint(1), keep=1)
-    checkpointing.save(tmp_path, Checkpoint(1, {"w": torch.zeros(2)}, {"state": {}, "param_groups": []}, {}), keep=1)
-    assert float(checkpointing.load(tmp_path / "step-000001").weights["w"].sum()) == 0
+    commit.save(tmp_path, checkpoint(1), keep=1)
+    commit.save(
+        tmp_path,
+        Checkpoint(step=1, weights={"w": torch.zeros(2)}, optimizer={"state": {}, "param_groups": []}, notes={}),
+        keep=1,
+    )
+    assert float(commit.load(tmp_path / "step-000001").weights["w"].sum()) == 0
 
 
 def test_rows_of_steps_to_be_done_again_are_dropped(tmp_path: Path) -> None:
-    metrics = tracking.Metrics(tmp_path, 0)
+    written = metrics.Metrics(tmp_path, 0)
     for step in (1, 2, 3):
-        metrics.write(step, {"x": float(step)})
-    metrics.close()
+        written.write(step, {"x": float(step)})
+    written.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "x"')
-    tracking.Metrics(tmp_path, 2).close()
-    assert tracking.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]
+    metrics.Metrics(tmp_path, 2).close()
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]
 
 
 def result(sigma: list[float], video: list[float] | None, audio: list[float] | None) -> StepResult:
@@ -182,14 +192,14 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["audio_reference", "av_i2v"])
 def test_nothing_in_a_step_waits_for_the_device(mode: str, dropout: float) -> None:
     """From the inputs' arrival on the device to clipped gradients, recomputation included."""
-    made, _ = planning.settle(
+    made, _ = memory_plan.settle(
         config.compose_config(["experiment=audio_reference", f"mode={mode}", f"adapter.dropout={dropout}"])
     )
-    transformer = transformers.trainable(made)
+    transformer = model_builder.trainable(made)
     parameters = list(adapter.trainable_parameters(transformer).values())
     batch = bench.random_batch(made, 0)
     adapter.DropoutKeys(transformer).set([1])
-    draws = conditions.draw(batch, made.mode, session.sigma_distribution(made), 0)
+    draws = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
     inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), torch.device("cpu"))
     with Waits() as waits:
         objective.losses(transformer, inputs, Weights()).loss.backward()

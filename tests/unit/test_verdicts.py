@@ -14,7 +14,7 @@ from ltx_train.evaluation import history, likeness, ranking, verdicts
 from ltx_train.evaluation.history import Measured
 from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.training.selection import Selection
+from ltx_train.training.stability.early_stop import Selection
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID = Grid((), LEVELS)
@@ -27,10 +27,14 @@ def rows(people: int = 8, **arms: Loss) -> list[Row]:
     for who in range(people):
         spread = 1 + 0.1 * math.sin(who)
         for level in LEVELS:
-            found.append(Row(f"c{who}", f"p{who}", level, CORRECT, 1.0, 1.0, math.nan))
+            found.append(
+                Row(key=f"c{who}", speaker=f"p{who}", sigma=level, arm=CORRECT, loss=1.0, video=1.0, audio=math.nan)
+            )
             for arm, more in arms.items():
                 loss = 1.0 + more(level) * spread + 0.001 * math.cos(7 * who)
-                found.append(Row(f"c{who}", f"p{who}", level, arm, loss, loss, math.nan))
+                found.append(
+                    Row(key=f"c{who}", speaker=f"p{who}", sigma=level, arm=arm, loss=loss, video=loss, audio=math.nan)
+                )
     return found
 
 
@@ -133,13 +137,13 @@ def batch(voice: torch.Tensor) -> Batch:
     stream = torch.Generator().manual_seed(1)
     audio = torch.randn(4, 2, 20, 16, generator=stream)
     return Batch(
-        ("a", "b", "c", "d"), ("a", "b", "c", "d"), (0,) * 4, torch.full((4,), 25.0), None, audio,
-        torch.zeros(4, 1, 1), torch.zeros(4, 1, 1), {Condition(ConditionKind.reference).name: voice},
+        keys=("a", "b", "c", "d"), speakers=("a", "b", "c", "d"), draws=(0,) * 4, fps=torch.full((4,), 25.0), video_latent=None, audio_latent=audio,
+        video_context=torch.zeros(4, 1, 1), audio_context=torch.zeros(4, 1, 1), references={Condition(kind=ConditionKind.reference).name: voice},
     )  # fmt: skip
 
 
 def test_likeness_finds_copies_even_when_they_are_shifted() -> None:
-    mode = Mode(conditions=[Condition(ConditionKind.reference)])
+    mode = Mode(conditions=[Condition(kind=ConditionKind.reference)])
     apart = batch(torch.randn(4, 2, 12, 16, generator=torch.Generator().manual_seed(2)))
     copied = batch(apart.audio_latent[:, :, 3:15] + 0.01)  # type: ignore[index]
     own, other = likeness.cosines(mode, copied), likeness.cosines(mode, apart)
@@ -164,7 +168,7 @@ def test_the_best_step_is_kept_linked_and_ends_a_run(tmp_path: Path) -> None:
     assert link.read_bytes() == b"x"
     assert ranking.link([], tmp_path) is None
     selection = Selection(patience=2)
-    assert [selection.saw(int(m["step"]), m) for m in metrics] == [True, True, False, False]
+    assert [selection.record(int(m["step"]), m) for m in metrics] == [True, True, False, False]
     assert selection.ended is None
     again = Selection(patience=2)
     again.restore(selection.state())

@@ -9,14 +9,14 @@ import torch
 
 from ltx_train.contracts import StepResult
 from ltx_train.diffusion.loss import Weights
-from ltx_train.training import checkpointing
-from ltx_train.training.average import Average
-from ltx_train.training.balance import Balance
-from ltx_train.training.checkpointing import Checkpoint
-from ltx_train.training.clock import Clock
-from ltx_train.training.monitor import Monitor
-from ltx_train.training.optim import build_optimizer
-from ltx_train.training.ranks import ALONE
+from ltx_train.distributed.ranks import ALONE
+from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.stability.average import Average
+from ltx_train.training.stability.balance import Balance
+from ltx_train.training.tracking.clock import Clock
+from ltx_train.training.tracking.monitor import Monitor
+from ltx_train.updates.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -82,19 +82,26 @@ def test_the_average_by_hand_and_its_exchange() -> None:
 
 def test_the_average_goes_into_checkpoints_and_is_what_is_published(tmp_path: Path) -> None:
     weights, average = {"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)}
-    checkpointing.save(tmp_path, Checkpoint(1, weights, {"state": {}, "param_groups": []}, {}, average), 1)
-    loaded = checkpointing.load(checkpointing.committed(tmp_path)[-1])
+    commit.save(
+        tmp_path,
+        Checkpoint(step=1, weights=weights, optimizer={"state": {}, "param_groups": []}, notes={}, average=average),
+        1,
+    )
+    loaded = commit.load(commit.committed(tmp_path)[-1])
     assert torch.equal(loaded.weights["w"], weights["w"])
     assert torch.equal(loaded.published["w"], average["w"])
-    assert Checkpoint(1, weights, {}, {}).published is weights
+    assert Checkpoint(step=1, weights=weights, optimizer={}, notes={}).published is weights
 
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        checkpointing.save(
-            tmp_path, Checkpoint(step, {"w": torch.ones(1)}, {"state": {}, "param_groups": []}, {}), 2, 1
+        commit.save(
+            tmp_path,
+            Checkpoint(step=step, weights={"w": torch.ones(1)}, optimizer={"state": {}, "param_groups": []}, notes={}),
+            2,
+            1,
         )
-    assert [p.name for p in checkpointing.committed(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
+    assert [p.name for p in commit.committed(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
 
 
 def test_mixed_modes_average_each_modality_over_its_own_samples() -> None:

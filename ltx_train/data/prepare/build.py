@@ -21,15 +21,16 @@ from ltx_train.data import index
 from ltx_train.data.index import Index, Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.prepare.encode import Encoders
-from ltx_train.data.prepare.media import Bucket, read_clip
+from ltx_train.data.prepare.media import read_clip
 from ltx_train.data.prepare.sources import Clip, split_by_identity
 from ltx_train.data.reader import AUDIO, REFERENCE, VOICE
+from ltx_train.diffusion.grid import Bucket
 
 FORMAT = 1
 Report = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything latents depend on besides media and encoders, and how clips are split and packed."""
 
@@ -55,7 +56,7 @@ class Recipe:
         newer = {"reference_scale": self.reference_scale} if self.reference_scale != 1 else {}
         newer |= {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
         return newer | {
-            "buckets": ["x".join(map(str, b)) for b in self.buckets],
+            "buckets": [str(bucket) for bucket in self.buckets],
             "fps": self.fps,
             "reference_s": self.reference_s,
             "latent_dtype": self.latent_dtype,
@@ -116,7 +117,14 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
     shards, placed = pack.write_shards(
         records, lambda r: (items / f"{r.item}.safetensors").read_bytes(), root / "shards", recipe.samples_per_shard
     )
-    result = Index(recipe.settings(), encoders.fingerprints, tuple(shards), tuple(placed), bad, dropped)
+    result = Index(
+        settings=recipe.settings(),
+        encoders=encoders.fingerprints,
+        shards=tuple(shards),
+        records=tuple(placed),
+        quarantined=bad,
+        dropped_context=dropped,
+    )
     index.save(result, root)
     pack.prune(root / "shards", shards)
     return Outcome(encoded, len(records) - encoded, bad, result)
@@ -147,8 +155,8 @@ def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note:
     done = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
     done.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
     facts = {
-        "bucket": "x".join(map(str, media.bucket)),
-        "seconds": media.bucket[2] / recipe.fps,
+        "bucket": str(media.bucket),
+        "seconds": media.bucket.frames / recipe.fps,
         "has_audio": AUDIO in done.tensors,
         "voice": VOICE in done.tensors,
         "own_reference": REFERENCE in done.tensors,

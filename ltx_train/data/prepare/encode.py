@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import extras
-from ltx_train.data.prepare.media import Bucket, Media, read_audio
+from ltx_train.data.prepare.media import Media, read_audio
 from ltx_train.data.prepare.sources import Clip
 from ltx_train.data.reader import (
     AUDIO,
@@ -29,7 +29,7 @@ from ltx_train.data.reader import (
     VIDEO_MASK,
     VOICE,
 )
-from ltx_train.diffusion import positions
+from ltx_train.diffusion.grid import Bucket, audio_latents
 from ltx_train.model import codecs, loaders, text
 from ltx_train.model.checkpoint import TensorSource
 
@@ -99,7 +99,7 @@ class Encoders:
         loudness = _SILENT_DB
         if media.waveform is not None:
             seconds = media.pixels.shape[0] / fps
-            tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : positions.audio_latents(seconds)]
+            tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : audio_latents(seconds)]
             window = loudest_window(media.waveform, media.rate, reference_s)
             if window is not None:
                 tensors[VOICE] = self.sound(window, media.rate)
@@ -118,7 +118,7 @@ class Encoders:
         if "mask" in clip.files:
             tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], bucket, fps).contiguous()
         if clip.audio_mask:
-            latents = positions.audio_latents(bucket[2] / fps)
+            latents = bucket.audio_tokens(fps)
             tensors[AUDIO_MASK] = extras.audio_mask(clip.audio_mask, latents, clip.key)
         return tensors
 

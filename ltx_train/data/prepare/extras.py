@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.data.prepare.media import Bucket, read_clip
+from ltx_train.data.prepare.media import read_clip
 from ltx_train.diffusion import positions
+from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Bucket
 
 _SPAN = re.compile(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*")
 _WHITE = 128
@@ -23,20 +24,21 @@ _WHITE = 128
 
 def control(path: Path, bucket: Bucket, fps: float, scale: int) -> Tensor:
     """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket."""
-    width, height, frames = bucket
-    if width % (32 * scale) or height % (32 * scale):
+    width, height, frames = bucket.width, bucket.height, bucket.frames
+    if width % (PIXELS_PER_LATENT * scale) or height % (PIXELS_PER_LATENT * scale):
         raise DataError(
-            f"{path}: {width}x{height} divided by data.reference_scale={scale} is off the grid of 32 pixels"
+            f"{path}: {width}x{height} divided by data.reference_scale={scale} is off the grid of "
+            f"{PIXELS_PER_LATENT} pixels"
         )
-    return read_clip(path, [(width // scale, height // scale, frames)], fps).pixels
+    return read_clip(path, [Bucket(width // scale, height // scale, frames)], fps).pixels
 
 
 def video_mask(path: Path, bucket: Bucket, fps: float) -> Tensor:
     """(F, H, W) of latent places, 1 where the whole place is white in the mask's video: it is given clean."""
     white = (read_clip(path, [bucket], fps).pixels.float().mean(dim=-1) >= _WHITE).float()
-    places = 1 - F.max_pool2d(1 - white[:, None], positions.PIXELS_PER_LATENT)[:, 0]
+    places = 1 - F.max_pool2d(1 - white[:, None], PIXELS_PER_LATENT)[:, 0]
     # The first latent frame holds one picture, every later one eight.
-    later = places[1:].unflatten(0, (-1, positions.FRAMES_PER_LATENT)).amin(dim=1) if len(places) > 1 else places[1:]
+    later = places[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).amin(dim=1) if len(places) > 1 else places[1:]
     return torch.cat([places[:1], later])
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltx_train.contracts import DataError
+from ltx_train.diffusion.grid import Bucket
 
-Bucket = tuple[int, int, int]
 Picture = NDArray[np.uint8]
 _TOLERANCE_FRAMES = 1.5
 
@@ -43,9 +43,9 @@ def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
                 raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
             seconds = _seconds(container, stream)
-            bucket = choose_bucket(path, buckets, seconds, fps, stream.width, stream.height)
+            bucket = choose_bucket(path, buckets, seconds, fps=fps, width=stream.width, height=stream.height)
             pixels, start = _frames(container, stream, bucket, fps, path)
-        waveform, rate = read_audio(path, start, bucket[2] / fps)
+        waveform, rate = read_audio(path, start, bucket.frames / fps)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded ({error})") from error
     return Media(pixels, waveform, rate, bucket)
@@ -77,15 +77,19 @@ def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> 
     return _aligned(waveform, rate, first - start, seconds), rate
 
 
-def choose_bucket(path: Path, buckets: list[Bucket], seconds: float, fps: float, width: int, height: int) -> Bucket:
+def choose_bucket(
+    path: Path, buckets: list[Bucket], seconds: float, *, fps: float, width: int, height: int
+) -> Bucket:  # fmt: skip
     """Among the buckets the clip is long enough for: nearest aspect ratio, then most frames, then most pixels."""
     available = seconds * fps + _TOLERANCE_FRAMES
-    fitting = [b for b in buckets if b[2] <= available]
+    fitting = [b for b in buckets if b.frames <= available]
     if not fitting:
-        shortest = min(b[2] for b in buckets)
+        shortest = min(b.frames for b in buckets)
         raise DataError(f"{path} lasts {seconds:.2f} s, the shortest bucket needs {shortest} frames at {fps:g} fps")
     ratio = math.log(width / height)
-    return min(fitting, key=lambda b: (round(abs(math.log(b[0] / b[1]) - ratio), 6), -b[2], -b[0] * b[1]))
+    return min(
+        fitting, key=lambda b: (round(abs(math.log(b.width / b.height) - ratio), 6), -b.frames, -b.width * b.height)
+    )
 
 
 def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
@@ -101,7 +105,7 @@ def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
 
 def _frames(container: Any, stream: Any, bucket: Bucket, fps: float, path: Path) -> tuple[Tensor, float]:
     """The frame shown at i / fps for every i, and the time of the first frame."""
-    width, height, count = bucket
+    width, height, count = bucket.width, bucket.height, bucket.frames
     stream.thread_type = "AUTO"
     pictures: list[Picture] = []
     start: float | None = None

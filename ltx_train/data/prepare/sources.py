@@ -27,7 +27,7 @@ _ALIASES = {"file": "video", "media_path": "video", "identity": "speaker"}
 _SPLITS = ("", "train", "heldout")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
     """One row: where the media lie, what is said of them. split '' leaves the choice to `prepare`.
 

@@ -1,0 +1,173 @@
+"""`evaluate checkpoints=...`: many adapters and the base under the same noise, in one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from ltx_train import config as configuration
+from ltx_train.assembly import from_config, model_builder, model_source
+from ltx_train.assembly.checked_data import open_heldout
+from ltx_train.assembly.heldout_measurement import Measurement
+from ltx_train.assembly.previews import Previews
+from ltx_train.assembly.setup import Setup, forward_only
+from ltx_train.config import Config, ConfigError
+from ltx_train.contracts import DataError
+from ltx_train.data.index import HELDOUT
+from ltx_train.evaluation import report, verdicts
+from ltx_train.evaluation.ranking import BEST
+from ltx_train.evaluation.report import Report, Subject
+from ltx_train.evaluation.rows import BASE, CORRECT, mean
+from ltx_train.model import adapter, export, lora_file
+from ltx_train.model.loaders import TRANSFORMER_PREFIX
+from ltx_train.model.transformer import Transformer
+from ltx_train.training.tracking.metrics import read_rows
+
+PAGE = "comparison.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A LoRA file: its name on the page, and the step of its run if it has one."""
+
+    name: str
+    path: Path
+    step: int | None
+
+
+def compare(config: Config) -> tuple[Path, Path]:
+    """The page, and the file of the adapter with the lowest held-out loss.
+
+    The base is an arm of every adapter. The page lies beside the first run, or the first file.
+    """
+    listed = candidates(config.checkpoints)
+    folder = _folder(listed[0].path)
+    setup = forward_only(configuration.continued(_of_run(config, folder), None, 1))
+    config = setup.config
+    root, index = open_heldout(config)
+    transformer = model_builder.open_frozen(setup)
+    arms = _Arms(
+        setup=setup,
+        transformer=transformer,
+        measurement=Measurement(setup, root, index),
+        previews=Previews(setup, root, index),
+        folder=folder,
+    )
+    base = arms.base()
+    subjects: list[tuple[Subject, Candidate]] = []
+    for candidate in listed:
+        print(f"measuring {candidate.name}", flush=True)
+        subjects.append((arms.adapter(candidate, base), candidate))
+    grid = arms.measurement.grid
+    subjects.sort(key=lambda pair: mean([r for r in pair[0].rows if r.sigma in grid.main], CORRECT).mean)
+    ranked = [subject for subject, _ in subjects]
+    facts = {
+        "mode": ", ".join(f"{k} {v}" for k, v in from_config.mode_facts(config).items()),
+        "base": config.model.path or f"random {config.model.preset}", "data": str(root),
+        "held out": f"{len(index.split(HELDOUT))} clips, the same for every adapter",
+    }  # fmt: skip
+    page = folder / PAGE
+    content = Report(
+        title="comparison", facts=facts, metrics=read_rows(folder / "metrics.jsonl"), subjects=[*ranked, base],
+        grid=grid,
+        verdicts=verdicts.of_rows(ranked[0].rows, grid, arms.measurement.likeness()),
+        references=arms.previews.references(folder / "samples" / "references"),
+    )  # fmt: skip
+    report.write(page, content)
+    for subject in ranked:
+        loss = mean([r for r in subject.rows if r.sigma in grid.main], CORRECT)
+        print(f"{loss.mean:.5f} ± {loss.half:.5f}  {subject.name}")
+    return page, subjects[0][1].path
+
+
+def candidates(checkpoints: Any) -> list[Candidate]:
+    """LoRA files of run folders, of folders of runs, of patterns, or named one by one.
+
+    ConfigError names what holds none.
+    """
+    listed: Sequence[str] = [checkpoints] if isinstance(checkpoints, str) else [str(entry) for entry in checkpoints]
+    by_file: dict[Path, Candidate] = {}
+    for entry in listed:
+        paths = sorted(p for match in sorted(glob(entry)) for p in _files(Path(match)))
+        if not paths:
+            raise ConfigError(
+                f"checkpoints={entry}: no LoRA there; give a run's folder, a pattern or .safetensors files"
+            )
+        for path in paths:
+            by_file.setdefault(path.resolve(), _candidate(path))
+    return list(by_file.values())
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+        return
+    for pattern in ("adapters/step-*.safetensors", "*/adapters/step-*.safetensors", "step-*.safetensors"):
+        yield from (p for p in place.glob(pattern) if p.name != BEST and ".tmp-" not in p.name)
+
+
+def _candidate(path: Path) -> Candidate:
+    step = path.stem.removeprefix("step-")
+    if path.parent.name == "adapters" and step.isdigit():
+        run_folder = path.parent.parent
+        return Candidate(f"{run_folder.parent.name}/{run_folder.name} step {int(step)}", path, int(step))
+    return Candidate(path.name, path, None)
+
+
+def _folder(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "adapters" else path.parent
+
+
+def _of_run(config: Config, folder: Path) -> Config:
+    """The run's own model, mode, data and loss. The command line says where they are if they have moved."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        if not config.data.root:
+            raise ConfigError(f"{folder} is no run's folder: say with experiment=..., data.root=... what to measure on")
+        return config
+    own = configuration.load(saved)
+    is_there = Path(own.data.root).is_dir() or not config.data.root
+    data = own.data if is_there else replace(own.data, root=config.data.root)
+    is_known = own.model.path is None or Path(own.model.path).is_file()
+    model = own.model if is_known else replace(own.model, path=config.model.path)
+    return replace(config, model=model, mode=own.mode, data=data, loss=own.loss, sigma=own.sigma, run=own.run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arms:
+    """One loaded base, and what is measured and generated with each adapter on it."""
+
+    setup: Setup
+    transformer: Transformer
+    measurement: Measurement
+    previews: Previews
+    folder: Path
+
+    def base(self) -> Subject:
+        rows = self.measurement.rows(self.transformer, with_base=False)
+        return Subject(
+            name="base", step=None, rows=rows, clips=self.previews.generate(self.transformer, self._samples("base"))
+        )
+
+    def adapter(self, candidate: Candidate, base: Subject) -> Subject:
+        """DataError when the adapter was trained on another base."""
+        tensors, metadata = lora_file.read_lora(candidate.path)
+        trained_on, config = metadata.get("base_fingerprint"), self.setup.config
+        if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
+            raise DataError(f"{candidate.path} was trained on another base than {config.model.path}: compare it apart")
+        export.bind(self.transformer, tensors)
+        try:
+            off = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
+            rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *off]
+            masses = self.measurement.masses(self.transformer)
+            name = candidate.path.stem if candidate.step is None else f"step-{candidate.step:06d}"
+            clips = self.previews.generate(self.transformer, self._samples(name))
+        finally:
+            adapter.detach(self.transformer)
+        return Subject(name=candidate.name, step=candidate.step, rows=rows, masses=masses, clips=clips)
+
+    def _samples(self, name: str) -> Path:
+        return self.folder / "samples" / name

@@ -1,0 +1,163 @@
+"""The configuration as the objects of the rooms below: distributions, recipes, requests, prepared data.
+
+One small function an object. Decisions about devices, memory and what is trained are in `resolve`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltx_train import config as configuration
+from ltx_train.assembly import model_source, resolve
+from ltx_train.config import Config, parse_bucket
+from ltx_train.contracts import Mode, Role
+from ltx_train.data import index
+from ltx_train.data.audit import DataRequirements
+from ltx_train.data.index import HELDOUT, Index
+from ltx_train.data.prepare.build import Recipe
+from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
+from ltx_train.data.reader import ReadRequest
+from ltx_train.diffusion import sigma
+from ltx_train.diffusion.grid import audio_latents
+from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
+from ltx_train.evaluation import heldout
+from ltx_train.evaluation.rows import Grid
+from ltx_train.model.adapter import Lora
+from ltx_train.training.schedule import Schedule
+from ltx_train.updates.optimizers import OptimizerSettings
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def dtype(config: Config) -> torch.dtype:
+    return DTYPES[config.model.dtype]
+
+
+def sigma_distribution(config: Config) -> SigmaDistribution:
+    s = config.sigma
+    return SigmaDistribution(
+        kind=SigmaKind(s.kind), std=s.std, eps=s.eps, uniform_prob=s.uniform_prob, mean=s.mean, tokens=s.tokens,
+        shift_limits=(s.shift_limits[0], s.shift_limits[1]) if s.shift_limits else None, low=s.low, high=s.high,
+        high_from=s.high_from, high_prob=s.high_prob,
+    )  # fmt: skip
+
+
+def schedule(config: Config) -> Schedule:
+    o = config.optim
+    return Schedule(kind=o.schedule, lr=o.lr, final_lr=o.final_lr, warmup=o.warmup, steps=o.steps)
+
+
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    o = config.optim
+    return OptimizerSettings(lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
+
+
+def recipe(config: Config) -> Recipe:
+    """What `prepare` does with the clips."""
+    data = config.data
+    return Recipe(
+        buckets=tuple(resolve.buckets(config)),
+        fps=data.fps,
+        reference_s=data.reference_s,
+        latent_dtype=data.latent_dtype,
+        caption=data.caption,
+        trigger=data.trigger,
+        heldout_speakers=data.heldout_speakers,
+        seed=config.run.seed,
+        samples_per_shard=data.samples_per_shard,
+        needs_audio=any(m.audio is not Role.absent for m in (*_modes(config), config.mode)),
+        silence_db=data.silence_db,
+        skip_bad=data.on_bad_clip == "skip",
+        reference_scale=data.reference_scale,
+        drops_captions=data.caption_dropout > 0,
+        keep_trigger=data.keep_trigger,
+    )
+
+
+def _modes(config: Config) -> list[Mode]:
+    return [mode for _, mode in configuration.training_modes(config)]
+
+
+def encoders(config: Config) -> Encoders:
+    return Encoders(
+        model_source.weights(config),
+        text_encoder=config.model.text_encoder,
+        text_tokens=config.model.text_tokens,
+        device=resolve.device(config),
+        dtype=dtype(config),
+        latent_dtype=DTYPES[config.data.latent_dtype],
+    )
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    return encoder_fingerprints(model_source.weights(config), config.model.text_encoder, config.model.text_tokens)
+
+
+def prepared(config: Config) -> tuple[Path, Index, list[str]]:
+    """The prepared folder, its index, and why it is stale for this configuration (empty: it is not)."""
+    root = Path(config.data.root)
+    loaded = index.load(root)
+    return root, loaded, index.stale_reasons(loaded, recipe(config).settings(), fingerprints(config))
+
+
+def run_dir(config: Config) -> Path:
+    """<root>/<experiment>/<id>: stable across restarts."""
+    return Path(config.run.root) / config.run.experiment / config.run.id
+
+
+def mode_facts(config: Config) -> dict[str, Any]:
+    """The mode in words, for exports and reports."""
+    conditions = ", ".join(f"{c.name} p={c.p:g}" for c in config.mode.conditions) or "none"
+    facts = {"video": config.mode.video.value, "audio": config.mode.audio.value, "conditions": conditions}
+    mixed = ", ".join(f"{name} {weight:g}" for name, weight in config.mixture.items() if weight)
+    return facts | ({"mixture": mixed} if mixed else {})
+
+
+def lora(config: Config) -> Lora:
+    """The adapter; layers that no mode's loss reaches are left alone."""
+    a = config.adapter
+    return Lora(
+        rank=a.rank, alpha=a.alpha, dropout=a.dropout, targets=tuple(a.targets), rank_pattern=dict(a.rank_pattern),
+        alpha_pattern=dict(a.alpha_pattern), rslora=a.rslora, dora=a.dora, init=a.init, modes=tuple(_modes(config)),
+    )  # fmt: skip
+
+
+def read_request(config: Config, modes: Iterable[Mode], *, training: bool) -> ReadRequest:
+    """What a reader reads for modes; in training also masks of the loss, dropped captions and further captions."""
+    if not training:
+        return replace(ReadRequest.of(modes), variants=False)
+    return ReadRequest.of(modes, config.loss.token_weights, config.data.caption_dropout)
+
+
+def data_requirements(config: Config) -> DataRequirements:
+    """What prepared data have to serve: training and measuring."""
+    modes = (*_modes(config), config.mode)
+    return DataRequirements(modes, read_request(config, modes, training=True), config.data.silence_db)
+
+
+def grid(config: Config, prepared_index: Index) -> Grid:
+    """The noise levels of held-out loss; quantiles are those of the mode's own training distribution."""
+    if not config.eval.quantiles:
+        return Grid((), tuple(config.eval.sigmas))
+    tokens: Counter[int] = Counter()
+    for record in prepared_index.split(HELDOUT) or prepared_index.records:
+        generates_video = config.mode.video is Role.generate
+        tokens[parse_bucket(record.bucket).video_tokens if generates_video else audio_latents(record.seconds)] += 1
+    levels = sigma.quantiles(sigma_distribution(config), tokens, config.eval.quantiles)
+    return Grid(tuple(levels), tuple(config.eval.sigmas))
+
+
+def measurement_settings(config: Config, levels: Grid) -> heldout.MeasurementSettings:
+    """How the held-out split is measured; the same in `fit` and `evaluate`."""
+    e = config.eval
+    return heldout.MeasurementSettings(
+        mode=config.mode, levels=levels.levels, seed=e.seed, batch_size=e.batch_size, max_samples=e.max_samples,
+        wrong_references=e.wrong_references, video_weight=config.loss.video_weight,
+        audio_weight=config.loss.audio_weight, dropped=e.dropped, wrong_caption=e.wrong_caption,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Held-out measurement for `fit` and `evaluate`: the same clips, levels, noise and names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ltx_train.assembly import from_config
+from ltx_train.assembly.setup import Setup
+from ltx_train.data.index import HELDOUT, Index
+from ltx_train.data.reader import Reader
+from ltx_train.evaluation import attention_mass, heldout, history, likeness, verdicts
+from ltx_train.evaluation.attention_mass import Mass
+from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, summary
+from ltx_train.evaluation.verdicts import Verdict
+from ltx_train.model.transformer import Transformer
+from ltx_train.training.tracking.metrics import read_rows
+
+
+@dataclass
+class Measurement:
+    """The held-out measurement of one run on one rank. The base is measured once: its numbers cannot change."""
+
+    setup: Setup
+    root: Path
+    index: Index
+    _base: list[Row] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config, ranks = self.setup.config, self.setup.ranks
+        self.grid: Grid = from_config.grid(config, self.index)
+        self._settings = from_config.measurement_settings(config, self.grid)
+        self._apart = self.setup.sharing.measures_apart
+        self._share = (ranks.rank, ranks.world) if self._apart else (0, 1)
+
+    def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
+        """The rows of the whole held-out split, on every rank."""
+        with_base = with_base and self._base is None and not self.setup.sharing.full
+        own = heldout.measure(
+            transformer, str(self.root), self.index, self._settings, device=self.setup.device,
+            with_base=with_base, share=self._share,
+        )  # fmt: skip
+        everyone = [row for rows in self.setup.ranks.gather(own) for row in rows] if self._apart else own
+        if with_base:
+            self._base = [row for row in everyone if row.arm == BASE]
+            return everyone
+        return everyone + (self._base or [])
+
+    def masses(self, transformer: Transformer) -> list[Mass]:
+        """Attention on the references at the lowest, middle and highest of the main levels."""
+        if not self.setup.config.eval.attention:
+            return []
+        levels = self.grid.main
+        picked = sorted({levels[0], levels[len(levels) // 2], levels[-1]})
+        own = attention_mass.measure(
+            transformer, str(self.root), self.index, self._settings, levels=picked, device=self.setup.device,
+            share=self._share,
+        )  # fmt: skip
+        return [mass for masses in self.setup.ranks.gather(own) for mass in masses] if self._apart else own
+
+    def likeness(self) -> float | None:
+        """How alike references and their own targets are beyond chance; None without references."""
+        settings = self._settings
+        if not settings.mode.references:
+            return None
+        reader = Reader(self.root, self.index, seed=settings.seed, request=heldout.read_request(settings))
+        cosines: dict[str, list[float]] = {}
+        for batch in heldout.batches(self.index, settings):
+            for arm in heldout.arms(reader, batch, settings, with_base=False):
+                cosines.setdefault(arm.name, []).extend(likeness.cosines(settings.mode, arm.batch))
+        return likeness.beyond_chance(cosines.get(CORRECT, []), cosines.get(WRONG, []))
+
+
+def evaluator(
+    setup: Setup, folder: Path, root: Path, index: Index, *, transformer: Transformer,
+    published: Callable[[], AbstractContextManager[None]] = nullcontext, show: Callable[[int], None] | None = None,
+) -> Callable[[int], Mapping[str, float]] | None:  # fmt: skip
+    """A function that measures a step, or None when nothing is to be measured. It writes every identity's loss into the
+    run's folder.
+
+    published: a context in which the model has the weights that would be published. show: generates clips of them, on
+    rank 0.
+    """
+    if setup.config.eval.interval == 0 or not index.split(HELDOUT):
+        return None
+    measurement = Measurement(setup, root, index)
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        with published():
+            rows, masses = measurement.rows(transformer), measurement.masses(transformer)
+            if show is not None and setup.ranks.leads:
+                show(step)
+        if setup.ranks.leads:
+            history.record(folder, history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main]))
+        return summary(rows, measurement.grid) | attention_mass.summary(masses)
+
+    return evaluate
+
+
+def course(folder: Path) -> list[Verdict]:
+    """Verdicts on a run's measurements over its steps."""
+    rows = read_rows(folder / "metrics.jsonl")
+    losses = {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
+    return verdicts.of_history(history.read(folder), losses)

@@ -1,0 +1,136 @@
+"""From the configuration and the machine to a memory plan: settled memory settings, or a refusal with mends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from ltx_train.assembly import mends, model_source, resolve
+from ltx_train.config import Config
+from ltx_train.contracts import UserError
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.planning import search
+from ltx_train.memory.planning.cards import GIB, Card, card_by_name, card_of_device
+from ltx_train.memory.planning.footprint import TrainedWeights, sizes
+from ltx_train.memory.planning.search import MemoryPlan, PlanConstraints, StepNeed
+
+# Share of host memory that weights and activations may take; the rest is left to the machine.
+_HOST_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where a run is to fit. host_gib: host memory for one process of this machine, None when another machine is
+    planned for."""
+
+    card: Card
+    budget_gib: float
+    host_gib: float | None
+
+
+def settle(config: Config, *, training: bool = True) -> tuple[Config, MemoryPlan | None]:
+    """The configuration with every planned setting decided; UserError with mends when nothing fits.
+
+    On a CPU without a budget nothing is planned and the plain settings hold.
+    """
+    on_cpu = resolve.device(config).type != "cuda"
+    if on_cpu and training and resolve.memory_choice(config).graphs:
+        raise UserError("memory.graphs=true records work of a GPU, and this run is on the CPU: leave it out")
+    if on_cpu or not training:
+        config = resolve.without_graphs(config)
+    room = here(config)
+    if room is None:
+        return resolve.with_choice(config, resolve.memory_choice(config)), None
+    plan = plan_for(config, room, training=training)
+    if plan is None:
+        raise UserError(refusal(config, room))
+    return resolve.with_choice(config, plan.choice), plan
+
+
+def plan_for(config: Config, room: Room, *, training: bool = True) -> MemoryPlan | None:
+    """The plan for a room, or None when nothing fits. training: otherwise a command that runs the model forward, in one
+    process."""
+    if not training:
+        config = resolve.for_one_process(config, resolve.strategy_of(config))
+    needed, sharing = need(config), resolve.sharing(config)
+    constraints = resolve.plan_constraints(config, room.host_gib)
+    if not training:
+        needed = replace(needed, trained=TrainedWeights(parameters=0, moment_bytes=0.0))
+        constraints = replace(constraints, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
+    elif sharing.block_slices > 1:
+        constraints = replace(constraints, stream_blocks=needed.size.layers, slices=sharing.block_slices)
+    if sharing.offload is not None or sharing.sequence > 1:
+        constraints = replace(constraints, graphs=False)
+    _report_excess(constraints, needed.size.layers)
+    return search.choose(needed, constraints, room.card, room.budget_gib)
+
+
+_reported: set[str] = set()
+
+
+def _report_excess(constraints: PlanConstraints, layers: int) -> None:
+    """An explicit number of blocks beyond the model's means all of them. It is said once."""
+    for name, value in (("stream_blocks", constraints.stream_blocks), ("keep_everything", constraints.keep_everything)):
+        text = f"ltx-train: memory.{name}={value}: the model has {layers} blocks, all of them are taken"
+        if value is not None and value > layers and text not in _reported:
+            _reported.add(text)
+            print(text, file=sys.stderr)
+
+
+def here(config: Config) -> Room | None:
+    """This machine's GPU and the budget on it. On a CPU a given budget is planned for as if it were a GPU's."""
+    device, budget_gib = resolve.device(config), resolve.budget_gib(config)
+    processes = resolve.launch(config).processes
+    host_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB * _HOST_SHARE / processes
+    if device.type != "cuda":
+        if budget_gib is None:
+            return None
+        return Room(card=card_by_name(config.plan.card or "RTX 4090"), budget_gib=budget_gib, host_gib=host_gib)
+    free, total = torch.cuda.mem_get_info(device)
+    card = card_of_device(torch.cuda.get_device_properties(device).name, total / GIB)
+    budget_gib = budget_gib or (free + torch.cuda.memory_reserved(device)) / GIB
+    return Room(card=card, budget_gib=budget_gib, host_gib=host_gib)
+
+
+def need(config: Config) -> StepNeed:
+    """Sizes from the meta device; the largest bucket's tokens."""
+    skeleton = model_source.skeleton(config)
+    return StepNeed(
+        size=sizes(skeleton), work=resolve.workload(config), trained=resolve.trained_weights(config, skeleton)
+    )
+
+
+def refusal(config: Config, room: Room) -> str:
+    """Why a run does not fit, and the cheapest changes that make it fit."""
+    least = search.smallest(need(config), resolve.plan_constraints(config, None), room.card).footprint
+    lines = [
+        f"this run does not fit into {room.budget_gib:.1f} GiB on {room.card.name}: "
+        f"with these settings it needs at least {least.gib:.1f} GiB"
+        + (f" and {least.host_gib:.0f} GiB of host memory" if least.host_gib > 1 else "")
+    ]
+    cheapest = mends.cheapest(config, lambda changed: plan_for(changed, room))
+    if cheapest:
+        lines += ["the cheapest changes that make it fit:", *(f"  {mend}" for mend in cheapest)]
+    else:
+        lines.append("no setting of this release makes it fit: it needs a larger card")
+    return "\n".join(lines)
+
+
+def out_of_memory(config: Config, plan: MemoryPlan | None) -> str:
+    """The message when the GPU ran out after all: the prediction was wrong, or other processes use the card."""
+    room = here(config)
+    if room is None:
+        return "the device ran out of memory"
+    predicted = "" if plan is None else f" (planned: {plan.footprint.gib:.1f} GiB)"
+    used = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
+    tighter = replace(room, budget_gib=min(room.budget_gib, used or room.budget_gib) * 0.9)
+    lines = [
+        f"the GPU ran out of memory at {used:.1f} of {room.budget_gib:.1f} GiB{predicted}; saved checkpoints are "
+        "unharmed",
+        f"ways to need less, beginning with memory.budget_gib={tighter.budget_gib:.1f}:",
+    ]
+    cheapest = mends.cheapest(config, lambda changed: plan_for(changed, tighter))
+    return "\n".join([*lines, *(f"  {mend}" for mend in cheapest)])

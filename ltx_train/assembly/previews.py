@@ -1,0 +1,77 @@
+"""Generated clips of held-out samples: their own caption, references and given parts, noise for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ltx_train.assembly import from_config, model_source
+from ltx_train.assembly.setup import Setup
+from ltx_train.contracts import Batch, Clip, ModalityName
+from ltx_train.data.collate import collate
+from ltx_train.data.index import Index
+from ltx_train.data.order import Address
+from ltx_train.data.reader import Reader
+from ltx_train.diffusion import conditions, references, sigma, transfer
+from ltx_train.evaluation import heldout
+from ltx_train.model import codecs
+from ltx_train.model.transformer import Transformer
+from ltx_train.sampling import media, sampler
+from ltx_train.sampling.guidance import Guidance
+
+
+class Previews:
+    """The same clips under the same noise, whatever adapter is on."""
+
+    def __init__(self, setup: Setup, root: Path, index: Index) -> None:
+        config = setup.config
+        self._config, self._device = config, setup.device
+        settings = from_config.measurement_settings(config, from_config.grid(config, index))
+        records = heldout.heldout_records(index, settings)[: config.eval.samples]
+        reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
+        self._samples = [(record, collate([reader.sample(Address(record.key, 0))])) for record in records]
+        self._decoder: media.Decoder | None = None
+
+    def generate(self, transformer: Transformer, folder: Path) -> list[Clip]:
+        """One mp4 per held-out clip."""
+        clips: list[Clip] = []
+        with heldout.undisturbed(transformer):
+            for record, batch in self._samples:
+                path = folder / f"{record.key}.mp4"
+                self._one(transformer, batch, path, record.fps)
+                clips.append(Clip(f"{record.speaker}: {record.caption}", path))
+        return clips
+
+    def references(self, folder: Path) -> list[Clip]:
+        """The references of the clips, decoded."""
+        clips: list[Clip] = []
+        for record, batch in self._samples:
+            for condition in self._config.mode.references:
+                latent = batch.references[condition.name][0]
+                parts = (latent, None) if condition.stream is ModalityName.video else (None, latent)
+                path = folder / f"{record.key}-{condition.name.replace('/', '-')}.mp4"
+                media.write_mp4(path, *media.decode(self._opened(), *parts), record.fps)
+                clips.append(Clip(f"{record.speaker}: {condition.name}", path))
+        return clips
+
+    def _one(self, transformer: Transformer, batch: Batch, path: Path, fps: float) -> None:
+        mode, s = self._config.mode, self._config.sample
+        draws = conditions.draw(batch, mode, sigma.SigmaDistribution(), s.seed, sigma=1.0)
+        inputs = conditions.assemble(transfer.batch_to(batch, self._device), references.always_open(mode), draws)
+        guidance = Guidance(modality_scale=s.modality_scale)
+        start = sampler.SamplerInputs(video=inputs.video, audio=inputs.audio, gates=references.gates(mode, batch))
+        levels = sigma.inference_schedule(s.steps)
+        video, audio = sampler.sample(transformer, start, levels, guidance)
+        clip = sound = None
+        if video is not None and batch.video_latent is not None:
+            sizes: Sequence[int] = batch.video_latent.shape[2:]
+            clip = codecs.video_grid(video[:, : batch.video_latent[0, 0].numel()], sizes[0], sizes[1], sizes[2])[0]
+        if audio is not None and batch.audio_latent is not None:
+            sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
+        media.write_mp4(path, *media.decode(self._opened(), clip, sound), fps)
+
+    def _opened(self) -> media.Decoder:
+        if self._decoder is None:
+            source = model_source.weights(self._config)
+            self._decoder = media.open_decoder(source, self._device, from_config.dtype(self._config))
+        return self._decoder

@@ -1,0 +1,46 @@
+"""A run's adapter as a file that other programs load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ltx_train.assembly import from_config, resolve
+from ltx_train.config import Config
+from ltx_train.model import export
+
+
+def publish(config: Config, folder: Path, step: int, weights: Mapping[str, Tensor], *, base: str) -> None:
+    """Writes `adapters/step-N.safetensors` for every committed step of an adapter run. base: the base's
+    fingerprint."""
+    if not resolve.trains_all_weights(config):
+        path = folder / "adapters" / f"step-{step:06d}.safetensors"
+        write_lora(config, path, step, weights, base=base)
+
+
+def write_lora(config: Config, path: Path, step: int, weights: Mapping[str, Tensor], *, base: str) -> None:
+    """The LoRA file of a step, in the original module names with alpha folded in."""
+    tensors = export.lora_tensors(weights, from_config.lora(config), from_config.dtype(config))
+    export.write(path, tensors, lora_metadata(config, step, base))
+
+
+def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
+    """The metadata of a LoRA file; values are strings, as safetensors requires."""
+    facts = from_config.mode_facts(config)
+    # Users of an in-context LoRA need to know how much smaller its control videos are.
+    scales = [c.spatial_scale or config.data.reference_scale for c in config.mode.references if c.stream == "video"]
+    return {
+        "rank": str(config.adapter.rank), "alpha": f"{config.adapter.alpha:g}",
+        "alpha_folded": "true", "targets": ",".join(config.adapter.targets), "base_fingerprint": base,
+        "step": str(step), "mode": ";".join(f"{k}={v}" for k, v in facts.items()),
+        "trigger": config.data.trigger or "", "merged_before": Path(config.model.merge or "").name,
+        "trainer": "ltx-train", **({"reference_downscale_factor": str(max(scales))} if scales else {}),
+    }  # fmt: skip
+
+
+def newest_adapter(folder: Path) -> Path | None:
+    """The LoRA file of a run's newest step, None where there is none."""
+    files = sorted((folder / "adapters").glob("step-*.safetensors"))
+    return files[-1] if files else None

@@ -1,0 +1,43 @@
+"""The trackers that a configuration asks for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltx_train.config import Config
+from ltx_train.training.tracking.sinks import Csv, Sink, TensorBoard, WandB
+
+_LIBRARIES = ("ltx-train", "torch", "diffusers", "peft", "lightning", "optimum-quanto", "bitsandbytes")
+
+
+def sinks(config: Config, folder: Path, first_step: int) -> list[Sink]:
+    """W&B first: it is the one that may refuse."""
+    made: list[Sink] = []
+    if config.logger.wandb != "disabled":
+        described = {**asdict(config), "system": _system()}
+        made.append(WandB(folder, config.logger.wandb, config.logger.project, described))
+    if "csv" in config.logger.also:
+        made.append(Csv(folder))
+    if "tensorboard" in config.logger.also:
+        made.append(TensorBoard(folder, first_step))
+    return made
+
+
+def _system() -> dict[str, Any]:
+    """Versions and devices: what numbers depend on beside the configuration."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), "cuda": torch.version.cuda, "devices": devices, **versions}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a checkout that is run without being installed
+        return "not installed"

@@ -1,0 +1,49 @@
+"""The optimizer of a setup, over the weights that a rank updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ltx_train.assembly import from_config, model_builder
+from ltx_train.assembly.setup import Setup
+from ltx_train.model import adapter
+from ltx_train.model.transformer import Transformer
+from ltx_train.updates.optimizers import build_optimizer
+from ltx_train.updates.protocol import Updates
+from ltx_train.updates.slice_files import MOMENTS
+from ltx_train.updates.sliced import SlicedUpdates
+from ltx_train.updates.sliced_parameters import SlicedParameters
+from ltx_train.updates.whole import WholeUpdates
+
+
+def open_for_training(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Updates]:
+    """The transformer to train, and how its weights are updated."""
+    if not setup.sharing.slices_updates:
+        transformer = model_builder.open_trainable(setup, fresh=fresh)
+        return transformer, whole_updates(setup, adapter.trainable_parameters(transformer))
+    transformer, parameters = model_builder.open_sliced(setup, fresh=fresh)
+    return transformer, _sliced_updates(setup, transformer, parameters)
+
+
+def whole_updates(setup: Setup, parameters: Mapping[str, nn.Parameter]) -> WholeUpdates:
+    """Every rank updates all of them."""
+    optimizer = build_optimizer(setup.optimizer, parameters.values(), from_config.optimizer_settings(setup.config))
+    return WholeUpdates(parameters, optimizer, setup.ranks, in_place=setup.memory.graphs)
+
+
+def _sliced_updates(setup: Setup, transformer: Transformer, parameters: SlicedParameters) -> SlicedUpdates:
+    sharing = setup.sharing
+    optimizer = build_optimizer(
+        setup.optimizer, parameters.masters.values(), from_config.optimizer_settings(setup.config),
+        fused=True if sharing.offload else None,
+    )  # fmt: skip
+    parameters.place_moments(optimizer, MOMENTS)
+    # Blocks of a full fine-tune are reduced by their backward marker from stage 2 on.
+    by_marker = sharing.full and sharing.update_stage > 1
+    deferred = [unit for unit in parameters.units if not by_marker or unit == model_builder.OUTSIDE]
+    return SlicedUpdates(
+        parameters, optimizer, order=list(adapter.trainable_parameters(transformer)), deferred_units=deferred,
+        reduce_each_pass=sharing.update_stage > 1, saves_slices=sharing.saves_slices, in_place=setup.memory.graphs,
+    )  # fmt: skip

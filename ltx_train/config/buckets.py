@@ -1,0 +1,24 @@
+"""Buckets as the configuration spells them."""
+
+from __future__ import annotations
+
+import re
+
+from ltx_train.contracts import ConfigError
+from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Bucket
+
+_BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
+
+
+def parse_bucket(text: str) -> Bucket:
+    """`WIDTHxHEIGHTxFRAMES`; ConfigError when it is spelled otherwise or off the latent grid."""
+    match = _BUCKET.fullmatch(text)
+    if not match:
+        raise ConfigError(f"data.buckets: {text!r} is not WIDTHxHEIGHTxFRAMES (as 512x512x121)")
+    width, height, frames = (int(g) for g in match.groups())
+    if width % PIXELS_PER_LATENT or height % PIXELS_PER_LATENT or not width or not height:
+        raise ConfigError(f"data.buckets: {text!r}: width and height must be multiples of {PIXELS_PER_LATENT}")
+    if frames % FRAMES_PER_LATENT != 1:
+        near = max(1, round((frames - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1)
+        raise ConfigError(f"data.buckets: {text!r}: frames must be 8k + 1 (nearest: {near})")
+    return Bucket(width, height, frames)

@@ -1,0 +1,59 @@
+"""A folder in place of overrides: a run's folder, or a prepared folder, whose config.yaml supplies all settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ltx_train.config import compose
+from ltx_train.config.schema import Config
+from ltx_train.contracts import ConfigError
+
+FILE = "config.yaml"
+_INDEX = "index.json"
+
+
+def from_folder(folder: str, command: str, overrides: list[str]) -> Config:
+    """The folder's configuration with single settings changed, and with what `command` reads of the folder."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"{folder!r} is neither an override (key=value) nor a folder")
+    if not (path / FILE).is_file():
+        raise ConfigError(f"{folder} has no {FILE}: give a run's folder (runs/<experiment>/<id>) or a prepared one")
+    config = compose.from_file(path / FILE, overrides)
+    if (path / _INDEX).is_file():
+        return compose.changed(config, {"data.root": folder})
+    return compose.changed(config, {**_names(path), **_inputs(path, command, config)})
+
+
+def _names(path: Path) -> dict[str, Any]:
+    """The run's name is its folder's: it may have been moved or renamed."""
+    whole = path if len(path.parts) > 2 else path.absolute()
+    return {"run.root": str(whole.parent.parent), "run.experiment": whole.parent.name, "run.id": whole.name}
+
+
+def _inputs(path: Path, command: str, config: Config) -> dict[str, Any]:
+    """Files of the run that a command reads, where the overrides name no others."""
+    if command == "export":
+        return {"export.run": str(path)}
+    if command == "inspect":
+        file = config.inspect.file or _adapter(path, config, newest=True)
+        return {"inspect.run": str(path), "inspect.file": file}
+    if command == "sample" and config.sample.adapter is None:
+        return {"sample.adapter": _adapter(path, config, newest=False)}
+    return {}
+
+
+def _adapter(path: Path, config: Config, *, newest: bool) -> str:
+    """The run's newest LoRA file, or the best one if it is known."""
+    if config.adapter.kind == "full":
+        raise ConfigError(
+            f"{path} trained all weights: `ltx-train export {path}` writes a checkpoint, give it with model.path"
+        )
+    best = path / "adapters" / "best.safetensors"
+    if best.is_file() and not newest:
+        return str(best)
+    files = sorted((path / "adapters").glob("step-*.safetensors"))
+    if not files:
+        raise ConfigError(f"{path} has no adapter yet: train it first with `ltx-train fit {path}`")
+    return str(files[-1])

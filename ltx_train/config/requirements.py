@@ -1,0 +1,88 @@
+"""What a command cannot do without: settings that must be set and files that must be there.
+
+Everything that is missing is named in one message, before any heavy library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from ltx_train.config.command_table import COMMANDS, CommandKind
+from ltx_train.config.schema import Config
+from ltx_train.contracts import ConfigError, DataError, Role
+
+_MENDS: Mapping[str, str] = {
+    "model.path": "give the single-file checkpoint, or model.weights=random for a trial",
+    "data.root": "give the prepared folder",
+    "data.source": "give the folder or table of clips",
+    "data.buckets": "give at least one WIDTHxHEIGHTxFRAMES",
+    "inspect.file": "give the LoRA file to inspect",
+    "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
+    "sample.audio": "mode.audio=freeze makes a video for a given sound: give it with sample.audio=FILE",
+}
+
+
+def require(config: Config, command: str) -> None:
+    """ConfigError that names every missing setting; DataError when all are set and files are missing."""
+    kind = COMMANDS[command]
+    unset = [f"{name} is not set: {_MENDS[name]}" for name in _needed(config, kind) if not _is_set(config, name)]
+    absent = list(_absent_files(config, kind)) if kind.checks_paths else []
+    if unset:
+        raise ConfigError(_listed([*unset, *absent]))
+    if absent:
+        raise DataError(_listed(absent))
+
+
+def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
+    for name in kind.needs:
+        # Adapters that are compared bring the data of their run along.
+        if not (kind.name == "evaluate" and config.checkpoints is not None and name == "data.root"):
+            yield name
+    if kind.name == "sample" and config.mode.audio is Role.freeze:
+        yield "sample.audio"
+
+
+def _is_set(config: Config, name: str) -> bool:
+    given: Mapping[str, Callable[[], bool]] = {
+        "model.path": lambda: config.model.path is not None or config.model.weights == "random",
+        "data.root": lambda: bool(config.data.root),
+        "data.source": lambda: bool(config.data.source),
+        "data.buckets": lambda: bool(config.data.buckets),
+        "inspect.file": lambda: config.inspect.file is not None,
+        "sample.bucket": lambda: bool(config.sample.bucket or config.data.buckets),
+        "sample.audio": lambda: config.sample.audio is not None,
+    }
+    return given[name]()
+
+
+def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
+    """Paths that the command reads and that do not exist, each with its mend."""
+    model, name = config.model, kind.name
+    if model.path is not None and model.weights == "file" and "model" in (*kind.groups, *_fit_groups(kind)):
+        yield from _file("model.path", model.path, f"no checkpoint at {model.path}: set model.path to the single-file "
+                         ".safetensors")  # fmt: skip
+    if "model" in (*kind.groups, *_fit_groups(kind)):
+        yield from _file("model.merge", model.merge)
+    if name in ("prepare", "sample") and model.text_encoder is not None and not Path(model.text_encoder).is_dir():
+        yield f"model.text_encoder={model.text_encoder}: there is no such folder"
+    if name in ("fit", "sweep"):
+        yield from _file("adapter.start_from", config.adapter.start_from)
+    if name == "inspect":
+        yield from _file("inspect.file", config.inspect.file)
+    if name == "sample":
+        for field in ("adapter", "image", "audio", "reference_audio"):
+            yield from _file(f"sample.{field}", getattr(config.sample, field))
+
+
+def _fit_groups(kind: CommandKind) -> tuple[str, ...]:
+    return COMMANDS["fit"].groups if kind.reads_fit else ()
+
+
+def _file(name: str, path: str | None, text: str = "") -> Iterator[str]:
+    if path is not None and not Path(path).is_file():
+        yield text or f"{name}={path}: there is no such file"
+
+
+def _listed(lines: list[str]) -> str:
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} things are missing:", *lines])

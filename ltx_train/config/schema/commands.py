@@ -1,0 +1,96 @@
+"""Settings that single commands read beside a run's own. Declarations only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ltx_train.config.schema.fields import setting
+
+
+@dataclass
+class CheckConfig:
+    """`check`."""
+
+    previews: int = setting(4, "clips that are decoded to look at and listen to", least=0)
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """`sample`, and the clips that `fit` generates."""
+
+    prompt: str = setting("", "the text")
+    negative_prompt: str = setting("", "the text that guidance moves away from")
+    bucket: str | None = setting(None, "size of the clip, as 512x512x121; null: the first of data.buckets")
+    fps: float | None = setting(None, "frames per second; null: data.fps")
+    steps: int = setting(30, "denoising steps", least=1)
+    seed: int = setting(42, "seed of the noise")
+    adapter: str | None = setting(None, "a LoRA file")
+    strength: float = setting(1.0, "strength of the LoRA")
+    image: str | None = setting(None, "an image for the first frame")
+    audio: str | None = setting(None, "a sound that the video is made for")
+    reference_audio: str | None = setting(None, "a recording of the reference voice")
+    video_cfg: float = setting(1.0, "classifier-free guidance of the video; 1: none")
+    audio_cfg: float = setting(1.0, "classifier-free guidance of the audio; 1: none")
+    modality_scale: float = setting(1.0, "guidance away from modalities without each other; 1: none")
+    stg_scale: float = setting(0.0, "spatio-temporal guidance; 0: none")
+    stg_blocks: list[int] = setting(list[int](), "blocks that spatio-temporal guidance perturbs")
+    rescale: float = setting(0.0, "share of the guided prediction's variance that is rescaled")
+    out: str = setting("sample.mp4", "the file to write")
+
+
+@dataclass
+class ExportConfig:
+    """`export`."""
+
+    run: str | None = setting(None, "the run folder; null: the one that run.* names")
+    step: int | None = setting(None, "the checkpoint's step; null: the newest")
+    out: str | None = setting(None, "the file to write; null: in the run folder")
+
+
+@dataclass
+class InspectConfig:
+    """`inspect`."""
+
+    file: str | None = setting(None, "the LoRA file to check against the base")
+    run: str | None = setting(None, "the run folder whose output the file must reproduce")
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """`bench`."""
+
+    steps: int = setting(5, "timed steps", least=1)
+    warmup: int = setting(3, "steps before the timed ones", least=1)
+    case: str = setting("", "name of the record")
+    out: str | None = setting(None, "a JSON file that the record is added to")
+    baseline: bool = setting(False, "also time diffusers' plain path")
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """A search over settings by held-out loss."""
+
+    name: str = setting("sweep", "name of the search within the experiment")
+    trials: int = setting(12, "trials of the search", least=1)
+    sampler: str = setting("tpe", "tpe proposes values, grid tries every combination", choices=("tpe", "grid"))
+    parallel: int = setting(1, "trials at a time", least=1)
+    place: str = setting("local", "where trials run", choices=("local", "slurm"))
+    space: list[str] = setting(
+        list[str](), "setting=log(a, b), uniform(a, b), int(a, b) or choice(a, b, ...), one line each"
+    )
+    prune: bool = setting(True, "give up trials that are worse than the median of the others at the same step")
+    warmup: int = setting(0, "step from which trials are given up", least=0)
+
+
+@dataclass
+class DoctorConfig:
+    """`doctor`."""
+
+    json: bool = setting(False, "print the findings as JSON")
+
+
+@dataclass
+class PlanConfig:
+    """`plan`."""
+
+    card: str | None = setting(None, "a GPU by name, for planning on a machine without it")

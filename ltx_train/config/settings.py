@@ -1,0 +1,211 @@
+"""Every setting of the schema by its dotted name, and the check of a value against its declaration.
+
+The one source of `--help`, docs/settings.md, completion, "did you mean" and the rules for single settings. Imports no
+library.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+from ltx_train.config import suggest
+from ltx_train.config.schema import Config
+from ltx_train.config.schema.fields import KEY, Declaration
+from ltx_train.contracts import ConfigError
+
+_UNSET = "???"
+# Groups whose entries the user names.
+OPEN_MAPPINGS = ("mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights")
+OPEN_PREFIXES = ("mode.conditions.", *(f"{name}." for name in OPEN_MAPPINGS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting. kind: str, int, float, bool, list, dict or any; nullable: whether `null` is a value."""
+
+    name: str
+    kind: str
+    nullable: bool
+    default: Any
+    declared: Declaration
+
+    @property
+    def group(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def allowed(self) -> str:
+        """Choices and limits in words; empty when there are none."""
+        d = self.declared
+        if d.choices:
+            return "|".join("null" if choice is None else choice for choice in d.choices)
+        if d.least is not None and d.most is not None:
+            return f"{d.least:g} to {d.most:g}"
+        if d.least is not None and d.below is not None:
+            return f"{d.least:g} to below {d.below:g}"
+        return "" if d.least is None else f"at least {d.least:g}"
+
+    @property
+    def expected(self) -> str:
+        """What a value of this setting looks like."""
+        words = {
+            "int": "a whole number", "float": "a number", "bool": "true or false",
+            "list": "a list in brackets", "dict": "a mapping in braces",
+        }  # fmt: skip
+        text = words.get(self.kind, "a text")
+        return f"{text} or null" if self.nullable else text
+
+
+@lru_cache(maxsize=1)
+def all_settings() -> Mapping[str, Setting]:
+    """By dotted name, in the schema's order."""
+    return {setting.name: setting for setting in _walk(Config, "")}
+
+
+@lru_cache(maxsize=1)
+def groups() -> Mapping[str, str]:
+    """The schema's groups with the first line of what they are about."""
+    hints = typing.get_type_hints(Config)
+    return {
+        f.name: (hints[f.name].__doc__ or "").strip().splitlines()[0]
+        for f in fields(Config)
+        if is_dataclass(hints[f.name])
+    }
+
+
+@lru_cache(maxsize=1)
+def known_names() -> tuple[str, ...]:
+    """Names that may stand before `=`: settings and groups."""
+    return (*all_settings(), *groups())
+
+
+def _walk(owner: Any, prefix: str) -> Iterator[Setting]:
+    hints = typing.get_type_hints(owner)
+    for entry in fields(owner):
+        if is_dataclass(hints[entry.name]):
+            yield from _walk(hints[entry.name], f"{prefix}{entry.name}.")
+        elif KEY in entry.metadata:
+            kind, nullable = _kind(hints[entry.name])
+            yield Setting(
+                name=prefix + entry.name, kind=kind, nullable=nullable, default=_default(entry),
+                declared=entry.metadata[KEY],
+            )  # fmt: skip
+        else:
+            # Modes are declared in `contracts`, whose docstrings describe their fields.
+            yield Setting(
+                name=prefix + entry.name, kind=_kind(hints[entry.name])[0], nullable=False, default=_default(entry),
+                declared=Declaration(help=entry.metadata.get("help", ""), choices=_members(hints[entry.name])),
+            )  # fmt: skip
+
+
+def _members(hint: Any) -> tuple[str, ...]:
+    if not isinstance(hint, type):
+        return ()
+    return tuple(str(member) for member in hint) if issubclass(hint, StrEnum) else ()
+
+
+def _kind(hint: Any) -> tuple[str, bool]:
+    if isinstance(hint, types.UnionType):
+        inner = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        return _kind(inner)[0], True
+    origin = typing.get_origin(hint) or hint
+    return ("any", True) if origin is Any else (origin.__name__, False)
+
+
+def _default(entry: Field[Any]) -> Any:
+    value = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    return None if value == _UNSET else value
+
+
+def check_value(config: Config, setting: Setting) -> None:
+    """ConfigError when a composed value is none of the choices, or beyond a limit."""
+    value = value_of(config, setting.name)
+    declared = setting.declared
+    if declared.choices:
+        if str(value) not in [str(choice) for choice in declared.choices]:
+            known = [choice for choice in declared.choices if choice is not None]
+            listed = ", ".join("null" if choice is None else choice for choice in declared.choices)
+            raise ConfigError(f"{setting.name}={value!r}: choose one of {listed}{suggest.nearest(str(value), known)}")
+        return
+    if value is None or not isinstance(value, (int, float)):
+        return
+    if declared.below is not None or declared.most is not None:
+        _check_interval(setting.name, value, declared)
+    elif declared.least is not None and value < declared.least:
+        raise ConfigError(f"{setting.name}={value}: must be at least {declared.least:g}")
+
+
+def _check_interval(name: str, value: float, declared: Declaration) -> None:
+    least = declared.least or 0.0
+    closed = declared.below is None
+    high = declared.most if declared.most is not None else declared.below
+    assert high is not None
+    if not least <= value <= high or (not closed and value == high):
+        raise ConfigError(f"{name}={value:g}: must lie in [{least:g}, {high:g}{']' if closed else ')'}")
+
+
+def value_of(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+_INT = re.compile(r"[+-]?\d[\d_]*")
+_BOOL = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+
+def check_text(setting: Setting, text: str) -> None:
+    """ConfigError with the expected type when the text of an override cannot be a value of the setting."""
+    word = text.strip().strip("'\"")
+    if "${" in text or (word == "null" and setting.nullable):
+        return
+    if not _fits(setting.kind, word, text):
+        default = "" if setting.default is None else f" (default: {shown(setting.default)})"
+        raise ConfigError(f"{setting.name}={text}: {setting.expected} is expected{default}{_mend(setting, text)}")
+
+
+def _fits(kind: str, word: str, text: str) -> bool:
+    match kind:
+        case "int":
+            return _INT.fullmatch(word) is not None
+        case "float":
+            try:
+                float(word)
+            except ValueError:
+                return False
+            return True
+        case "bool":
+            return word.lower() in _BOOL
+        case "list":
+            return text.lstrip().startswith("[")
+        case "dict":
+            return text.lstrip().startswith("{")
+        case _:
+            return True
+
+
+def _mend(setting: Setting, text: str) -> str:
+    return f": write {setting.name}=[{text}]" if setting.kind == "list" and text else ""
+
+
+def shown(value: Any) -> str:
+    """A value as the command line spells it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        entries: Any = value
+        return "[" + ",".join(shown(entry) for entry in entries) + "]"
+    if isinstance(value, dict):
+        mapping: Any = value
+        return "{" + ",".join(f"{k}: {shown(v)}" for k, v in mapping.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,40 @@
+"""torch's GPU allocator setting: expandable segments, so that buckets of many shapes leave no holes between them.
+
+Owns that setting. Other processes cannot map expandable segments everywhere; memory for them is allocated apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, MutableMapping
+from contextlib import contextmanager
+
+_EXPANDABLE = "expandable_segments:True"
+# torch reads the first of them that is set.
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Call it before torch is imported. A user's own allocator settings are kept."""
+    if not _settings(environment):
+        environment[_VARIABLES[-1]] = _EXPANDABLE
+
+
+@contextmanager
+def mappable() -> Generator[None]:
+    """Memory that is allocated within the context can be mapped by other processes: no expandable segments there."""
+    import torch
+
+    settings = _settings(os.environ)
+    if _EXPANDABLE not in settings or not torch.cuda.is_available():
+        yield
+        return
+    torch._C._accelerator_setAllocatorSettings(settings.replace(_EXPANDABLE, "expandable_segments:False"))
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def _settings(environment: MutableMapping[str, str]) -> str:
+    return next((environment[name] for name in _VARIABLES if environment.get(name)), "")

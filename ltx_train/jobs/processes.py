@@ -1,0 +1,156 @@
+"""One process per device of this machine: started, signalled and ended together.
+
+Owns the exit code of the whole: the first failure's, or the common one. On several machines srun or torchrun starts the
+processes instead. torchrun would turn every failure into 1; 75 and 76 are what a supervisor acts on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+from ltx_train.assembly import resolve
+from ltx_train.config import Config
+from ltx_train.config.command_table import COMMANDS
+from ltx_train.distributed import allocator, environment
+from ltx_train.jobs.exit_codes import guarded
+
+Entry = Callable[[Config], int]
+
+# Seconds that the other processes may take to end by themselves once one has failed, and then after SIGTERM.
+_GRACE_S, _KILL_S = 10.0, 5.0
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# prctl's PR_SET_PDEATHSIG.
+_DEATH_SIGNAL = 1
+
+
+def run_command(name: str, config: Config) -> int:
+    """Runs a command, in a process for each device where it is one that takes several.
+
+    Only the process that runs the command imports it: this one would spend seconds on libraries that it does not use.
+    """
+    allocator.use_expandable_segments(os.environ)
+    is_started_already = environment.rank_variables(os.environ) is not None
+    count = resolve.launch(config).processes
+    if COMMANDS[name].on_every_device and count > 1 and not is_started_already:
+        return run_processes(partial(_run_here, name), config, count)
+    return _run_here(name, config)
+
+
+def _run_here(name: str, config: Config) -> int:
+    _silence_libraries()
+    entry: Entry = importlib.import_module(f"ltx_train.commands.{name}").run
+    return entry(config)
+
+
+def _silence_libraries() -> None:
+    """bitsandbytes advertises optional kernels at import, which peft triggers in every command."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def run_processes(entry: Entry, config: Config, count: int) -> int:
+    """Runs `entry` in `count` processes; the exit code of the first that failed, else the common one."""
+    context = get_context("spawn")
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # Each process takes its part of the processors, or all of them would start a thread and a compiler for each one.
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        shared[name] = os.environ.get(name, str(min(32, max(1, (os.cpu_count() or 1) // count))))
+    children: list[Any] = [context.Process(target=_child, args=(entry, config, os.getpid())) for _ in range(count)]
+    previous = {number: signal.signal(number, _forwarding(children)) for number in _FORWARDED}
+    try:
+        for rank, child in enumerate(children):
+            # Set before the child starts: libraries read the number of threads and the rank when they are imported.
+            with _environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
+                child.start()
+        return _wait_for_all(children)
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def spawn(entry: Entry, config: Config, variables: Mapping[str, str]) -> Any:
+    """One process running `entry` in a process group of its own, which dies with this one."""
+    child = get_context("spawn").Process(target=_child, args=(entry, config, os.getpid()))
+    with _environment(variables):
+        child.start()
+    return child
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _child(entry: Entry, config: Config, parent: int) -> None:
+    # Signals come through the parent: a terminal's Ctrl-C would otherwise reach every process twice.
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        return
+    sys.exit(guarded(lambda: entry(config)))
+
+
+def _forwarding(children: list[Any]) -> Any:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for child in children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, number)
+
+    return forward
+
+
+def _wait_for_all(children: list[BaseProcess]) -> int:
+    """Waits for all; once one has failed the others get some time to end by themselves."""
+    failed_at, code = 0.0, 0
+    while any(child.is_alive() for child in children):
+        for child in children:
+            if not failed_at and child.exitcode not in (None, 0):
+                failed_at, code = time.monotonic(), shell_code(child.exitcode or 0)
+        waited = time.monotonic() - failed_at if failed_at else 0.0
+        if waited > _GRACE_S:
+            _signal(children, signal.SIGKILL if waited > _GRACE_S + _KILL_S else signal.SIGTERM)
+        time.sleep(0.05)
+    return code or next((shell_code(c.exitcode) for c in children if c.exitcode), 0)
+
+
+def _signal(children: list[BaseProcess], number: signal.Signals) -> None:
+    for child in children:
+        if child.is_alive() and child.pid is not None:
+            os.kill(child.pid, number)
+
+
+def shell_code(code: int) -> int:
+    """The exit code that a shell reports: 128 + number for a process that a signal has ended."""
+    return code if code >= 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

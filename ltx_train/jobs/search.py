@@ -1,0 +1,292 @@
+"""Searches settings by held-out loss. Each trial is a run; a stopped search continues where it was.
+
+Owns what a trial is and when it is given up. optuna (its own release, not Hydra's plugin, which is pinned to an old
+one) proposes values and keeps the history in a SQLite file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from ltx_train import config as configuration
+from ltx_train import rng
+from ltx_train.assembly import from_config
+from ltx_train.config import Config
+from ltx_train.contracts import ConfigError, Exit, UserError
+from ltx_train.evaluation import sweep_report
+from ltx_train.evaluation.sweep_report import Trial
+from ltx_train.jobs import trials
+from ltx_train.jobs.folder_lock import FolderLock
+from ltx_train.jobs.trials import Running
+from ltx_train.training.preemption import stop_before_training
+from ltx_train.training.tracking.metrics import read_rows
+
+_METRIC = "val/loss"
+_RANGE = re.compile(r"(log|uniform|int)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
+_CHOICE = re.compile(r"choice\((.+)\)")
+# What a trial may end with; anything else ends the search.
+_GIVEN_UP = (Exit.DIVERGED,)
+Space = Mapping[str, optuna.distributions.BaseDistribution]
+# What a trial's SLURM job is remembered as, and how often trials are looked at.
+_JOB, _LOOK_S = "job", 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """code: DONE when all trials are done, PREEMPTED when one was stopped. folder: of the search. best: the run folder
+    of the best trial, None without one."""
+
+    code: Exit
+    folder: Path
+    best: Path | None
+
+
+def search(config: Config) -> Outcome:
+    """Runs the trials that are left; the same command continues a stopped search."""
+    lines = (line.partition("=") for line in config.sweep.space)
+    space = {name.strip(): parse(name.strip(), text.strip()) for name, _, text in lines}
+    if not space:
+        raise UserError("sweep.space is empty: choose sweep=lr_rank, or name settings and their ranges")
+    folder = Path(config.run.root) / config.run.experiment / f"sweep-{config.sweep.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stop_before_training()
+    with FolderLock(folder):
+        run = _Search(config, folder, space)
+        try:
+            code = run.go_through()
+        except KeyboardInterrupt:
+            code = Exit.PREEMPTED
+        finally:
+            run.leave()
+    best = None
+    if code is Exit.DONE and run.has_result:
+        print(f"best {run.study.best_value:.5f} with {run.study.best_params}")
+        best = folder.parent / trial_id(config, run.study.best_trial.number)
+    return Outcome(code=code, folder=folder, best=best)
+
+
+@dataclass(kw_only=True)
+class _Live:
+    """A trial that is under way; reported: the steps whose held-out losses the study knows."""
+
+    number: int
+    trial: optuna.trial.Trial
+    running: Running
+    folder: Path
+    reported: set[int]
+    pruned: bool = False
+
+
+class _Search:
+    """The study and its trials under way, at most `sweep.parallel` of them."""
+
+    def __init__(self, config: Config, folder: Path, space: Space) -> None:
+        self._config, self._folder, self._space = config, folder, space
+        self.study, self._wanted = _study(config, folder, space)
+        self._live: dict[int, _Live] = {}
+
+    @property
+    def has_result(self) -> bool:
+        return any(t.state is TrialState.COMPLETE for t in self.study.trials)
+
+    def go_through(self) -> Exit:
+        """All trials; what the first that was stopped ended with."""
+        ended = Exit.DONE
+        while True:
+            while ended is Exit.DONE and len(self._live) < self._config.sweep.parallel and self._start_next():
+                pass
+            if not self._live:
+                return ended
+            time.sleep(_LOOK_S)
+            for slot, live in list(self._live.items()):
+                code = live.running.code
+                self._report(live)
+                if code is not None:
+                    del self._live[slot]
+                    ended = _settled(self.study, live, code) or ended
+                    _publish(self._config, self.study, self._folder)
+
+    def leave(self) -> None:
+        """Ends what would outlive the search without being of use to it."""
+        for live in self._live.values():
+            live.running.stop()
+        for live in self._live.values():
+            live.running.wait()
+
+    def _start_next(self) -> bool:
+        """A trial that was interrupted, else a new one; False when there is none."""
+        number = _next(
+            self._config, self.study, self._space, self._wanted, {live.number for live in self._live.values()}
+        )
+        if number is None:
+            return False
+        trial = self.study.trials[number]
+        settings = trial_config(self._config, number, trial.params)
+        folder = from_config.run_dir(settings)
+        slot = min(set(range(self._config.sweep.parallel)) - self._live.keys())
+        running, job = trials.start(settings, slot, trial.user_attrs.get(_JOB))
+        handle = optuna.trial.Trial(self.study, trial._trial_id)
+        if job is not None:
+            handle.set_user_attr(_JOB, job)
+        where = f"{folder}" if job is None else f"{folder}, job {job}"
+        print(f"trial {number} of {self._wanted}: {trial.params} in {where}", file=sys.stderr)
+        self._live[slot] = _Live(
+            number=number, trial=handle, running=running, folder=folder, reported=set(trial.intermediate_values)
+        )
+        return True
+
+    def _report(self, live: _Live) -> None:
+        """Held-out losses as they are written; gives up a trial that falls behind the median of the others."""
+        for row in read_rows(live.folder / "metrics.jsonl"):
+            if _METRIC in row and int(row["step"]) not in live.reported:
+                live.reported.add(int(row["step"]))
+                live.trial.report(row[_METRIC], int(row["step"]))
+        wanted = self._config.sweep.prune and not live.pruned and live.running.code is None
+        if wanted and live.reported and live.trial.should_prune():
+            live.pruned = True
+            live.running.give_up()
+
+
+def parse(name: str, text: str) -> optuna.distributions.BaseDistribution:
+    """`log(1e-5, 1e-3)`, `uniform(0, 0.1)`, `int(4, 64)` or `choice(8, 16, 32)`; UserError otherwise."""
+    found, chosen = _RANGE.fullmatch(text), _CHOICE.fullmatch(text)
+    try:
+        if found and found[1] == "int":
+            return optuna.distributions.IntDistribution(int(found[2]), int(found[3]))
+        if found:
+            return optuna.distributions.FloatDistribution(float(found[2]), float(found[3]), log=found[1] == "log")
+        if chosen:
+            options = [_plain(word.strip()) for word in chosen[1].split(",")]
+            return optuna.distributions.CategoricalDistribution(options)
+    except ValueError as error:
+        raise UserError(f"sweep.space.{name}: {text!r}: {error}") from error
+    raise UserError(f"sweep.space.{name}: {text!r} is none of log(a, b), uniform(a, b), int(a, b), choice(a, b, ...)")
+
+
+def _plain(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
+def _study(config: Config, folder: Path, space: Space) -> tuple[optuna.Study, int]:
+    """The study, new or as it was left, and how many trials it is to have."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'study.db'}", study_name=config.sweep.name, load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=config.sweep.warmup),
+    )  # fmt: skip
+    started = (t for t in study.trials if t.state is not TrialState.WAITING)
+    if any(t.distributions.keys() != space.keys() for t in started):
+        raise UserError(f"{folder} holds trials of another search space: set sweep.name to start a new search")
+    if config.sweep.sampler != "grid":
+        return study, config.sweep.trials
+    every = _combinations(space)
+    for values in every:
+        study.enqueue_trial(values, skip_if_exists=True)
+    return study, len(every)
+
+
+def _combinations(space: Space) -> list[dict[str, Any]]:
+    """Of all choices; UserError where a setting has a range."""
+    options: list[tuple[Any, ...]] = []
+    for name, distribution in space.items():
+        if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            raise UserError(
+                f"sweep.space.{name}: sweep.sampler=grid tries every combination, of choice(a, b, ...) alone"
+            )
+        options.append(distribution.choices)
+    return [dict(zip(space, values, strict=True)) for values in product(*options)]
+
+
+def _next(
+    config: Config, study: optuna.Study, space: Space, wanted: int,
+    live: set[int],
+) -> int | None:  # fmt: skip
+    """A trial that was interrupted, else a new one, else None."""
+    waiting = [t.number for t in study.trials if t.state is TrialState.RUNNING and t.number not in live]
+    if waiting:
+        return waiting[0]
+    begun = sum(t.state is not TrialState.WAITING for t in study.trials)
+    if begun >= wanted:
+        return None
+    # Keyed by the trial's number: a sampler that is seeded once proposes the same values again after a restart.
+    seed = rng.key_seed(config.run.seed, "sweep", config.sweep.name, begun) % 2**32
+    study.sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=min(4, wanted), constant_liar=config.sweep.parallel > 1
+    )
+    return study.ask(dict(space)).number
+
+
+def _settled(study: optuna.Study, live: _Live, code: int) -> Exit | None:
+    """Tells the study how a trial ended; PREEMPTED when it was stopped."""
+    values = [row[_METRIC] for row in read_rows(live.folder / "metrics.jsonl") if _METRIC in row]
+    if live.pruned:
+        study.tell(live.number, state=TrialState.PRUNED)
+    elif code == Exit.DONE and values:
+        study.tell(live.number, values[-1])
+    elif code in _GIVEN_UP:
+        study.tell(live.number, state=TrialState.FAIL)
+    elif code == Exit.PREEMPTED:
+        return Exit.PREEMPTED
+    else:
+        raise UserError(
+            f"trial {live.number} ended with exit code {code}: mend that, then the same command continues it"
+        )
+    return None
+
+
+def trial_config(config: Config, number: int, values: Mapping[str, Any]) -> Config:
+    """The configuration of one trial: its values, and a run id that its number alone decides."""
+    try:
+        return configuration.changed(config, {**values, "run.id": trial_id(config, number)})
+    except ConfigError as error:
+        raise UserError(f"trial {number}: {error}") from error
+
+
+def trial_id(config: Config, number: int) -> str:
+    return f"{config.sweep.name}-{number:03d}"
+
+
+def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
+    """The report, and the best trial as an experiment file."""
+    finished = [
+        Trial(
+            number=t.number,
+            params=t.params,
+            value=t.value,
+            state=t.state.name.lower(),
+            course=dict(t.intermediate_values),
+        )
+        for t in study.trials
+        if t.state.is_finished()
+    ]
+    sweep_report.write(folder / "report.html", f"{config.run.experiment}: {config.sweep.name}", finished)
+    done = [t for t in finished if t.value is not None]
+    if done:
+        best = min(done, key=lambda t: t.value or 0.0)
+        (folder / "best.yaml").write_text(best_experiment(config, best.params))
+
+
+def best_experiment(config: Config, values: Mapping[str, Any]) -> str:
+    """An experiment file for conf/experiment or --config-dir: the sweep's own experiment with the best values."""
+    lines = [f"# @package _global_\n# The best of sweep {config.sweep.name}.\ndefaults:"]
+    lines.append(f"  - {config.run.experiment}\n  - _self_" if config.run.experiment != "default" else "  - _self_")
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, key = name.partition(".")
+        groups.setdefault(group, {})[key] = value
+    lines += [f"{group}: {json.dumps(settings)}" for group, settings in groups.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,78 @@
+"""SLURM jobs: a script from launch/slurm/fit.sbatch, kept in the run's folder, and its submission."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ltx_train import config as configuration
+from ltx_train.assembly import from_config, resolve
+from ltx_train.config import Config
+from ltx_train.contracts import UserError
+
+_TEMPLATE = "slurm/fit.sbatch"
+
+
+def write_script(config: Config) -> Path:
+    """Writes <run>/submit.yaml, the settings that the job reads, and <run>/submit.sbatch; the script's path."""
+    folder = from_config.run_dir(config).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, script = folder / "submit.yaml", folder / "submit.sbatch"
+    job_config = resolve.for_job(config, config.cluster.nodes, config.cluster.devices)
+    settings.write_text(configuration.dump(job_config))
+    script.write_text(render(config, settings))
+    return script
+
+
+def submit(script: Path) -> str:
+    """The number of the submitted job; UserError when there is no sbatch or it refuses."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"sbatch is not on the PATH: submit {script} on a login node, or set cluster.submit=false")
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def render(config: Config, settings: Path) -> str:
+    """The job script."""
+    cluster = config.cluster
+    folder = settings.parent
+    python = shlex.quote(cluster.python or sys.executable)
+    values = {
+        "name": f"{config.run.experiment}/{config.run.id}",
+        "nodes": cluster.nodes, "devices": cluster.devices, "cpus": cluster.cpus, "time": cluster.time,
+        "signal_s": cluster.signal_s, "hung_restarts": cluster.hung_restarts,
+        "logs": folder / ("slurm-%A_%a.log" if cluster.array else "slurm-%j.log"),
+        "directives": "\n".join(f"#SBATCH {word}" for word in _directives(config)),
+        "setup": "\n".join(cluster.setup),
+        "tasks": _tasks(cluster.array),
+        "container": f"--container-image={shlex.quote(cluster.container)} " if cluster.container else "",
+        "command": f"{python} -m ltx_train fit --config {shlex.quote(str(settings))}",
+    }  # fmt: skip
+    template = (configuration.shipped("launch") / _TEMPLATE).read_text()
+    filled = re.sub(r"\{\{(\w+)\}\}", lambda match: str(values[match[1]]), template)
+    return re.sub(r"\n{3,}", "\n\n", filled)
+
+
+def _directives(config: Config) -> list[str]:
+    cluster = config.cluster
+    words = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(cluster, name))]
+    gres = cluster.gres
+    if gres is None:
+        gres = "" if resolve.launch(config).device == "cpu" else f"gpu:{cluster.devices}"
+    words += [f"--gres={gres}"] if gres else []
+    words += [f"--array=0-{len(cluster.array) - 1}"] if cluster.array else []
+    return [*words, *cluster.directives]
+
+
+def _tasks(array: list[str]) -> str:
+    """A bash array of overrides, one element per task of the job array; empty for a single job."""
+    if not array:
+        return 'overrides=""'
+    lines = "\n".join(f"  {shlex.quote(line)}" for line in array)
+    return f"all=(\n{lines}\n)\noverrides=${{all[$SLURM_ARRAY_TASK_ID]}}"

@@ -1,0 +1,34 @@
+"""When things happen in a run, in optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cadence:
+    """An interval of 0 means at the end alone. dead_after: from this step on, adapter layers that have not moved are
+    reported."""
+
+    steps: int
+    log_every: int
+    evaluate_every: int
+    save_every: int
+    dead_after: int = 20
+
+    def logs(self, step: int) -> bool:
+        """Whether a row of training numbers is written after this step."""
+        return step % self.log_every == 0 or self.is_last(step)
+
+    def measures(self, step: int) -> bool:
+        return _due(step, self.evaluate_every) or self.is_last(step)
+
+    def saves(self, step: int) -> bool:
+        return _due(step, self.save_every) or self.is_last(step)
+
+    def is_last(self, step: int) -> bool:
+        return step >= self.steps
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,169 @@
+"""Runs a task to its last step: what happens at the edge of every optimizer step, in which order.
+
+Owns the Lightning Trainer and the order log -> evaluate -> save -> stop. Everything it calls is an argument.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from ltx_train.contracts import Exit
+from ltx_train.data.module import ShardData
+from ltx_train.distributed.ranks import Ranks
+from ltx_train.training.cadence import Cadence
+from ltx_train.training.checkpoints.writer import CheckpointWriter
+from ltx_train.training.preemption import Preemption
+from ltx_train.training.state import RunState
+from ltx_train.training.step import Task
+from ltx_train.training.tracking.console import ConsoleProgress
+from ltx_train.training.tracking.metrics import Metrics
+from ltx_train.training.tracking.rows import TrainingRows
+from ltx_train.training.watchdog import Watchdog
+
+Evaluate = Callable[[int], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What the loop reports to. metrics: on rank 0 alone. restarts: how often `supervise` has started the run here.
+
+    prepares_saves: the first step is followed by allocating memory for saves (sliced states).
+    """
+
+    metrics: Metrics | None
+    evaluate: Evaluate | None
+    writer: CheckpointWriter
+    watchdog: Watchdog
+    restarts: int
+    prepares_saves: bool
+
+
+class Edge(Callback):
+    """The work at the edge of a step, the same on every rank; rank 0 writes and prints."""
+
+    def __init__(
+        self, cadence: Cadence, state: RunState, rows: TrainingRows, outside: Outside, *, preemption: Preemption,
+        ranks: Ranks,
+    ) -> None:  # fmt: skip
+        self._cadence, self._state, self._rows, self._outside = cadence, state, rows, outside
+        self._preemption, self._ranks = preemption, ranks
+        self._progress: ConsoleProgress | None = None
+        self._seen = state.step.first_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._outside.writer.begin(self._seen)
+        if self._ranks.leads:
+            self._progress = ConsoleProgress(self._cadence.steps, self._seen)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._state.monitor.data_arrived()
+        self._state.clock.begin()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        step, monitor = self._state.step, self._state.monitor
+        self._state.clock.end(step.flops)
+        for result in step.results:
+            monitor.add(result)
+        if step.step != self._seen:
+            self._seen = step.step
+            trainer.should_stop = self._at_edge(step.step)
+        monitor.batch_done()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _at_edge(self, step: int) -> bool:
+        """log -> evaluate -> save -> stop; whether training ends here."""
+        cadence, writer = self._cadence, self._outside.writer
+        # Measuring and saving may take longer than a step may.
+        self._outside.watchdog.beat(patient=True)
+        self._state.monitor.step_done()
+        # Signals reach ranks one by one. The agreement makes all ranks stop at the same edge.
+        stop = self._ranks.any(self._preemption.requested)
+        row = self._logged() if cadence.logs(step) else {}
+        measured = self._measured(step)
+        better = self._state.early_stop.record(step, measured)
+        ended = self._state.early_stop.reason is not None
+        if step == self._state.step.first_step + 1 and self._outside.prepares_saves:
+            writer.prepare(self._state)
+        self._report(step, {**row, **measured})
+        final = cadence.is_last(step) or stop or ended
+        if cadence.saves(step) or better or final:
+            writer.save(self._state, must=final)
+        if stop:
+            self._preemption.saved()
+        self._outside.watchdog.beat()
+        return final
+
+    def _logged(self) -> dict[str, float]:
+        row, writer = self._rows.row(), self._outside.writer
+        counts = {
+            "run/restarts": self._outside.restarts, "run/failed_saves": writer.failed,
+            "perf/save_blocked_s": writer.blocked_s,
+        }  # fmt: skip
+        return row | {name: value for name, value in counts.items() if value}
+
+    def _measured(self, step: int) -> Mapping[str, float]:
+        if self._outside.evaluate is None or not self._cadence.measures(step):
+            return {}
+        return self._outside.evaluate(step)
+
+    def _report(self, step: int, row: Mapping[str, float]) -> None:
+        if self._progress is not None:
+            self._progress.advance(step)
+        if row and self._outside.metrics is not None and self._progress is not None:
+            self._outside.metrics.write(step, row)
+            self._progress.row(step, self._cadence.steps, row)
+
+    def _close(self) -> None:
+        self._outside.writer.close()
+        if self._progress is not None:
+            self._progress.close()
+
+
+def run_to_end(
+    task: Task, data: ShardData, state: RunState, cadence: Cadence, outside: Outside, *, folder: Path, ranks: Ranks
+) -> Exit:  # fmt: skip
+    """Trains to the last step, or until early stopping; DONE, or PREEMPTED after a signal and a save."""
+    device: torch.device = state.step.recipe.device
+    preemption = Preemption()
+    rows = TrainingRows(state, task.transformer, cadence, ranks)
+    edge = Edge(cadence, state, rows, outside, preemption=preemption, ranks=ranks)
+    _quiet()
+    # One device per process and our own collectives: Lightning must not look for other processes by itself.
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu", devices=[device.index] if device.type == "cuda" else 1,
+        strategy="auto", plugins=[LightningEnvironment()], max_epochs=1, callbacks=[preemption, edge], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, use_distributed_sampler=False, default_root_dir=folder,
+    )  # fmt: skip
+    preemption.install()
+    try:
+        trainer.fit(task, datamodule=data)
+    finally:
+        preemption.leave()
+        if outside.metrics is not None:
+            outside.metrics.close()
+    reason = state.early_stop.reason
+    is_complete = cadence.is_last(state.step.step)
+    if not is_complete and reason and ranks.leads:
+        print(f"ended at step {state.step.step}: {reason}")
+    return Exit.DONE if is_complete or reason else Exit.PREEMPTED
+
+
+def _quiet() -> None:
+    """Lightning's hints about workers and devices are no news to a user of this command."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,52 @@
+"""What a run carries from step to step beside weights and optimizer, and what a checkpoint notes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ltx_train.distributed.ranks import Ranks
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.stability.early_stop import EarlyStop
+from ltx_train.training.step import OptimizerStep
+from ltx_train.training.tracking.clock import Clock
+from ltx_train.training.tracking.monitor import Monitor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """step: the optimizer step. monitor: the unfinished logging interval. early_stop: the best measurement. clock: the
+    run's productive time. base: the fingerprint of the base model."""
+
+    step: OptimizerStep
+    monitor: Monitor
+    early_stop: EarlyStop
+    clock: Clock
+    base: str
+
+    def notes(self, ranks: Ranks) -> Mapping[str, Any]:
+        """JSON values for a checkpoint. Collective."""
+        recipe = self.step.recipe
+        return {
+            "base": self.base, "monitor": self.monitor.state(ranks), "balance": recipe.balance.state(),
+            "spikes": None if recipe.spikes is None else recipe.spikes.state(),
+            "selection": self.early_stop.state(), "ended": self.early_stop.reason, "clock": self.clock.state(),
+        }  # fmt: skip
+
+    def restore(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        """Continues from a checkpoint: weights, optimizer and notes."""
+        recipe, notes = self.step.recipe, checkpoint.notes
+        recipe.updates.restore(checkpoint.weights, checkpoint.optimizer)
+        self.monitor.restore(notes["monitor"], ranks)
+        # Checkpoints of earlier releases lack some of these notes.
+        if "balance" in notes:
+            recipe.balance.restore(notes["balance"])
+        if recipe.spikes is not None and notes.get("spikes"):
+            recipe.spikes.restore(notes["spikes"])
+        if "selection" in notes:
+            self.early_stop.restore(notes["selection"])
+        if "clock" in notes:
+            self.clock.restore(notes["clock"])
+        if recipe.average is not None:
+            recipe.average.restore(checkpoint.average or checkpoint.weights)

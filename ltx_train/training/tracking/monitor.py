@@ -1,0 +1,107 @@
+"""What a training interval looked like: losses per modality and noise level, norms, times, memory.
+
+Owns accumulation between two logged rows. Its state goes into a checkpoint, so that a row that
+spans an interruption has the same value as without one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltx_train.contracts import StepResult
+from ltx_train.distributed.ranks import ALONE, Ranks
+
+_BUCKETS = 4
+_BINS = 10
+
+
+class Monitor:
+    """Collects step results; `row` averages and clears them. Tensors stay on their device until then."""
+
+    def __init__(self, video_weight: float, audio_weight: float, planned_gib: float | None = None) -> None:
+        self._weights = {"video": video_weight, "audio": audio_weight}
+        self._planned_gib = planned_gib
+        self._parts: dict[str, list[Tensor]] = {}
+        self._steps = 0
+        self._started = self._edge = time.perf_counter()
+        self._waited = 0.0
+
+    def add(self, result: StepResult) -> None:
+        """One micro-batch, or the part of it that is in one mode."""
+        total = torch.zeros_like(result.sigma)
+        for name, loss in (("video", result.video), ("audio", result.audio)):
+            # Where modes are mixed, samples without a modality have no number for it.
+            self._keep(name, torch.full_like(total, torch.nan) if loss is None else loss)
+            if loss is not None:
+                total = total + self._weights[name] * loss.detach()
+        self._keep("total", total)
+        self._keep("sigma", result.sigma)
+
+    def data_arrived(self) -> None:
+        """Called when a batch is there; the time since the last step's end was spent waiting for it."""
+        self._waited += time.perf_counter() - self._edge
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def batch_done(self) -> None:
+        self._edge = time.perf_counter()
+
+    def row(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Averages since the last row over all ranks, by their documented names (docs/architecture.md)."""
+        values = {name: torch.tensor(parts).double() for name, parts in self._gathered(ranks).items()}
+        # Skipped steps have no number to average; the guard counts them.
+        finite = torch.isfinite(values["total"])
+        values = {name: numbers[finite] for name, numbers in values.items()}
+        row = {"train/loss": float(values["total"].mean())}
+        for name in ("video", "audio"):
+            known = values[name][values[name].isfinite()] if name in values else values["total"][:0]
+            row |= {f"train/loss_{name}": float(known.mean())} if len(known) else {}
+        row |= _by_level(values["sigma"], values["total"])
+        now = time.perf_counter()
+        row["perf/step_s"] = (now - self._started) / max(1, self._steps)
+        row["perf/data_wait_s"] = self._waited / max(1, self._steps)
+        if torch.cuda.is_available():
+            row["mem/peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            if self._planned_gib:
+                row["mem/plan_error"] = row["mem/peak_gib"] / self._planned_gib - 1
+        self._parts, self._steps, self._waited, self._started = {}, 0, 0.0, now
+        return row
+
+    def state(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """The unfinished interval as JSON values; float32 numbers survive the round trip exactly."""
+        return {"parts": self._gathered(ranks), "steps": self._steps}
+
+    def restore(self, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        """The leading rank goes on with what all had collected."""
+        self._steps = state["steps"]
+        if not ranks.leads:
+            return
+        self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
+
+    def _gathered(self, ranks: Ranks) -> dict[str, list[float]]:
+        own = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
+        everyone = ranks.gather(own)
+        names = sorted({name for parts in everyone for name in parts})
+        return {name: [value for parts in everyone for value in parts.get(name, [])] for name in names}
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self._parts.setdefault(name, []).append(values.detach())
+
+
+def _by_level(sigma: Tensor, total: Tensor) -> dict[str, float]:
+    """The loss in four slices of the noise level, and the histogram of the levels in ten."""
+    row: dict[str, float] = {}
+    place = (sigma * _BUCKETS).long().clamp(0, _BUCKETS - 1)
+    for bucket in range(_BUCKETS):
+        if bool((place == bucket).any()):
+            name = f"train/loss_sigma/{bucket / _BUCKETS:.2f}-{(bucket + 1) / _BUCKETS:.2f}"
+            row[name] = float(total[place == bucket].mean())
+    counts = torch.bincount((sigma * _BINS).long().clamp(0, _BINS - 1), minlength=_BINS).double()
+    shares = (counts / max(1, len(sigma))).tolist()
+    return row | {f"train/sigma_share/{i / _BINS:.1f}-{(i + 1) / _BINS:.1f}": share for i, share in enumerate(shares)}
