@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_train import config as configuration
-from ltx_train.assembly import from_config, memory_plan, update_builder
-from ltx_train.commands import bench
-from ltx_train.distributed.ranks import ranks_from_environment, process_group
+from ltx_train.assembly import resolve, run_builder, timing, update_builder
+from ltx_train.assembly.setup import settled
+from ltx_train.distributed.ranks import process_group, ranks_from_environment
 from ltx_train.memory.pinned import pinned
 from ltx_train.memory.planning.cards import GIB
 from ltx_train.model import presets
@@ -110,14 +110,14 @@ def update() -> dict[str, Any]:
         "strategy=zero3_offload", "strategy.devices=1", "data.source=none", "data.root=none", "memory.graphs=false",
     ])  # fmt: skip
     ranks = ranks_from_environment(os.environ)
-    device, spent, times = from_config.device(config, ranks.local), dict[str, float](), list[float]()
-    with process_group(ranks, device, 600):
-        config, _ = memory_plan.settle(config)
-        transformer, updates = update_builder.opened(config, ranks)
-        step = bench._step(config, transformer, updates, device, ranks)
+    spent, times = dict[str, float](), list[float]()
+    with process_group(ranks, resolve.device(config, ranks), 600):
+        setup = settled(config, ranks)
+        transformer, updates = update_builder.open_for_training(setup)
+        step = timing.random_steps(setup, run_builder.step_recipe(setup, transformer, updates))
         for number in range(7):
             if number == 4:
-                for name in ("settle", "norm", "scale", "forget", "publish"):
+                for name in ("wait_for_gradients", "norm", "scale_gradients", "zero_gradients", "publish"):
                     _time(SlicedParameters, name, spent)
                 _time(type(updates.optimizer), "step", spent)
             began = time.perf_counter()

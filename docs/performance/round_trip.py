@@ -1,4 +1,4 @@
-"""A full fine-tune's state saved in shards and restored, at real widths with fewer blocks: prints one JSON record.
+"""A full fine-tune's state saved in slices and restored, at real widths with fewer blocks: prints one JSON record.
 
 round_trip.py DEVICES LAYERS FOLDER [SETTING ...]: all devices step four times, save, and a fresh model restores.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.assembly import from_config, memory_plan, update_builder
-from ltx_train.commands import bench
+from ltx_train.assembly import resolve, run_builder, timing, update_builder
+from ltx_train.assembly.setup import settled
 from ltx_train.config import Config
-from ltx_train.distributed.ranks import ranks_from_environment, process_group
+from ltx_train.distributed.ranks import process_group, ranks_from_environment
 from ltx_train.jobs import processes
 from ltx_train.memory.planning.cards import GIB
 from ltx_train.model import presets
@@ -33,50 +33,50 @@ presets.PRESETS["ltx2_3_22b"] = replace(_SIZES, layers=int(os.environ["ROUND_TRI
 
 
 def trip(config: Config) -> int:
-    """One rank's part."""
+    """On each rank."""
     ranks, folder = ranks_from_environment(os.environ), Path(os.environ["ROUND_TRIP_FOLDER"])
-    device = from_config.device(config, ranks.local)
-    with process_group(ranks, device, 600):
-        config, _ = ranks.lead(lambda: memory_plan.settle(config))
-        transformer, updates = update_builder.opened(config, ranks)
-        step = bench._step(config, transformer, updates, device, ranks)
+    with process_group(ranks, resolve.device(config, ranks), 600):
+        setup = settled(config, ranks)
+        transformer, updates = update_builder.open_for_training(setup)
+        step = timing.random_steps(setup, run_builder.step_recipe(setup, transformer, updates))
         losses = [float(step(number)) for number in range(3)]
-        shard = updates.state().shard
-        assert shard is not None
+        state = updates.state().slice
+        assert state is not None
         name = ranks.lead(lambda: "trip")
         saver = Saver(folder, 1, lambda _step, _weights: None, leads=ranks.leads)
-        saver.prepare(shard).result()  # in a run training goes on meanwhile
+        saver.prepare(state).result()  # in a run training goes on meanwhile
         ranks.any(False)
         started = time.perf_counter()
         losses += [float(step(3))]
         seconds = time.perf_counter() - started
-        shard = updates.state().shard
-        assert shard is not None
+        state = updates.state().slice
+        assert state is not None
         started = time.perf_counter()
-        saver.start(Checkpoint(step=4, weights={}, optimizer={}, notes={}, shard=shard, name=name))
+        saver.start(Checkpoint(step=4, weights={}, optimizer={}, notes={}, slice=state, name=name))
         blocked = time.perf_counter() - started
-        saver.settle()
+        saver.wait()
         written = time.perf_counter() - started
         ranks.any(False)
-        before = {n: {k: t.cpu().clone() for k, t in kinds.items()} for n, kinds in shard.tensors.items()}
+        before = {n: {k: t.cpu().clone() for k, t in kinds.items()} for n, kinds in state.tensors.items()}
         losses += [float(step(4))]
-        del transformer, updates, step, shard
+        del transformer, updates, step, state
         torch.cuda.empty_cache()
         started = time.perf_counter()
-        transformer, updates = update_builder.opened(config, ranks)
+        transformer, updates = update_builder.open_for_training(setup)
         loaded = commit.load(folder / "step-000004")
         updates.restore(loaded.weights, loaded.optimizer)
         restored = time.perf_counter() - started
-        again = updates.state().shard
+        again = updates.state().slice
         assert again is not None
         equal = all(torch.equal(t.cpu(), before[n][k]) for n, kinds in again.tensors.items() for k, t in kinds.items())
-        losses += [float(bench._step(config, transformer, updates, device, ranks)(4))]
+        step = timing.random_steps(setup, run_builder.step_recipe(setup, transformer, updates))
+        losses += [float(step(4))]
         everyone = ranks.gather(equal)
         if ranks.leads:
             size = sum(path.stat().st_size for path in (folder / "step-000004").iterdir())
             print(json.dumps({
-                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": config.strategy.name,
-                "offload": config.strategy.offload, "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
+                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": setup.sharing.name,
+                "offload": setup.sharing.offload, "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
                 "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),
                 "losses": losses,
             }))  # fmt: skip
@@ -89,7 +89,7 @@ def main() -> int:
         "strategy=zero3", f"strategy.devices={sys.argv[1]}", "data.source=none", "data.root=none",
         *sys.argv[4:],
     ])  # fmt: skip
-    return processes.run(trip, config, int(sys.argv[1]))
+    return processes.run_processes(trip, config, int(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from ltx_train import config as configuration
 from ltx_train import rng
-from ltx_train.assembly import run_builder
+from ltx_train.assembly import memory_plan, model_builder, run_builder
 from ltx_train.assembly.heldout_measurement import Measurement
-from ltx_train.assembly.run_builder import Start
+from ltx_train.assembly.run_builder import RunStart
+from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.data import index
 from ltx_train.data.index import Index, Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO_CONTEXT, VOICE
-from ltx_train.distributed.ranks import ALONE
 from ltx_train.evaluation import attention_mass, verdicts
 from ltx_train.evaluation.rows import CORRECT, DROPPED, WRONG, Row, differences, paired
 from ltx_train.evaluation.statistics import by_identity
@@ -118,11 +118,23 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
             items[key] = save(tensors)
             records.append(
                 Record(
-                    key=key, split="heldout" if number >= IDENTITIES else "train", speaker=who, caption=context, bucket=f"32x32x{frames}", fps=25.0,
-                    seconds=frames / 25, context=context, has_audio=True, voice=True, own_reference=case.own, rms_db=0.0,
-                    source=key, source_sha256=key, item=key,
+                    key=key,
+                    split="heldout" if number >= IDENTITIES else "train",
+                    speaker=who,
+                    caption=context,
+                    bucket=f"32x32x{frames}",
+                    fps=25.0,
+                    seconds=frames / 25,
+                    context=context,
+                    has_audio=True,
+                    voice=True,
+                    own_reference=case.own,
+                    rms_db=0.0,
+                    source=key,
+                    source_sha256=key,
+                    item=key,
                 )
-            )  # fmt: skip
+            )
     shards, placed = pack.write_shards(records, lambda r: items[r.key], root / "shards", 512)
     made = Index(settings={}, encoders={}, shards=tuple(shards), records=tuple(placed))
     index.save(made, root)
@@ -152,13 +164,12 @@ def trained(case: Case, seed: int, place: Path, *more: str) -> tuple[list[Row], 
     config = settings(root, place / "runs", name, seed, *more)
     folder = place / "runs" / name / "main"
     folder.mkdir(parents=True)
-    with Watchdog(folder, 0, 0, 0) as watchdog:
-        run_builder.train(config, Start(folder, root, made, None), None, ALONE, watchdog)
-    from ltx_train.assembly import model_builder
-
-    transformer = model_builder.trainable(config)
+    run = setup(memory_plan.settle(config)[0])
+    with Watchdog(folder, 0, start_s=0, step_s=0) as watchdog:
+        run_builder.train(run, RunStart(folder=folder, root=root, index=made, checkpoint=None), watchdog)
+    transformer = model_builder.open_trainable(run)
     adapter.load_state(transformer, commit.load(commit.committed(folder / "checkpoints")[-1]).weights)
-    measurement = Measurement(config, root, made)
+    measurement = Measurement(run, root, made)
     rows = measurement.rows(transformer)
     likeness = measurement.likeness()
     found = verdicts.of_rows(rows, measurement.grid, likeness)[0]

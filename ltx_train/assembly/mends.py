@@ -92,6 +92,8 @@ def _changes(config: Config) -> Iterator[Change]:
         yield Change({"memory.quantize": "int8"})
     if compute == "bf16" and quantize != "int4":
         yield Change({"memory.quantize": "int4"}, 1.2)
+    if sharing.saves_slices and sharing.offload is None:
+        yield Change({"strategy.offload": "cpu"})
     yield from _smaller_optimizers(config)
     if config.optim.batch_size > 1:
         yield Change({"optim.batch_size": 1}, 1.1)

@@ -27,7 +27,8 @@ def run(config: Config) -> int:
     if plan is None:
         raise UserError(memory_plan.refusal(config, room))
     _detail(room, plan)
-    close(None, f"ltx-train fit ... {overrides(plan.choice)}")
+    print(overrides(plan.choice))
+    close(None, "ltx-train fit ... (it plans by itself; the line above fixes this plan)")
     return Exit.DONE
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from ltx_train import config
-from ltx_train.__main__ import COMMANDS
+from ltx_train.config.command_table import COMMANDS
 from tests.conftest import REPOSITORY, command
 
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "data" / "README.md", *(REPOSITORY / "docs").glob("*.md")])

@@ -16,9 +16,10 @@ from ltx_train.contracts import DataError, DivergedError, StepResult
 from ltx_train.data import index
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
-from ltx_train.training.stability.nonfinite import NonFiniteGuard, step_within
+from ltx_train.training.stability.nonfinite import NonFiniteGuard
 from ltx_train.training.stability.spikes import Spikes
 from ltx_train.training.tracking.metrics import read_rows
+from ltx_train.updates.optimizers import step_within
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
 
@@ -45,15 +46,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range, factor: float = float("nan")) -> None:
-    """Gradients so many times too large, or not finite, in the given steps (from 0)."""
-    from ltx_train.training.step import Task
+    """Gradients `factor` times too large, or not finite, in the given steps (from 0)."""
+    from ltx_train.training.step import OptimizerStep
 
-    original = Task._backward
+    original = OptimizerStep._backward
 
-    def poisoned(task: Task, mode: Any, batch: Any, share: float) -> StepResult:
-        return original(task, mode, batch, share * factor if task.step in steps else share)
+    def poisoned(step: OptimizerStep, mode: Any, batch: Any, share: float) -> StepResult:
+        return original(step, mode, batch, share * factor if step.step in steps else share)
 
-    monkeypatch.setattr(Task, "_backward", poisoned)
+    monkeypatch.setattr(OptimizerStep, "_backward", poisoned)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(

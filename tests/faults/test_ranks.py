@@ -221,7 +221,7 @@ def test_who_this_process_is() -> None:
     assert ranks_from_environment({}) == Ranks()
     assert ranks_from_environment({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == Ranks(5, 8, 1)
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
-    assert found(slurm) == Ranks(3, 4, 1)
+    assert ranks_from_environment(slurm) == Ranks(3, 4, 1)
     assert ranks_from_environment({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
     # The batch shell has these too, and is no task.
     assert ranks_from_environment({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}) == Ranks()

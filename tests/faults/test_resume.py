@@ -68,7 +68,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     original = Task.training_step
 
     def step_and_signal(task: Task, *arguments: object) -> object:
-        if task.step == step - 1:
+        if task.step_of_run.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(task, *arguments)  # type: ignore[arg-type]
 

@@ -117,7 +117,7 @@ def test_a_disk_that_is_too_slow_for_the_interval_is_said_once_and_counted(
     arguments = fit(prepared, clips, tmp_path, "optim.steps=4", "checkpoint.interval=1", "eval.interval=0")
     assert command(*arguments) == 0
     error = capsys.readouterr().err
-    assert error.count("s for the save before, which took longer than") == 1
+    assert error.count("s for the previous save, which took longer than") == 1
     assert "raise checkpoint.interval (1) or use a faster disk" in error
     rows = read_rows(tmp_path / "audio_reference" / "main" / "metrics.jsonl")
     first, *waited = [row["perf/save_blocked_s"] for row in rows if "perf/save_blocked_s" in row]

@@ -20,9 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_train.commands import supervise
 from ltx_train.config import Config, compose_config
-from ltx_train.jobs import notices
+from ltx_train.jobs import notices, supervisor
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.checkpoints.mirror import RunStore
@@ -181,15 +180,15 @@ def failing(_config: Config) -> int:
 @pytest.mark.slow
 def test_three_starts_that_save_nothing_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[float] = []
-    original = supervise.launch.spawned
+    original = supervisor.processes.spawn
 
     def counted(entry: Any, config: Config, environment: Any) -> Any:
         starts.append(time.monotonic())
         return original(failing, config, environment)
 
-    monkeypatch.setattr(supervise.launch, "spawned", counted)
+    monkeypatch.setattr(supervisor.processes, "spawn", counted)
     made = compose_config([f"run.root={tmp_path}", "supervise.backoff_s=0.1"])
-    assert supervise.run(made) == 76
+    assert supervisor.supervise(made) == 76
     assert len(starts) == 3
 
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from ltx_train import config
-from ltx_train.commands import sweep
 from ltx_train.contracts import UserError
 from ltx_train.evaluation.sweep_report import Trial, render
-from ltx_train.jobs import trials
+from ltx_train.jobs import search, trials
 from tests.conftest import command
 from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.test_resume import fit
@@ -24,14 +23,14 @@ SPACE = "sweep.space=['optim.lr=log(1e-5, 1e-2)','adapter.rank=choice(2, 4)']"
 
 
 def test_ranges() -> None:
-    found = sweep.parse("optim.lr", "log(1e-5, 1e-3)")
+    found = search.parse("optim.lr", "log(1e-5, 1e-3)")
     assert found == optuna.distributions.FloatDistribution(1e-5, 1e-3, log=True)
-    assert sweep.parse("x", "uniform(0, 0.1)") == optuna.distributions.FloatDistribution(0, 0.1)
-    assert sweep.parse("x", "int(4, 64)") == optuna.distributions.IntDistribution(4, 64)
-    assert sweep.parse("x", "choice(8, adamw, 0.5)") == optuna.distributions.CategoricalDistribution([8, "adamw", 0.5])
+    assert search.parse("x", "uniform(0, 0.1)") == optuna.distributions.FloatDistribution(0, 0.1)
+    assert search.parse("x", "int(4, 64)") == optuna.distributions.IntDistribution(4, 64)
+    assert search.parse("x", "choice(8, adamw, 0.5)") == optuna.distributions.CategoricalDistribution([8, "adamw", 0.5])
     for wrong in ("linear(1, 2)", "log(0, 1)", "log(a, 2)"):
         with pytest.raises(UserError, match=r"sweep\.space\.x"):
-            sweep.parse("x", wrong)
+            search.parse("x", wrong)
 
 
 def test_a_search_needs_a_space_and_known_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,11 +46,11 @@ def test_a_search_needs_a_space_and_known_settings(tmp_path: Path, capsys: pytes
 def test_every_combination_once(tmp_path: Path) -> None:
     choices = "sweep.space=['optim.lr=choice(1e-4, 1e-3)','adapter.rank=choice(2, 4)']"
     made = config.compose_config(["sweep.sampler=grid", "sweep.name=all", choices])
-    space = {n: sweep.parse(n, t) for n, t in (line.split("=", 1) for line in made.sweep.space)}
+    space = {n: search.parse(n, t) for n, t in (line.split("=", 1) for line in made.sweep.space)}
     tried: list[tuple[float, int]] = []
     while True:  # each round as after a kill
-        study, wanted = sweep._study(made, tmp_path, space)
-        number = sweep._next(made, study, space, wanted, set())
+        study, wanted = search._study(made, tmp_path, space)
+        number = search._next(made, study, space, wanted, set())
         if number is None:
             break
         values = study.trials[number].params
@@ -62,7 +61,7 @@ def test_every_combination_once(tmp_path: Path) -> None:
 
 def test_trials_at_a_time_have_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made = config.compose_config(["sweep.parallel=3", "strategy=ddp", "strategy.devices=2", "strategy.device=cuda"])
-    monkeypatch.setattr(trials.session, "device", lambda _config: torch.device("cuda"))
+    monkeypatch.setattr(trials.resolve, "device", lambda _config: torch.device("cuda"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert [trials.visible(made, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,5", "6,7"]
     with pytest.raises(UserError, match=r"lower sweep\.parallel"):

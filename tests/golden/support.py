@@ -21,7 +21,7 @@ def modality(tensors: Tensors, name: str) -> Modality | None:
     if f"{name}.latent" not in tensors:
         return None
     fields = ("latent", "timesteps", "sigma", "positions", "context", "context_mask", "attention_mask")
-    return Modality(*(tensors.get(f"{name}.{field}") for field in fields))  # type: ignore[arg-type]
+    return Modality(**{field: tensors.get(f"{name}.{field}") for field in fields})  # type: ignore[arg-type]
 
 
 def relative_rms(found: Tensor, wanted: Tensor) -> float:

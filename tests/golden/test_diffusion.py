@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ltx_train.contracts import Batch, Condition, ConditionKind, ModalityName, Mode, Placement, Role
-from ltx_train.diffusion import conditions, positions, references, sigma
+from ltx_train.diffusion import conditions, grid, positions, references, sigma
 from ltx_train.model import codecs
 from tests.conftest import GOLDEN
 from tests.golden.support import assert_close, read
@@ -21,7 +21,7 @@ PLACES: dict[str, Any] = json.loads((GOLDEN / "positions.json").read_text())
 
 @pytest.mark.parametrize("entry", PLACES["video"], ids=lambda e: e["key"])
 def test_video_positions(entry: dict[str, Any]) -> None:
-    assert positions.latent_frames(entry["frames"]) == entry["latent_frames"]
+    assert grid.latent_frames(entry["frames"]) == entry["latent_frames"]
     found = positions.video(entry["latent_frames"], entry["latent_height"], entry["latent_width"], entry["fps"])
     torch.testing.assert_close(found, read("positions")[entry["key"]], atol=4e-6, rtol=0)
 
@@ -106,9 +106,13 @@ def test_assembled_inputs(case: str, mode: Mode, shape: tuple[int, int, int]) ->
     first = tensors["video.denoise_mask"][:, 0] == 0 if "video.denoise_mask" in tensors else torch.ones(2) > 0
     chosen = tuple(first if c.kind is ConditionKind.first_frame else torch.ones(2) > 0 for c in mode.conditions)
     draws = conditions.Draws(
-        video_sigma=tensors["video.sigma"], audio_sigma=tensors["audio.sigma"], video_noise=noise["video"], audio_noise=noise["audio"], chosen=chosen,
+        video_sigma=tensors["video.sigma"],
+        audio_sigma=tensors["audio.sigma"],
+        video_noise=noise["video"],
+        audio_noise=noise["audio"],
+        chosen=chosen,
         numbers=tuple(torch.zeros(2, 4) for _ in chosen),
-    )  # fmt: skip
+    )
     inputs = conditions.assemble(batch, mode, draws)
     for name, modality, velocity in (
         ("video", inputs.video, inputs.video_velocity),

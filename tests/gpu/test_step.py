@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from ltx_train import config, rng
-from ltx_train.assembly import from_config, memory_plan, model_builder, update_builder
-from ltx_train.commands import bench
-from ltx_train.config import Config
-from ltx_train.diffusion import conditions, objective, transfer
-from ltx_train.diffusion.loss import Weights
-from ltx_train.distributed.ranks import ALONE
+from ltx_train import config
+from ltx_train.assembly import from_config, model_builder, run_builder, timing, update_builder
+from ltx_train.assembly.setup import Setup, settled
+from ltx_train.diffusion import conditions, transfer
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
-from ltx_train.updates.optimizers import build_optimizer
+from ltx_train.updates.protocol import Updates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,39 +24,21 @@ pytestmark = [
 STEPS = 20
 
 
-def settled(*overrides: str) -> Config:
-    made = config.compose_config(
-        [
-            "experiment=audio_reference",
-            "model.weights=random",
-            "model.dtype=bfloat16",
-            "strategy.device=cuda",
-            *overrides,
-        ]
-    )
-    return memory_plan.settle(made)[0]
+def made(*overrides: str) -> Setup:
+    return settled(
+        config.compose_config(
+            [
+                "experiment=audio_reference", "model.weights=random", "model.dtype=bfloat16", "strategy.device=cuda",
+                "optim.lr=1e-3", "optim.schedule=constant", "optim.warmup=0", "optim.name=adamw", *overrides,
+            ]
+        )
+    )  # fmt: skip
 
 
-def step_of(made: Config, transformer: Transformer) -> Callable[[int], torch.Tensor]:
-    parameters = list(adapter.trainable_parameters(transformer).values())
-    optimizer = build_optimizer("adamw", parameters, 1e-3, (0.9, 0.999), 0.01)
-    keys = adapter.DropoutKeys(transformer)
-    device = from_config.device(made)
-    graphs = model_builder.recorded(made, transformer, parameters, device)
-    once = graphs or partial(objective.backward, transformer)
-
-    def step(number: int) -> torch.Tensor:
-        batch = bench.random_batch(made, number)
-        keys.set([rng.key_seed(0, "dropout", "", number)])
-        draws = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
-        inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), device)
-        loss = once(objective.MicroBatch(inputs, Weights())).loss
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=graphs is None)
-        return loss
-
-    return step
+def opened(setup: Setup) -> tuple[Transformer, Updates, timing.Step]:
+    """The code that `fit` and `bench` step with."""
+    transformer, updates = update_builder.open_for_training(setup)
+    return transformer, updates, timing.random_steps(setup, run_builder.step_recipe(setup, transformer, updates))
 
 
 @pytest.fixture
@@ -78,13 +55,12 @@ def test_20_streamed_and_recorded_steps_are_bitwise_those_of_resident_weights(qu
     found: list[tuple[list[float], list[torch.Tensor]]] = []
     ways = [(0, False, False), (3, True, False), (0, False, True), (3, False, True), (2, True, True)]
     for streamed, offloaded, graphs in ways:
-        made = settled(
+        setup = made(
             f"memory.quantize={quantize}", "memory.keep=inputs", "memory.keep_everything=0",
             f"memory.stream_blocks={streamed}", "memory.stream_slots=2", f"memory.offload_inputs={offloaded}",
             f"memory.graphs={graphs}", f"memory.compile={compiled}", "adapter.dropout=0.05",
         )  # fmt: skip
-        transformer = model_builder.trainable(made)
-        step = step_of(made, transformer)
+        transformer, _, step = opened(setup)
         losses = [float(step(number)) for number in range(STEPS)]
         found.append((losses, [p.detach().clone() for p in adapter.lora_parameters(transformer).values()]))
         runner = transformer.run_block
@@ -104,16 +80,15 @@ def test_recorded_steps_of_a_shared_full_fine_tune_are_bitwise_those_that_are_la
 ) -> None:
     found: list[tuple[list[float], list[torch.Tensor]]] = []
     for graphs in (False, True):
-        made = settled(
+        setup = made(
             "adapter=full", "optim=adamw", "memory.quantize=none", f"strategy={strategy}", f"memory.keep={keep}",
             "memory.keep_everything=0", f"memory.graphs={graphs}",
         )  # fmt: skip
-        transformer, updates = update_builder.opened(made, ALONE)
-        step = bench._step(made, transformer, updates, from_config.device(made), ALONE)
+        _, updates, step = opened(setup)
         losses = [float(step(number)) for number in range(STEPS)]
-        shard = updates.state().shard
-        assert shard is not None
-        found.append((losses, [t.clone() for kinds in shard.tensors.values() for t in kinds.values()]))
+        state = updates.state().slice
+        assert state is not None
+        found.append((losses, [t.clone() for kinds in state.tensors.values() for t in kinds.values()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
@@ -121,11 +96,10 @@ def test_recorded_steps_of_a_shared_full_fine_tune_are_bitwise_those_that_are_la
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("streamed", [0, 3])
 def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
-    made = settled(
+    setup = made(
         f"memory.stream_blocks={streamed}", "memory.keep=inputs", "memory.keep_everything=0", f"memory.graphs={graphs}"
     )
-    transformer = model_builder.trainable(made)
-    step = step_of(made, transformer)
+    step = opened(setup)[2]
     for number in range(3):
         step(number)
     torch.cuda.synchronize()
@@ -139,31 +113,31 @@ def test_a_step_synchronises_nothing(streamed: int, graphs: bool) -> None:
 
 def test_inputs_that_share_memory_reach_the_device() -> None:
     """Measuring has one noise level for all samples: an expanded tensor."""
-    made = settled("optim.batch_size=2")
-    batch = bench.random_batch(made, 0)
-    drawn = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
+    setup = made("optim.batch_size=2")
+    mode = setup.config.mode
+    batch = timing.random_batch(setup.config, 0)
+    drawn = conditions.draw(batch, mode, from_config.sigma_distribution(setup.config), 0)
     level = torch.full((1,), 0.5).expand(2)
-    inputs = conditions.assemble(batch, made.mode, replace(drawn, video_sigma=level, audio_sigma=level))
-    arrived = transfer.to_device(inputs, from_config.device(made))
+    inputs = conditions.assemble(batch, mode, replace(drawn, video_sigma=level, audio_sigma=level))
+    arrived = transfer.to_device(inputs, setup.device)
     assert arrived.audio is not None
     assert arrived.audio.sigma.tolist() == [0.5, 0.5]
 
 
 def test_a_run_is_held_to_its_budget() -> None:
-    made = settled("memory.budget_gib=2")
-    model_builder.opened(made)
+    setup = made("memory.budget_gib=2")
+    model_builder.open_frozen(setup)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, from_config.device(made))
+        torch.cuda.set_per_process_memory_fraction(1.0, setup.device)
 
 
 def test_float8_products_stay_near_bfloat16() -> None:
     curves: list[list[float]] = []
     for compute in ("bf16", "fp8"):
-        made = settled("memory=auto", f"memory.compute={compute}")
-        step = step_of(made, model_builder.trainable(made))
+        step = opened(made("memory=auto", f"memory.compute={compute}"))[2]
         curves.append([float(step(number)) for number in range(STEPS)])
     assert curves[0] != curves[1]
     assert all(abs(a / b - 1) < 0.01 for a, b in zip(*curves, strict=True))

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from ltx_train import config
 from ltx_train.contracts import DataError
-from ltx_train.memory.blocks.runner import BlockRunner, Keep
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import adapter, export, load_transformer, loaders, lora_file
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.linear import keyed_mask

@@ -31,8 +31,13 @@ def test_every_command_says_so_before_torch_is_there(monkeypatch: pytest.MonkeyP
     environment: dict[str, str] = {}
     monkeypatch.setattr(processes.os, "environ", environment)
     seen: list[str] = []
-    monkeypatch.setattr(processes, "_here", lambda _name, _config: len(seen.append(environment[OLD]) or seen))
-    assert processes.command("plan", Config()) == 1
+
+    def command(_name: str, _config: Config) -> int:
+        seen.append(environment[OLD])
+        return 0
+
+    monkeypatch.setattr(processes, "_run_here", command)
+    assert processes.run_command("plan", Config()) == 0
     assert seen == [GROWING]
 
 

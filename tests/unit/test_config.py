@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ltx_train import config
-from ltx_train.contracts import ConfigError
+from ltx_train.contracts import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ CONDITIONS = "mode.conditions"
     ("overrides", "expected"),
     [
         (["strategy=ddp", "adapter=full", "memory=none"], "take strategy=zero2 or zero3"),
-        (["strategy=zero3_offload"], "strategy.offload moves the shares that a full fine-tune updates"),
-        (["strategy=zero1", "optim=adamw8bit"], "strategy=zero1 updates shares of the weights"),
+        (["strategy=zero3_offload"], "strategy.offload moves the optimizer state that a full fine-tune slices"),
+        (["strategy=zero1", "optim=adamw8bit"], "strategy=zero1 updates slices of the weights"),
         (
             ["strategy=zero3_offload", "optim=adamw", "adapter=full", "memory=none", "memory.graphs=true"],
-            "passes in which the host adds up gradients",
+            "passes in which the host accumulates gradients",
         ),
         (["strategy=zero3", "eval.samples=1"], "eval.samples: clips are generated on one rank"),
         (["strategy=zero3", "memory.stream_blocks=2"], "memory.stream_blocks is for blocks in host memory"),
@@ -74,8 +74,8 @@ CONDITIONS = "mode.conditions"
         (["strategy=ddp", "strategy.devices=3", "strategy.sequence=2"], "3 devices do not make groups of 2"),
         (["strategy=ddp", "strategy.devices=4", "strategy.sequence=6"], "4 devices do not make groups of 6"),
         (["strategy=ddp", "strategy.sequence=2", "memory.graphs=true"], "passes in which ranks exchange tokens"),
-        (["strategy=ddp", "strategy.sequence=2", "eval.samples=1"], "none has all tokens"),
-        (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp, zero1, zero2 or zero3"),
+        (["strategy=ddp", "strategy.sequence=2", "eval.samples=1"], "no rank has all tokens"),
+        (["strategy.devices=2"], "strategy.devices=2 needs strategy=ddp, zero1, zero2, zero3"),
         (["mode=i2v", "data.buckets=[64x64x1]"], "first_frame: 64x64x1 has one frame"),
         (["mode=extend", "mode.conditions.0.latents=[5]"], "prefix may give 5 of the 5 video latents of 64x64x33"),
         (["mode=extend", "mode.conditions.0.latents=[3,1]"], "must be [n] or [lowest, highest]"),
@@ -156,9 +156,27 @@ def test_what_a_command_needs_is_asked_for_before_it_starts(command: str, overri
     config.require(config.compose_config(["model.weights=random", "model.path=null"]), "fit")
 
 
-def test_an_unset_field_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"data\.root"):
-        config.compose_config(["experiment=talking_head_22b"])
+def test_all_missing_settings_are_named_in_one_message() -> None:
+    made = config.compose_config(["experiment=talking_head_22b", "data.buckets=[]"])
+    with pytest.raises(ConfigError) as error:
+        config.require(made, "prepare")
+    for name in ("data.source", "data.root", "data.buckets", "model.path"):
+        assert f"{name} is not set: give" in str(error.value)
+
+
+def test_missing_files_are_named_beside_missing_settings(tmp_path: Path) -> None:
+    made = config.compose_config([f"model.path={tmp_path / 'no.safetensors'}", "data.root=x", "data.buckets=[]"])
+    with pytest.raises(ConfigError, match=r"(?s)2 things are missing.*data.buckets is not set.*no checkpoint at"):
+        config.require(made, "fit")
+    complete = config.changed(made, {"data.buckets": ["64x64x33"]})
+    with pytest.raises(DataError, match="no checkpoint at"):
+        config.require(complete, "fit")
+
+
+@pytest.mark.parametrize("command", ["export", "inspect", "sample", "bench", "plan", "doctor"])
+def test_settings_of_other_commands_may_be_unset(command: str) -> None:
+    made = config.compose_config(["experiment=talking_head_22b", "model.weights=random", f"inspect.file={__file__}"])
+    config.require(made, command)
 
 
 def test_what_is_dumped_can_be_loaded(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ltx_train.assembly.memory_plan import Place
+from ltx_train.assembly.memory_plan import Room
 from ltx_train.commands import doctor
 from ltx_train.memory.planning.cards import card_by_name
 from tests.conftest import TINY, command
@@ -45,7 +45,9 @@ def test_a_full_disk_is_a_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_saves_that_take_longer_than_training_to_the_next_are_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor.planning, "here", lambda _config: Place(card_by_name("H200"), 300.0, None))
+    monkeypatch.setattr(
+        doctor.memory_plan, "here", lambda _config: Room(card=card_by_name("H200"), budget_gib=300.0, host_gib=None)
+    )
     mends: list[str] = []
     for speed in (1e6, 30e6, 1e9):
         monkeypatch.setattr(doctor, "_write_speed", lambda *_, speed=speed: speed)

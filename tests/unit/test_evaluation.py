@@ -47,8 +47,15 @@ def test_pairs_share_sample_and_noise_level() -> None:
 
 
 SETTINGS = heldout.MeasurementSettings(
-    mode=Mode(conditions=[Condition(kind=ConditionKind.reference)]), levels=(0.3, 0.9), seed=5, batch_size=2, max_samples=0, wrong_references=2, video_weight=1.0, audio_weight=1.0
-)  # fmt: skip
+    mode=Mode(conditions=[Condition(kind=ConditionKind.reference)]),
+    levels=(0.3, 0.9),
+    seed=5,
+    batch_size=2,
+    max_samples=0,
+    wrong_references=2,
+    video_weight=1.0,
+    audio_weight=1.0,
+)
 
 
 def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
@@ -57,11 +64,11 @@ def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
     model.train()
     state = torch.get_rng_state()
     data = index.load(prepared)
-    first = heldout.measure(model, str(prepared), data, SETTINGS, torch.device("cpu"), with_base=True)
+    first = heldout.measure(model, str(prepared), data, SETTINGS, device=torch.device("cpu"), with_base=True)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     torch.manual_seed(99)
-    assert heldout.measure(model, str(prepared), data, SETTINGS, torch.device("cpu"), with_base=True) == first
+    assert heldout.measure(model, str(prepared), data, SETTINGS, device=torch.device("cpu"), with_base=True) == first
     clips, sigmas = len(data.split("heldout")), 2
     assert len(first) == clips * sigmas * (1 + 1 + 1 + 2)
 
@@ -70,7 +77,7 @@ def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
     model = load_transformer(TINY)
     adapter.attach(model, adapter.Lora(rank=2, alpha=2, dropout=0.0, targets=("attn1.to_q",)), 0)
     rows = heldout.measure(
-        model, str(prepared), index.load(prepared), SETTINGS, torch.device("cpu"), with_base=True
+        model, str(prepared), index.load(prepared), SETTINGS, device=torch.device("cpu"), with_base=True
     )  # fmt: skip
     assert paired(rows, CORRECT, BASE).mean == 0
     assert paired(rows, CORRECT, WRONG).mean != 0
@@ -96,7 +103,7 @@ def test_the_share_of_attention_is_what_attention_gives_to_an_indicator() -> Non
     bias = torch.zeros(2, 1, 1, 14)
     bias[1, ..., 11:] = -1.0
     rows = torch.arange(targets)
-    found = attention.key_mass(module, hidden, rotary, bias, rows, targets)
+    found = attention.key_mass(module, hidden, rotary, bias=bias, rows=rows, first_key=targets)
     query, key = (
         attention.rotated(norm(layer(hidden)).unflatten(-1, (4, 8)), rotary).transpose(1, 2)
         for norm, layer in ((module.norm_q, module.to_q), (module.norm_k, module.to_k))
@@ -105,14 +112,14 @@ def test_the_share_of_attention_is_what_attention_gives_to_an_indicator() -> Non
     shown[:, :, targets:] = 1
     expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, shown, attn_mask=bias)
     assert found == pytest.approx(float(expected.mean()), abs=1e-6)
-    assert attention.key_mass(module, hidden, rotary, None, rows, 0) == pytest.approx(1, abs=1e-6)
+    assert attention.key_mass(module, hidden, rotary, bias=None, rows=rows, first_key=0) == pytest.approx(1, abs=1e-6)
 
 
 def test_batch_size_does_not_change_the_numbers(prepared: Path) -> None:
     model, data = load_transformer(TINY), index.load(prepared)
     first, second = (
         heldout.measure(
-            model, str(prepared), data, replace(SETTINGS, batch_size=n), torch.device("cpu"), with_base=False
+            model, str(prepared), data, replace(SETTINGS, batch_size=n), device=torch.device("cpu"), with_base=False
         )
         for n in (1, 3)
     )

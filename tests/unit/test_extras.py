@@ -14,6 +14,7 @@ from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import extras, sources
 from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_CONTEXT, VIDEO_MASK, Reader, ReadRequest
+from ltx_train.diffusion.grid import Bucket
 from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command, settings
 
@@ -32,7 +33,7 @@ def test_a_place_is_given_only_if_all_of_it_is_white(tmp_path: Path) -> None:
     pixels[:, :, :32] = 255
     pixels[:, :, 32:40] = 255
     pixels[12, :20, :20] = 0
-    mask = extras.video_mask(clip_of(tmp_path / "mask.mp4", pixels), (SIDE, SIDE, FRAMES), 25.0)
+    mask = extras.video_mask(clip_of(tmp_path / "mask.mp4", pixels), Bucket(SIDE, SIDE, FRAMES), 25.0)
     assert mask.shape == (5, 2, 2)
     assert mask[:, :, 1].sum() == 0
     assert mask[:, 1, 0].tolist() == [1, 1, 1, 1, 1]
@@ -104,7 +105,7 @@ def test_prepare_puts_them_into_the_shards(rich: Path) -> None:
 def test_captions_take_turns_and_are_dropped_as_often_as_asked(rich: Path) -> None:
     found = index.load(rich)
     record = found.records[0]
-    reader = Reader(rich, found, seed=0, wants=ReadRequest(caption_dropout=0.5, variants=True))
+    reader = Reader(rich, found, seed=0, request=ReadRequest(caption_dropout=0.5, variants=True))
     drawn = [reader.caption(Address(record.key, n)) for n in range(400)]
     shares = [drawn.count(c) / 400 for c in (found.dropped_context, record.context, record.variants[0])]
     assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.08)

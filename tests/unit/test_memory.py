@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx_train.memory.blocks.runner import BlockRunner, Keep
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import load_transformer
 from tests.conftest import TINY
 from tests.golden.support import losses, modality, read

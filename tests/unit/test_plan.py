@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from ltx_train import config
-from ltx_train.assembly import memory_plan
-from ltx_train.assembly.memory_plan import Place
+from ltx_train.assembly import memory_plan, resolve
+from ltx_train.assembly.memory_plan import Room
 from ltx_train.contracts import UserError
-from ltx_train.memory.blocks.runner import Keep, arrange
+from ltx_train.memory.blocks.keep import Keep, arrange
 from ltx_train.memory.planning import search
 from ltx_train.memory.planning.cards import CARDS, card_by_name, card_of_device
 from ltx_train.memory.planning.footprint import (
@@ -28,13 +28,13 @@ from ltx_train.memory.planning.footprint import (
 from ltx_train.memory.planning.search import PlanConstraints, StepNeed
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import build_transformer
+from ltx_train.updates.kinds import OPTIMIZERS
 from tests.conftest import REPOSITORY, command
 
 PEAKS: list[dict[str, Any]] = json.loads((REPOSITORY / "docs/performance/peaks.json").read_text())
-WORK_A, TRAINED_A = (
-    Workload(batch=1, video=4096, audio=209, text=1024),
-    TrainedWeights(parameters=144_703_488, moment_bytes="adamw"),
-)
+WORK_A = Workload(batch=1, video=4096, audio=209, text=1024)
+TRAINED_A = TrainedWeights(parameters=144_703_488, moment_bytes=OPTIMIZERS["adamw"].moment_bytes)
+EIGHT_BIT = replace(TRAINED_A, moment_bytes=OPTIMIZERS["adamw8bit"].moment_bytes)
 H200 = card_by_name("H200")
 REAL = ("experiment=voice_reference_22b", "data.source=x", "data.root=y")
 
@@ -48,8 +48,10 @@ def _over(peak: dict[str, Any], size: ModelSizes) -> float:
     """By what share the prediction is above what was measured."""
     chosen = {**peak["choice"], "keep": Keep(peak["choice"].get("keep", "inputs"))}
     work = Workload(batch=1, video=peak["video"], audio=peak["audio"], text=peak["text"])
-    trained = TrainedWeights(parameters=peak["trained"], moment_bytes=peak.get("optimizer", "adamw"))
-    return predict(size, work, trained, MemoryChoice(**chosen), H200).gib / peak["reserved_gib"] - 1
+    trained = TrainedWeights(
+        parameters=peak["trained"], moment_bytes=OPTIMIZERS[peak.get("optimizer", "adamw")].moment_bytes
+    )
+    return predict(size, work, trained, MemoryChoice(**chosen), card=H200).gib / peak["reserved_gib"] - 1
 
 
 @pytest.mark.parametrize("peak", PEAKS, ids=lambda p: f"{p['work']}-{p['reserved_gib']}")
@@ -75,13 +77,13 @@ def test_sizes_of_the_real_model(size: ModelSizes) -> None:
 
 def test_tokens_and_trained_weights_come_from_the_configuration() -> None:
     needed = memory_plan.need(config.compose_config(list(REAL)))
-    assert (needed.work, needed.trained) == (WORK_A, TrainedWeights(parameters=144_703_488, moment_bytes="adamw8bit"))
+    assert (needed.work, needed.trained) == (WORK_A, EIGHT_BIT)
     larger = config.compose_config([*REAL, "data.buckets=[512x512x25,768x512x121]", "optim.batch_size=2"])
-    assert memory_plan.largest_work(larger) == Workload(batch=2, video=6144, audio=209, text=1024)
+    assert resolve.workload(larger) == Workload(batch=2, video=6144, audio=209, text=1024)
     silent = config.compose_config([*REAL, "experiment=talking_head_22b", "mode.audio=absent", "adapter=attention"])
-    assert memory_plan.largest_work(silent).audio == 0
+    assert resolve.workload(silent).audio == 0
     full = memory_plan.need(config.compose_config([*REAL, "experiment=talking_head_22b", "adapter=full"]))
-    assert full.trained == TrainedWeights(parameters=18_988_838_144, moment_bytes="adamw", full=True)
+    assert full.trained == TrainedWeights(parameters=18_988_838_144, moment_bytes=8.0, full=True)
 
 
 @pytest.mark.parametrize("budget", [6, 8, 12, 22, 40, 80, 139])
@@ -90,7 +92,7 @@ def test_a_plan_stays_within_its_budget_and_more_memory_is_never_slower(
     budget: float, quantize: str, size: ModelSizes
 ) -> None:
     options = ("none", "int8") if quantize == "auto" else (quantize,)
-    need = StepNeed(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
+    need = StepNeed(size=size, work=WORK_A, trained=EIGHT_BIT)
     found = search.choose(need, PlanConstraints(quantize=options), H200, budget)
     wider = search.choose(need, PlanConstraints(quantize=options), H200, budget + 4)
     assert found is not None or budget < 10
@@ -105,28 +107,45 @@ def test_what_is_set_is_not_planned(size: ModelSizes) -> None:
     fixed = PlanConstraints(
         quantize=("int8",), keep=Keep.inputs, keep_everything=0, stream_blocks=48, offload_inputs=False, graphs=False
     )
-    found = search.choose(StepNeed(size, WORK_A, TRAINED_A), fixed, H200, 140)
+    found = search.choose(StepNeed(size=size, work=WORK_A, trained=TRAINED_A), fixed, H200, 140)
     assert found is not None
     assert found.choice == MemoryChoice(quantize="int8", stream_blocks=48)
     snapshot = 12 * TRAINED_A.parameters / 2**30
     assert found.footprint.host_gib == pytest.approx(17.3 + snapshot, abs=0.1)
-    assert search.choose(StepNeed(size, WORK_A, TRAINED_A), replace(fixed, host_gib=16), H200, 140) is None
+    assert (
+        search.choose(StepNeed(size=size, work=WORK_A, trained=TRAINED_A), replace(fixed, host_gib=16), H200, 140)
+        is None
+    )
 
 
 @pytest.mark.parametrize("budget", [8, 12, 22, 139])
-def test_a_streamed_block_never_keeps_everything(budget: float, size: ModelSizes) -> None:
-    """Whatever is fixed: the prediction counts the blocks that `arrange` will really let keep everything."""
-    need = StepNeed(size, WORK_A, replace(TRAINED_A, optimizer="adamw8bit"))
-    found = search.choose(need, PlanConstraints(quantize=("int8",), keep=Keep.everything), H200, budget)
-    assert (found is not None) == (budget == 139)
-    assert found is None or found.choice.stream_blocks == 0
-    fixed = search.choose(need, PlanConstraints(quantize=("int8",), keep_everything=40, stream_blocks=40), H200, 139)
-    assert fixed is not None
-    assert (fixed.choice.keep_everything, fixed.choice.stream_blocks) == (8, 40)
+def test_the_plan_lets_resident_blocks_keep_everything(budget: float, size: ModelSizes) -> None:
+    """A streamed block could too, but a quantized one would then keep its dequantized weights."""
+    need = StepNeed(size=size, work=WORK_A, trained=EIGHT_BIT)
+    plan = search.choose(need, PlanConstraints(quantize=("int8",), keep=Keep.everything), H200, budget)
+    assert (plan is not None) == (budget == 139)
+    assert plan is None or plan.choice.stream_blocks == 0
+    free = search.choose(need, PlanConstraints(quantize=("int8",)), H200, budget)
+    assert free is not None
+    assert free.choice.keep_everything + free.choice.stream_blocks <= size.layers
+
+
+@pytest.mark.parametrize("keep", [None, Keep.inputs, Keep.everything])
+def test_explicit_counts_of_blocks_are_kept_as_they_are(keep: Keep | None, size: ModelSizes) -> None:
+    """Together they exceed the number of blocks: some streamed blocks keep everything, and the prediction counts it."""
+    need = StepNeed(size=size, work=WORK_A, trained=EIGHT_BIT)
+    fixed = PlanConstraints(quantize=("int8",), keep=keep, keep_everything=40, stream_blocks=24, graphs=False)
+    plan = search.choose(need, fixed, H200, 139)
+    assert plan is not None
+    everything = size.layers if keep is Keep.everything else 40
+    assert (plan.choice.keep_everything, plan.choice.stream_blocks) == (everything, 24)
+    fewer = search.choose(need, replace(fixed, keep=Keep.inputs, keep_everything=10), H200, 139)
+    assert fewer is not None
+    assert fewer.footprint.gib < plan.footprint.gib
 
 
 def test_precision_is_given_up_only_for_speed(size: ModelSizes) -> None:
-    need = StepNeed(size, WORK_A, TRAINED_A)
+    need = StepNeed(size=size, work=WORK_A, trained=TRAINED_A)
     roomy, tight = (
         search.choose(need, PlanConstraints(quantize=("none", "int8")), H200, budget) for budget in (139, 12)
     )
@@ -136,13 +155,16 @@ def test_precision_is_given_up_only_for_speed(size: ModelSizes) -> None:
 
 
 def test_blocks_that_keep_everything_are_resident() -> None:
-    made = arrange(48, Keep.attention, 12, 36, offload_inputs=True)
+    made = arrange(48, Keep.attention, keep_everything=12, stream_blocks=36, offload_inputs=True)
     assert len(made.streamed) == 36
     kept = {i for i, keep in enumerate(made.keep) if keep is Keep.everything}
     assert kept == set(range(48)) - set(made.streamed)
     assert set(made.offloaded) == set(made.streamed)
-    assert arrange(3, Keep.inputs, 0, 9, offload_inputs=False).streamed == [0, 1, 2]
-    assert arrange(3, Keep.inputs, 2, 3, offload_inputs=False).keep.count(Keep.everything) == 2
+    assert arrange(3, Keep.inputs, keep_everything=0, stream_blocks=9, offload_inputs=False).streamed == [0, 1, 2]
+    assert (
+        arrange(3, Keep.inputs, keep_everything=2, stream_blocks=3, offload_inputs=False).keep.count(Keep.everything)
+        == 2
+    )
 
 
 def test_cards_by_name() -> None:
@@ -156,18 +178,40 @@ def test_cards_by_name() -> None:
     assert card_of_device("Tesla T4", 15).memory_gib == 15
 
 
-def test_a_refusal_names_ways_that_do_fit() -> None:
-    made = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute"])
-    place = Place(card_by_name("RTX 4090"), 23.0, None)
-    text = memory_plan.refusal(made, place)
-    assert "needs at least 50" in text
-    mends = [line.split("   ")[0].split() for line in text.splitlines()[2:]]
-    assert len(mends) == 3
-    for mend in mends:
-        mended = config.compose_config([*REAL, "experiment=talking_head_22b", "memory=recompute", *mend])
-        assert memory_plan.planned(mended, place) is not None
+RUNS_THAT_DO_NOT_FIT = {
+    "frozen base": ([*REAL, "experiment=talking_head_22b", "memory=recompute"], "RTX 4090", 23.0),
+    "full fine-tune, ZeRO-3": (
+        [
+            *REAL, "experiment=talking_head_22b", "adapter=full", "memory=recompute", "optim=adamw", "strategy=zero3",
+            "strategy.devices=4",
+        ],
+        "H100", 79.0,
+    ),
+    "adapter, ZeRO-1": (
+        [*REAL, "experiment=talking_head_22b", "optim=adamw", "strategy=zero1", "strategy.devices=2"], "RTX 4090", 8.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS_THAT_DO_NOT_FIT)
+def test_a_refusal_offers_changes_that_are_valid_and_fit(name: str) -> None:
+    """Each is accepted by the rules, fits, is offered once, and holds no other one that is enough by itself."""
+    overrides, card, budget = RUNS_THAT_DO_NOT_FIT[name]
+    room = Room(card=card_by_name(card), budget_gib=budget, host_gib=None)
+    made = config.compose_config(overrides)
+    assert memory_plan.plan_for(made, room) is None
+    text = memory_plan.refusal(made, room)
+    offered = [line.split("   ")[0].split() for line in text.splitlines()[2:]]
+    assert offered
+    for change in offered:
+        plan = memory_plan.plan_for(config.compose_config([*overrides, *change]), room)
+        assert plan is not None, change
+    for change in offered:
+        assert not any(set(other) <= set(change) for other in offered if other is not change), offered
     costs = [float(s) for s in re.findall(r"about ([\d.]+) s", text)]
-    assert costs == sorted(costs)
+    changes_result = [any(word.startswith(("adapter.rank", "data.buckets")) for word in change) for change in offered]
+    assert changes_result or costs == sorted(costs)
+    assert "needs at least" in text
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +226,7 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert "predicted peak" in shown
     fixed = next(line for line in shown.splitlines() if line.startswith("memory.quantize"))
     made = config.compose_config([*REAL, *fixed.split()])
-    assert memory_plan.allowed(made, None).stream_blocks is not None
+    assert resolve.plan_constraints(made, None).stream_blocks is not None
     assert command("plan", "experiment=voice_reference_22b") == 0
     shown = capsys.readouterr().out
     assert all(card.name in shown for card in CARDS)
@@ -220,11 +264,11 @@ def test_all_weights_in_shares(name: str, devices: int, expected: tuple[float, .
     made = config.compose_config(
         [*REAL, "adapter=full", "optim=adamw", "memory=recompute", f"strategy={name}", f"strategy.devices={devices}"]
     )
-    found = memory_plan.planned(made, Place(H200, 300.0, None))
+    found = memory_plan.plan_for(made, Room(card=H200, budget_gib=300.0, host_gib=None))
     assert found is not None
     parts = {part: size / 2**30 for part, size in found.footprint.parts.items()}
     names = (
-        "weights", "share of streamed weights", "ring of streamed weights", "trained weights and moments", "gradients",
+        "weights", "slices of streamed weights", "ring of streamed weights", "trained weights and moments", "gradients",
     )  # fmt: skip
     assert [parts[part] for part in names] == pytest.approx(expected, abs=0.15)
 
@@ -234,7 +278,7 @@ def test_shares_in_host_memory_leave_the_device() -> None:
     save copies, which is all where the state is in files."""
     full = [*REAL, "adapter=full", "optim=adamw", "memory=recompute", "strategy.devices=4"]
     here, away, files = (
-        memory_plan.planned(config.compose_config([*full, *way]), Place(H200, 139.0, 500.0))
+        memory_plan.plan_for(config.compose_config([*full, *way]), Room(card=H200, budget_gib=139.0, host_gib=500.0))
         for way in (("strategy=zero3",), ("strategy=zero3_offload",), ("strategy=zero3", "strategy.offload=/nvme/ltx"))
     )
     assert here is not None
@@ -256,22 +300,22 @@ def test_the_measured_peaks_of_a_full_fine_tune_on_four_devices(kept: int, graph
             f"memory.keep_everything={kept}", f"memory.graphs={graphs}",
         ]
     )  # fmt: skip
-    found = memory_plan.planned(made, Place(H200, 180.0, None))
+    found = memory_plan.plan_for(made, Room(card=H200, budget_gib=180.0, host_gib=None))
     assert found is not None
     assert found.footprint.gib == pytest.approx(measured, rel=0.05)
 
 
 def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     """By hand: the blocks of the 22B in bfloat16 are 34.4 GiB, a quarter of them 8.6, three in the ring 2.2."""
-    place = Place(H200, 40.0, None)
+    place = Room(card=H200, budget_gib=40.0, host_gib=None)
     made = config.compose_config([*REAL, "strategy=zero3", "strategy.devices=4", "memory=recompute"])
-    found = memory_plan.planned(made, place)
+    found = memory_plan.plan_for(made, place)
     assert found is not None
-    assert found.choice.shards == 4
+    assert found.choice.slices == 4
     parts = {name: size / 2**30 for name, size in found.footprint.parts.items()}
-    assert parts["share of streamed weights"] == pytest.approx(8.6, abs=0.1)
+    assert parts["slices of streamed weights"] == pytest.approx(8.6, abs=0.1)
     assert parts["ring of streamed weights"] == pytest.approx(2.15, abs=0.05)
     assert found.footprint.host_gib == pytest.approx(0.81, abs=0.01), "what a save copies, and no weights"
-    alone = memory_plan.planned(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
+    alone = memory_plan.plan_for(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
     assert alone is not None
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)

@@ -18,6 +18,7 @@ from ltx_train.data.order import Address
 from ltx_train.data.prepare import media, sources
 from ltx_train.data.prepare.encode import loudest_window, rms_db
 from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader, ReadRequest
+from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import loaders
 from tests.conftest import REPOSITORY, command, settings
 
@@ -114,14 +115,14 @@ def film(path: Path, times: list[float], sound_start: float | None = None, size:
 def test_variable_frame_rates_are_resampled_by_time(tmp_path: Path) -> None:
     times = [0.0, 0.04, 0.08, 0.2, 0.24, 0.28, 0.32, 0.36, 0.40, 0.44]
     path = film(tmp_path / "v.mkv", times)
-    found = media.read_clip(path, [(64, 32, 9)], 25.0)
+    found = media.read_clip(path, [Bucket(64, 32, 9)], 25.0)
     shown = (found.pixels[:, 0, 0, 0].float() / 4).round().int().tolist()
     assert shown == [0, 1, 2, 2, 2, 3, 4, 5, 6]
 
 
 def test_late_sound_stays_late(tmp_path: Path) -> None:
     path = film(tmp_path / "v.mkv", [i / 25 for i in range(12)], sound_start=0.1)
-    found = media.read_clip(path, [(64, 32, 9)], 25.0)
+    found = media.read_clip(path, [Bucket(64, 32, 9)], 25.0)
     assert found.waveform is not None
     assert found.waveform.shape == (1, round(9 / 25 * 48000))
     loud = found.waveform[0].abs() > 0.3
@@ -130,25 +131,25 @@ def test_late_sound_stays_late(tmp_path: Path) -> None:
 
 def test_cover_and_centre_crop(tmp_path: Path) -> None:
     path = film(tmp_path / "v.mkv", [i / 25 for i in range(10)], size=(96, 32))
-    assert media.read_clip(path, [(32, 32, 9)], 25.0).pixels.shape == (9, 32, 32, 3)
+    assert media.read_clip(path, [Bucket(32, 32, 9)], 25.0).pixels.shape == (9, 32, 32, 3)
 
 
 def test_the_bucket_is_the_nearest_shape_the_clip_is_long_enough_for() -> None:
-    buckets = [(64, 64, 9), (64, 64, 33), (128, 64, 33), (64, 64, 121)]
-    assert media.choose_bucket(CLIP, buckets, 1.4, 25, 100, 100) == (64, 64, 33)
-    assert media.choose_bucket(CLIP, buckets, 1.4, 25, 200, 100) == (128, 64, 33)
-    assert media.choose_bucket(CLIP, buckets, 0.5, 25, 200, 100) == (64, 64, 9)
+    buckets = [Bucket(64, 64, 9), Bucket(64, 64, 33), Bucket(128, 64, 33), Bucket(64, 64, 121)]
+    assert media.choose_bucket(CLIP, buckets, 1.4, fps=25, width=100, height=100) == Bucket(64, 64, 33)
+    assert media.choose_bucket(CLIP, buckets, 1.4, fps=25, width=200, height=100) == Bucket(128, 64, 33)
+    assert media.choose_bucket(CLIP, buckets, 0.5, fps=25, width=200, height=100) == Bucket(64, 64, 9)
     with pytest.raises(DataError, match="shortest bucket needs 9 frames"):
-        media.choose_bucket(CLIP, buckets, 0.1, 25, 1, 1)
+        media.choose_bucket(CLIP, buckets, 0.1, fps=25, width=1, height=1)
 
 
 def test_files_that_are_no_clips(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"x\.mp4 cannot be decoded"):
-        media.read_clip(tmp_path / "x.mp4", [(64, 64, 9)], 25.0)
+        media.read_clip(tmp_path / "x.mp4", [Bucket(64, 64, 9)], 25.0)
     (tmp_path / "cut.mp4").write_bytes(CLIP.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"cut\.mp4"):
-        media.read_clip(tmp_path / "cut.mp4", [(64, 64, 33)], 25.0)
+        media.read_clip(tmp_path / "cut.mp4", [Bucket(64, 64, 33)], 25.0)
 
 
 def test_loudness() -> None:
@@ -164,7 +165,7 @@ def test_loudness() -> None:
 
 def test_the_index_addresses_every_tensor(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, wants=ReadRequest.of([Mode(conditions=[A_VOICE])]))
+    reader = Reader(prepared, found, seed=1, request=ReadRequest.of([Mode(conditions=[A_VOICE])]))
     assert {r.split for r in found.records} == {"train", "heldout"}
     for record in found.records:
         tensors = reader.tensors(record)
@@ -187,7 +188,7 @@ def test_webdataset_reads_our_shards(prepared: Path) -> None:
 
 def test_references_come_from_other_clips_of_the_speaker(prepared: Path) -> None:
     found = index.load(prepared)
-    reader = Reader(prepared, found, seed=1, wants=ReadRequest.of([Mode(conditions=[A_VOICE])]))
+    reader = Reader(prepared, found, seed=1, request=ReadRequest.of([Mode(conditions=[A_VOICE])]))
     chosen: set[str] = set()
     for draw in range(12):
         for record in found.records:

@@ -19,11 +19,11 @@ from tests.unit.test_conditions import batch
 CLIP = REPOSITORY / "data/sample/speaker01_0.mp4"
 
 
-def start(mode: Mode, reference: bool = False) -> tuple[sampler.Start, conditions.ModelInputs]:
+def start(mode: Mode, reference: bool = False) -> tuple[sampler.SamplerInputs, conditions.ModelInputs]:
     data = batch(1, reference=reference)
     data = replace(data, video_context=torch.randn(1, 8, 64), audio_context=torch.randn(1, 8, 32))
     made = conditions.assemble(data, mode, conditions.draw(data, mode, sigma.SigmaDistribution(), 0, sigma=1.0))
-    return sampler.Start(made.video, made.audio), made
+    return sampler.SamplerInputs(video=made.video, audio=made.audio), made
 
 
 def test_given_tokens_come_out_as_they_went_in() -> None:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from ltx_train import rng
 from ltx_train.contracts import Modality
-from ltx_train.distributed.sequence import joined
+from ltx_train.distributed.sequence import register_group
 from ltx_train.memory.blocks import runner
-from ltx_train.memory.blocks.runner import BlockRunner, Keep
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import load_transformer
 
@@ -45,7 +46,7 @@ def results(compiled: bool, rank: int = 0, meeting: str | None = None) -> dict[s
     model.run_block = BlockRunner([Keep.inputs] * len(model.transformer_blocks), compiled=compiled)
     if meeting is not None:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
-        model.sequence_group = joined(dist.group.WORLD, rank, WORLD)
+        model.sequence_group = register_group(dist.group.WORLD, rank, WORLD)
     sizes = model.config
     video = modality("video", VIDEO, 3, sizes["in_channels"], sizes["cross_attention_dim"])
     audio = modality("audio", AUDIO, 1, sizes["audio_in_channels"], sizes["audio_cross_attention_dim"])

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 
 from ltx_train.contracts import Modality
+from ltx_train.distributed.exchange import single_process
 from ltx_train.memory.activations.input_offload import InputOffload
 from ltx_train.memory.blocks.compile import graphs
-from ltx_train.memory.blocks.runner import BlockRunner, Keep, spread
+from ltx_train.memory.blocks.keep import Keep, evenly_spaced
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.memory.weights.quantize import block_quantizer
-from ltx_train.memory.weights.stores import ALIGNMENT, Exchange, HostStore, PeerStore, _checksum
+from ltx_train.memory.weights.stores import ALIGNMENT, HostStore, PeerStore, _checksum
 from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter, load_transformer
 from ltx_train.model.transformer import Transformer
@@ -46,7 +46,7 @@ def model(
         TINY, quantize=block_quantizer(quantize), arrived=stream.stash_if_streamed if stream else None
     )
     if stream is not None:
-        stream.ready()
+        stream.allocate_ring()
     adapter.attach(made, lora, 0)
     with torch.no_grad():
         for parameter in adapter.lora_parameters(made).values():
@@ -130,14 +130,14 @@ def test_windows_follow_forward_and_backward() -> None:
     assert stream._window(3, backward=False, training=True) == [6, 4, 2]
     assert stream._window(3, backward=False, training=False) == [6, 0, 2]
     assert stream._window(1, backward=True, training=True) == [2, 0, 4]
-    assert spread(4, 8) == [1, 3, 5, 7]
-    assert spread(0, 8) == []
-    assert spread(8, 8) == list(range(8))
+    assert evenly_spaced(4, 8) == [1, 3, 5, 7]
+    assert evenly_spaced(0, 8) == []
+    assert evenly_spaced(8, 8) == list(range(8))
 
 
 def test_a_block_that_never_came_is_an_error() -> None:
     with pytest.raises(ValueError, match="never stashed"):
-        WeightStream([0], 2, CPU, HostStore(CPU)).ready()
+        WeightStream([0], 2, CPU, HostStore(CPU)).allocate_ring()
 
 
 @pytest.mark.parametrize("keep", list(Keep))
@@ -221,35 +221,35 @@ def test_nothing_is_compiled_once_every_bucket_has_been_seen() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 1000, 4096])
-def test_shares_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> None:
-    """Three ranks in one process; gathering puts their shares one behind the other."""
+def test_slices_of_all_ranks_are_the_block_and_no_rank_keeps_more(size: int) -> None:
+    """Three ranks in one process; the all-gather puts their slices one behind the other."""
     block = torch.randint(1, 255, (size,), dtype=torch.uint8)
-    shares: list[torch.Tensor] = []
+    slices: list[torch.Tensor] = []
 
-    def gather(whole: torch.Tensor, _share: torch.Tensor) -> None:
-        whole.copy_(torch.cat(shares))
+    def all_gather(whole: torch.Tensor, _own: torch.Tensor) -> None:
+        whole.copy_(torch.cat(slices))
 
-    def unused(*_: torch.Tensor) -> None:
-        raise AssertionError
-
-    tell: Callable[[Any], list[Any]] = lambda value: [value] * 3  # noqa: E731
-    origins = [PeerStore(Exchange(rank, 3, gather, unused, unused, tell), CPU) for rank in range(3)]
-    for origin in origins:
-        whole = origin.room(size)
-        whole[:size] = block
-        origin.keep(7, whole)
-        shares.append(origin._shares[7])
-    assert {len(share) for share in shares} == {-(-size // 768) * 256}
-    for origin in origins:
-        memory = torch.zeros(origin.largest + 5, dtype=torch.uint8)
-        origin.send(7, memory)
-        assert torch.equal(memory[:size], block)
-        assert origin.matches(7, memory)
-        memory[size // 2] += 1
-        assert not origin.matches(7, memory)
-    shares[0], shares[1] = shares[1], shares[0]
-    origins[0].send(7, memory)
-    assert origins[0].matches(7, memory) == torch.equal(shares[0], shares[1])
+    alone = single_process()
+    stores = [
+        PeerStore(replace(alone, rank=r, world=3, all_gather=all_gather, gather_objects=lambda v: [v] * 3), CPU)
+        for r in range(3)
+    ]
+    for store in stores:
+        buffer = store.allocate(size)
+        buffer[:size] = block
+        store.put(7, buffer)
+        slices.append(store.own_slice(7))
+    assert {len(own) for own in slices} == {-(-size // 768) * 256}
+    for store in stores:
+        target = torch.zeros(store.largest + 5, dtype=torch.uint8)
+        store.copy_to(7, target)
+        assert torch.equal(target[:size], block)
+        assert store.matches(7, target)
+        target[size // 2] += 1
+        assert not store.matches(7, target)
+    slices[0], slices[1] = slices[1], slices[0]
+    stores[0].copy_to(7, target)
+    assert stores[0].matches(7, target) == torch.equal(slices[0], slices[1])
 
 
 def test_checking_a_block_takes_little_memory_beside_it() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_train import config
-from ltx_train.assembly import from_config, memory_plan, model_builder
-from ltx_train.commands import bench
+from ltx_train.assembly import from_config, model_builder, timing
+from ltx_train.assembly.setup import settled
 from ltx_train.contracts import DataError, StepResult, UserError
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
@@ -18,9 +18,11 @@ from ltx_train.jobs.folder_lock import FolderLock
 from ltx_train.model import adapter
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.schedule import Schedule
 from ltx_train.training.tracking import console, metrics
 from ltx_train.training.tracking.monitor import Monitor
-from ltx_train.updates.optimizers import Schedule, build_optimizer
+from ltx_train.updates.kinds import OPTIMIZERS
+from ltx_train.updates.optimizers import OptimizerSettings, build_optimizer
 
 
 @pytest.mark.parametrize(
@@ -28,13 +30,16 @@ from ltx_train.updates.optimizers import Schedule, build_optimizer
     [("constant", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.55, 0.1]), ("cosine", [1.0, 0.55, 0.1])],
 )
 def test_schedules(kind: str, expected: list[float]) -> None:
-    schedule = Schedule(kind, 1.0, 0.1, 10, 110)
+    schedule = Schedule(kind=kind, lr=1.0, final_lr=0.1, warmup=10, steps=110)
     assert [schedule.at(step) for step in (10, 60, 110)] == pytest.approx(expected)
     assert [schedule.at(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert schedule.at(10_000) == pytest.approx(expected[-1])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "prodigy"])
+HYPERPARAMETERS = OptimizerSettings(lr=0.1, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
     """The next step after loading is bit for bit the next step without."""
 
@@ -44,7 +49,7 @@ def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> Non
             optimizer.step()
 
     first = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
-    optimizer = build_optimizer(name, [first], 0.1, (0.9, 0.999), 0.01)
+    optimizer = build_optimizer(OPTIMIZERS[name], [first], HYPERPARAMETERS)
     steps(first, optimizer, 3)
     commit.save(
         tmp_path,
@@ -53,7 +58,7 @@ def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> Non
     )
     loaded = commit.load(commit.committed(tmp_path)[-1])
     second = torch.nn.Parameter(loaded.weights["w"])
-    again = build_optimizer(name, [second], 0.1, (0.9, 0.999), 0.01)
+    again = build_optimizer(OPTIMIZERS[name], [second], HYPERPARAMETERS)
     again.load_state_dict(dict(loaded.optimizer))
     steps(first, optimizer, 2)
     steps(second, again, 2)
@@ -192,12 +197,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["audio_reference", "av_i2v"])
 def test_nothing_in_a_step_waits_for_the_device(mode: str, dropout: float) -> None:
     """From the inputs' arrival on the device to clipped gradients, recomputation included."""
-    made, _ = memory_plan.settle(
-        config.compose_config(["experiment=audio_reference", f"mode={mode}", f"adapter.dropout={dropout}"])
-    )
-    transformer = model_builder.trainable(made)
+    setup = settled(config.compose_config(["experiment=audio_reference", f"mode={mode}", f"adapter.dropout={dropout}"]))
+    made, transformer = setup.config, model_builder.open_trainable(setup)
     parameters = list(adapter.trainable_parameters(transformer).values())
-    batch = bench.random_batch(made, 0)
+    batch = timing.random_batch(made, 0)
     adapter.DropoutKeys(transformer).set([1])
     draws = conditions.draw(batch, made.mode, from_config.sigma_distribution(made), 0)
     inputs = transfer.to_device(conditions.assemble(batch, made.mode, draws), torch.device("cpu"))

@@ -14,7 +14,7 @@ from ltx_train.evaluation import history, likeness, ranking, verdicts
 from ltx_train.evaluation.history import Measured
 from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.training.stability.early_stop import Selection
+from ltx_train.training.stability.early_stop import EarlyStop
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID = Grid((), LEVELS)
@@ -137,9 +137,16 @@ def batch(voice: torch.Tensor) -> Batch:
     stream = torch.Generator().manual_seed(1)
     audio = torch.randn(4, 2, 20, 16, generator=stream)
     return Batch(
-        keys=("a", "b", "c", "d"), speakers=("a", "b", "c", "d"), draws=(0,) * 4, fps=torch.full((4,), 25.0), video_latent=None, audio_latent=audio,
-        video_context=torch.zeros(4, 1, 1), audio_context=torch.zeros(4, 1, 1), references={Condition(kind=ConditionKind.reference).name: voice},
-    )  # fmt: skip
+        keys=("a", "b", "c", "d"),
+        speakers=("a", "b", "c", "d"),
+        draws=(0,) * 4,
+        fps=torch.full((4,), 25.0),
+        video_latent=None,
+        audio_latent=audio,
+        video_context=torch.zeros(4, 1, 1),
+        audio_context=torch.zeros(4, 1, 1),
+        references={Condition(kind=ConditionKind.reference).name: voice},
+    )
 
 
 def test_likeness_finds_copies_even_when_they_are_shifted() -> None:
@@ -167,15 +174,15 @@ def test_the_best_step_is_kept_linked_and_ends_a_run(tmp_path: Path) -> None:
     assert link is not None
     assert link.read_bytes() == b"x"
     assert ranking.link([], tmp_path) is None
-    selection = Selection(patience=2)
+    selection = EarlyStop(patience=2)
     assert [selection.record(int(m["step"]), m) for m in metrics] == [True, True, False, False]
-    assert selection.ended is None
-    again = Selection(patience=2)
+    assert selection.reason is None
+    again = EarlyStop(patience=2)
     again.restore(selection.state())
-    assert not again.saw(40, {"val/loss": 0.6})
-    assert again.ended is not None
-    assert "step 20" in again.ended
-    assert Selection(0).ended is None
+    assert not again.record(40, {"val/loss": 0.6})
+    assert again.reason is not None
+    assert "step 20" in again.reason
+    assert EarlyStop(0).reason is None
 
 
 def test_summary_names_every_difference_with_its_interval() -> None:

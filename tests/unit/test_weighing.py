@@ -16,7 +16,8 @@ from ltx_train.training.stability.average import Average
 from ltx_train.training.stability.balance import Balance
 from ltx_train.training.tracking.clock import Clock
 from ltx_train.training.tracking.monitor import Monitor
-from ltx_train.updates.optimizers import build_optimizer
+from ltx_train.updates.kinds import OPTIMIZERS
+from ltx_train.updates.optimizers import OptimizerSettings, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def result(video: float | None, audio: float | None, count: int = 2) -> StepResu
 
 
 def test_without_balance_the_configured_weights_hold() -> None:
-    balance = Balance(2.0, 0.5, "cosmap", None, CPU)
+    balance = Balance(video=2.0, audio=0.5, levels="cosmap", decay=None, device=CPU)
     balance.add(result(9.0, 1.0))
     balance.step(ALONE)
     assert balance.weights == Weights(2.0, 0.5, "cosmap")
@@ -36,7 +37,7 @@ def test_without_balance_the_configured_weights_hold() -> None:
 
 def test_balance_makes_both_modalities_pull_alike() -> None:
     """Averages by hand: first 4 and 1; then 0.9 * 4 + 0.1 * 8 = 4.4 and 0.9 + 0.1 * 3 = 1.2; mean 2.8."""
-    balance = Balance(1.0, 1.0, "none", 0.9, CPU)
+    balance = Balance(video=1.0, audio=1.0, levels="none", decay=0.9, device=CPU)
     balance.add(result(4.0, 1.0))
     balance.step(ALONE)
     first = balance.weights
@@ -47,20 +48,20 @@ def test_balance_makes_both_modalities_pull_alike() -> None:
     row = balance.row()
     assert row["train/weight_video"] == pytest.approx(2.8 / 4.4)
     assert row["train/weight_audio"] == pytest.approx(2.8 / 1.2)
-    again = Balance(1.0, 1.0, "none", 0.9, CPU)
+    again = Balance(video=1.0, audio=1.0, levels="none", decay=0.9, device=CPU)
     again.restore(balance.state())
     assert again.row() == row
 
 
 def test_balance_survives_missing_modalities_and_broken_steps() -> None:
-    balance = Balance(1.0, 3.0, "none", 0.5, CPU)
+    balance = Balance(video=1.0, audio=3.0, levels="none", decay=0.5, device=CPU)
     balance.add(result(2.0, None))
     balance.step(ALONE)
     assert balance.row() == {"train/weight_video": 1.0, "train/weight_audio": 3.0}
     balance.add(result(float("nan"), 2.0))
     balance.step(ALONE)
     assert balance.row() == {"train/weight_video": 1.0, "train/weight_audio": 3.0}
-    fresh = Balance(1.0, 1.0, "none", 0.5, CPU)
+    fresh = Balance(video=1.0, audio=1.0, levels="none", decay=0.5, device=CPU)
     fresh.restore(fresh.state())
     assert fresh.row() == {"train/weight_video": 1.0, "train/weight_audio": 1.0}
 
@@ -137,7 +138,11 @@ def test_goodput_counts_steps_that_count_against_the_runs_whole_life(monkeypatch
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "prodigy"])
 def test_every_optimizer_descends(name: str) -> None:
     parameter = torch.nn.Parameter(torch.full((8192,), 3.0))
-    optimizer = build_optimizer(name, [parameter], 1.0 if name == "prodigy" else 0.1, (0.9, 0.999), 0.01)
+    optimizer = build_optimizer(
+        OPTIMIZERS[name],
+        [parameter],
+        OptimizerSettings(lr=1.0 if name == "prodigy" else 0.1, betas=(0.9, 0.999), weight_decay=0.01),
+    )
     for _ in range(150):
         parameter.grad = 2 * parameter.detach()
         optimizer.step()

@@ -40,10 +40,10 @@ def test_the_memory_of_the_last_save_is_taken_again() -> None:
 
 def test_memory_that_was_made_ready_is_what_is_taken() -> None:
     snapshot, tensors = Snapshot(), {"block": {"master": torch.arange(6.0).view(2, 3).to(torch.bfloat16)}}
-    snapshot.prepare(tensors, ("shard",))
-    (room,) = snapshot._rooms.values()
-    taken = snapshot.of(tensors, ("shard",))["block"]["master"]
-    assert taken.data_ptr() == room.data_ptr()
+    snapshot.prepare(tensors, ("slice",))
+    (buffer,) = snapshot._buffers.values()
+    taken = snapshot.of(tensors, ("slice",))["block"]["master"]
+    assert taken.data_ptr() == buffer.data_ptr()
     assert torch.equal(taken, tensors["block"]["master"])
 
 
@@ -52,7 +52,7 @@ def test_saves_one_after_the_other_hold_their_own_steps(tmp_path: Path) -> None:
     saver = Saver(tmp_path, 5, lambda _step, _weights: None)
     weights = {"a": torch.zeros(1000)}
     layout = {"a": [("a", 0, [1000])]}
-    shard = StateSlice(
+    own = StateSlice(
         rank=0,
         world=1,
         tensors={"a": {"master": weights["a"]}},
@@ -61,12 +61,12 @@ def test_saves_one_after_the_other_hold_their_own_steps(tmp_path: Path) -> None:
         groups=[{"params": [0]}],
         steps=1.0,
     )
-    saver.prepare(shard).result()
+    saver.prepare(own).result()
     for step in (1, 2, 3):
         weights["a"].fill_(step)
-        saver.start(Checkpoint(step=step, weights={}, optimizer={}, notes={}, shard=shard))
+        saver.start(Checkpoint(step=step, weights={}, optimizer={}, notes={}, slice=own))
         weights["a"].fill_(-1)
-        saver.settle()
+        saver.wait()
     saver.close()
     for path in commit.committed(tmp_path):
         assert commit.load(path).weights["a"][:].eq(int(path.name[-1])).all()

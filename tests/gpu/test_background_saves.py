@@ -18,7 +18,7 @@ def test_a_state_is_copied_into_memory_that_was_made_ready() -> None:
     tensors = {f"block{n}": {"master": torch.zeros(size, device="cuda")} for n in range(8)}
     snapshot = Snapshot()
     with ThreadPoolExecutor(1) as thread:
-        ready = thread.submit(snapshot.prepare, tensors, ("shard",))
+        ready = thread.submit(snapshot.prepare, tensors, ("slice",))
         while not ready.done():
             torch.ones(1024, 1024, device="cuda") @ torch.ones(1024, 1024, device="cuda")
         ready.result()
@@ -26,7 +26,7 @@ def test_a_state_is_copied_into_memory_that_was_made_ready() -> None:
     for value in (1.0, 2.0):
         for kinds in tensors.values():
             kinds["master"].fill_(value)
-        taken = snapshot.of(tensors, ("shard",))
+        taken = snapshot.of(tensors, ("slice",))
         for kinds in tensors.values():
             kinds["master"].fill_(-1)
         copies = [kinds["master"] for kinds in taken.values()]

@@ -19,7 +19,7 @@ pytestmark = [
 WORLD, SIZE = 3, 3 * 2**20
 
 
-def tell(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * WORLD
     dist.all_gather_object(values, value)
     return values
@@ -37,7 +37,7 @@ def expected(rank: int, number: int) -> torch.Tensor:
 def sums_on(rank: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
     slots = [torch.zeros(SIZE + 256 * WORLD, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    sums = PeerSums.over(slots, rank, WORLD, tell)
+    sums = PeerSums.over(slots, rank, WORLD, gather_objects)
     assert sums is not None
     shares = [torch.empty(SIZE // WORLD, device="cuda") for _ in range(2)]
     given = [torch.empty(SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2)]

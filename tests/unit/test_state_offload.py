@@ -10,17 +10,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ltx_train.contracts import DataError
-from ltx_train.updates import state_offload as host_module
+from ltx_train.updates import state_offload
 from ltx_train.updates.state_offload import StateOffload, accumulate, norm
 
 
 @pytest.mark.parametrize("files", [True, False])
 def test_room_has_the_values_and_keeps_changes(files: bool, tmp_path: Path) -> None:
-    host = StateOffload(tmp_path / "rank" if files else None)
+    offload = StateOffload(tmp_path / "rank" if files else None)
     given = torch.arange(7, dtype=torch.bfloat16)
-    room = host.room("transformer_blocks.0/master", given)
-    assert (room.dtype, room.tolist()) == (torch.float32, list(range(7)))
-    room += 1
+    values = offload.allocate("transformer_blocks.0/master", given)
+    assert (values.dtype, values.tolist()) == (torch.float32, list(range(7)))
+    values += 1
     assert given.tolist() == list(range(7))
     if files:
         found = tmp_path / "rank" / "transformer_blocks.0.master.f32"
@@ -28,16 +28,16 @@ def test_room_has_the_values_and_keeps_changes(files: bool, tmp_path: Path) -> N
 
 
 def test_gradients_are_added_once_each_and_in_order() -> None:
-    host, seen = StateOffload(None), list[tuple[str, list[float]]]()
+    offload, seen = StateOffload(None), list[tuple[str, list[float]]]()
 
     def add(name: str, share: torch.Tensor) -> None:
         seen.append((name, share.tolist()))
 
-    host.take("a", torch.tensor([1.0]), add)
-    host.take("b", torch.tensor([2.0]), add)
-    host.take("a", torch.tensor([3.0]), add)
-    host.settle(add)
-    host.settle(add)
+    offload.add_gradient("a", torch.tensor([1.0]), add)
+    offload.add_gradient("b", torch.tensor([2.0]), add)
+    offload.add_gradient("a", torch.tensor([3.0]), add)
+    offload.wait_for_gradients(add)
+    offload.wait_for_gradients(add)
     assert seen == [("a", [1.0]), ("b", [2.0]), ("a", [3.0])]
 
 
@@ -47,16 +47,16 @@ def test_a_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"strategy.offload: .*master.f32 cannot be made .*No space"):
-        StateOffload(tmp_path).room("x/master", torch.zeros(3))
+        StateOffload(tmp_path).allocate("x/master", torch.zeros(3))
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9])
 def test_masters_and_gradients_travel_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_SENT", 4)
-    monkeypatch.setattr(host_module, "_PIECE", 4)
-    host, weights = StateOffload(None), torch.zeros(count, dtype=torch.bfloat16)
+    monkeypatch.setattr(state_offload, "_SENT", 4)
+    monkeypatch.setattr(state_offload, "_PIECE", 4)
+    offload, weights = StateOffload(None), torch.zeros(count, dtype=torch.bfloat16)
     for factor in (1, 2):
-        host.send(torch.arange(count) * float(factor), weights)
+        offload.send(torch.arange(count) * float(factor), weights)
         assert weights.tolist() == [factor * n for n in range(count)]
     total = torch.ones(count)
     accumulate(total, weights, 0.25)

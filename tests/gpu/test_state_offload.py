@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_what_travels_passes_through_page_locked_memory() -> None:
-    host, total = StateOffload(None), torch.zeros(2**22)
+    offload, total = StateOffload(None), torch.zeros(2**22)
 
     def add(_name: str, share: torch.Tensor) -> None:
         assert share.is_pinned()
@@ -21,18 +21,18 @@ def test_what_travels_passes_through_page_locked_memory() -> None:
 
     for value in (1.0, 2.0):
         share = torch.full((2**22,), value, device="cuda", dtype=torch.bfloat16)
-        host.take("transformer_blocks.0", share, add)
+        offload.add_gradient("transformer_blocks.0", share, add)
         gc.collect()
-    host.settle(add)
+    offload.wait_for_gradients(add)
     assert total.eq(1.5).all()
 
 
 def test_masters_become_the_devices_weights() -> None:
     """More of them than travel at once, so that memory on the way is used again."""
-    host, count = StateOffload(None), 5 * 2**23
+    offload, count = StateOffload(None), 5 * 2**23
     weights = torch.empty(count, device="cuda", dtype=torch.bfloat16)
     for step in range(3):
         master = torch.arange(count, dtype=torch.float32) + step
-        host.send(master, weights)
+        offload.send(master, weights)
         assert torch.equal(weights.cpu(), master.to(torch.bfloat16))
-    assert all(slot.values.is_pinned() for slot in host._sending)
+    assert all(slot.values.is_pinned() for slot in offload._sending)

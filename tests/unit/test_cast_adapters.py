@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ltx_train.memory.blocks.cast_adapters import CastAdapters
-from ltx_train.memory.blocks.runner import BlockRunner, Keep
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import adapter, load_transformer
 from ltx_train.model.adapter import Lora
 from ltx_train.model.linear import LowRankLinear, products
@@ -46,7 +47,7 @@ def trained(model: Transformer, passes: int = 1) -> dict[str, Tensor]:
 def test_gradients_are_those_of_matrices_cast_one_by_one(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(adapted(keep))
     assert len(found) == 3 * 8
-    monkeypatch.setattr(CastAdapters, "lower", lambda *_: None)
+    monkeypatch.setattr(CastAdapters, "cast", lambda *_: None)
     expected = trained(adapted(keep))
     assert found.keys() == expected.keys()
     assert all(found[name].dtype is torch.float32 and torch.equal(found[name], expected[name]) for name in found)
@@ -90,7 +91,7 @@ def test_weights_in_the_blocks_own_dtype_are_used_as_they_are() -> None:
     model = adapted().float()
     trained(model)
     block = model.transformer_blocks[0]
-    CastAdapters(block).lower(torch.float32)
+    CastAdapters(block).cast(torch.float32)
     assert all(layer.cast_pair is None for layer in block.modules() if isinstance(layer, LowRankLinear))
 
 

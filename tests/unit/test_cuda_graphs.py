@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ltx_train.assembly import model_builder, update_builder
-from ltx_train.config import Config, compose_config
+from ltx_train.assembly.setup import Setup, setup
+from ltx_train.config import compose_config
 from ltx_train.contracts import Exit
 from ltx_train.diffusion import objective
 from ltx_train.distributed.ranks import ALONE
 from ltx_train.memory.blocks.cuda_graphs import StepGraphs, signature
-from ltx_train.memory.blocks.runner import BlockRunner, Keep
-from ltx_train.memory.weights.stores import HostStore, WeightStore, PeerStore
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.blocks.runner import BlockRunner
+from ltx_train.memory.weights.stores import HostStore, PeerStore, WeightStore
 from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.updates.protocol import Updates
 from tests.conftest import command, settings
@@ -135,18 +137,18 @@ def test_a_run_with_recorded_passes_is_the_run_without(
     """Two micro-batches a step, dropout, measurements between: weights and moments are bit for bit the same."""
     recorder = Repeats()
 
-    def recorded(_config: Any, transformer: Any, parameters: Any, _device: Any) -> StepGraphs:
+    def recorded(_setup: Setup, transformer: Any, parameters: Any) -> StepGraphs[Any, Any]:
         return StepGraphs(partial(objective.backward, transformer), parameters, recorder)
 
-    whole = update_builder.whole
+    whole = update_builder.whole_updates
 
-    def in_place(made: Config, *given: Any) -> Updates:
-        return whole(replace(made, memory=replace(made.memory, graphs=True)), *given)
+    def in_place(made: Setup, parameters: Any) -> Updates:
+        return whole(replace(made, memory=replace(made.memory, graphs=True)), parameters)
 
     for name in ("plain", "recorded"):
         if name == "recorded":
-            monkeypatch.setattr(model_builder, "recorded", recorded)
-            monkeypatch.setattr(update_builder, "whole", in_place)
+            monkeypatch.setattr(model_builder, "pass_graphs", recorded)
+            monkeypatch.setattr(update_builder, "whole_updates", in_place)
         more = (
             f"run.experiment={name}", f"run.root={tmp_path}", "optim.steps=8", "optim.batch_size=2",
             "optim.global_batch=4", "optim.name=adamw", "adapter.dropout=0.1", "memory=none", "eval.interval=4",
@@ -165,13 +167,12 @@ def test_graphs_of_a_gpu_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]
     assert "memory.graphs=true records work of a GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("origin", "wanted"), [(HostStore(CPU), True), (PeerStore(ALONE.exchange(), CPU), False)])
+@pytest.mark.parametrize(("store", "recorded"), [(HostStore(CPU), True), (PeerStore(ALONE.exchange(), CPU), False)])
 def test_passes_whose_blocks_a_collective_gathers_are_launched(
-    origin: WeightStore, wanted: bool, prepared: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, recorded: bool, prepared: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_builder, "CudaRecorder", lambda _runner, _device: Repeats())
-    made = compose_config(settings(prepared, clips))
-    made = replace(made, memory=replace(made.memory, graphs=True))
-    stream = WeightStream([0], 1, CPU, origin)
+    made = setup(compose_config([*settings(prepared, clips), "memory.graphs=true"]))
+    stream = WeightStream([0], 1, CPU, store)
     model: Any = SimpleNamespace(run_block=BlockRunner([Keep.inputs], compiled=False, stream=stream))
-    assert (model_builder.recorded(made, model, [], CPU) is not None) == wanted
+    assert (model_builder.pass_graphs(made, model, []) is not None) == recorded

@@ -1,4 +1,4 @@
-"""A checkpoint in shards: whole or absent like any other, and read by name whatever way it was cut."""
+"""A checkpoint in slices: whole or absent like any other, and read by name on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def state(kind: str) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator) for name, shape in NAMES.items()}
 
 
-def shards(world: int, steps: float | None = 4.0) -> list[StateSlice]:
-    """Two units; parameters begin at multiples of 4 and go over the edges of shares."""
+def slices(world: int, steps: float | None = 4.0) -> list[StateSlice]:
+    """Two units; parameters begin at multiples of 4 and go over the edges of slices."""
     units = {"first": ["a.weight", "a.bias"], "second": ["b", "c"]}
     layout: dict[str, list[tuple[str, int, list[int]]]] = {}
     tensors: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(world)]
@@ -59,8 +59,8 @@ def shards(world: int, steps: float | None = 4.0) -> list[StateSlice]:
 
 def saved(folder: Path, world: int, steps: float | None = 4.0) -> Path:
     parts = [
-        Checkpoint(step=9, weights={}, optimizer={}, notes={"n": 1}, shard=shard, name="same")
-        for shard in shards(world, steps)
+        Checkpoint(step=9, weights={}, optimizer={}, notes={"n": 1}, slice=own, name="same")
+        for own in slices(world, steps)
     ]
     with ThreadPoolExecutor(world) as ranks:
         others = [ranks.submit(commit.contribute, folder, part) for part in parts[1:]]
@@ -92,16 +92,16 @@ def test_a_rank_that_cannot_write_leaves_no_checkpoint(tmp_path: Path, monkeypat
     """The leading rank tells why, and what was there before stays."""
     before = saved(tmp_path, 2)
     first, second = (
-        Checkpoint(step=10, weights={}, optimizer={}, notes={}, shard=shard, name="same") for shard in shards(2)
+        Checkpoint(step=10, weights={}, optimizer={}, notes={}, slice=own, name="same") for own in slices(2)
     )
 
-    def full(_folder: Path, shard: StateSlice) -> None:
-        if shard.rank == 1:
+    def full(folder: Path, own: StateSlice) -> None:
+        if own.rank == 1:
             raise OSError(28, "No space left on device")
-        write(_folder, shard)
+        write(folder, own)
 
-    write = commit.shards.write
-    monkeypatch.setattr(commit.shards, "write", full)
+    write = commit.slice_files.write
+    monkeypatch.setattr(commit.slice_files, "write", full)
     with ThreadPoolExecutor(1) as other:
         other.submit(commit.contribute, tmp_path, second)
         with pytest.raises(DataError, match=r"rank 1: .*No space left"):
@@ -114,8 +114,8 @@ def test_a_rank_that_never_writes_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_PATIENCE_S", 0.1)
-    with pytest.raises(DataError, match="rank 1 has not written its part"):
-        commit.save(tmp_path, Checkpoint(step=1, weights={}, optimizer={}, notes={}, shard=shards(2)[0]), keep=2)
+    with pytest.raises(DataError, match="rank 1 has not written its file"):
+        commit.save(tmp_path, Checkpoint(step=1, weights={}, optimizer={}, notes={}, slice=slices(2)[0]), keep=2)
     assert list(tmp_path.iterdir()) == []
 
 
