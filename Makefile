@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint format unit golden faults docs gpu tools wheel sample clean
+.PHONY: help setup demo study test lint format unit golden faults docs gpu tools wheel sample settings clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ gpu: setup ## the tests that need a CUDA device
 
 wheel: setup ## dist/*.whl with the configuration inside
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+settings: setup ## write docs/settings.md from the schema
+	$(BIN)/python -c 'from ltx_train.config.help import settings_page; print(settings_page(), end="")' > docs/settings.md
 
 sample: setup ## draw and sing data/sample again
 	$(BIN)/python data/make_sample.py

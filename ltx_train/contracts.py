@@ -1,7 +1,8 @@
-"""The frozen dataclasses that cross rooms, and the exit codes.
+"""The dataclasses that the packages exchange, and the exit codes.
 
-Owns what the rooms say to each other; knows nothing of how any of it is made. Importing this
-module imports no heavy library, so the command line can read the exit codes at no cost.
+Owns these types, not the construction of their values. All are frozen except `Condition` and `Mode`, which the
+configuration library builds; no code changes those two after composition. Importing this module imports no heavy
+library, so the command line can read the exit codes at no cost.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Exit(IntEnum):
 
 
 class UserError(Exception):
-    """A mistake a user can mend: printed as one line, without a traceback."""
+    """An error that the user can fix, printed as one line without a traceback."""
 
     exit_code = Exit.CONFIG
 
 
 class ConfigError(UserError):
-    """The configuration is wrong; raised by `config` alone, before any GPU work."""
+    """The configuration is wrong. Raised while it is read, before any GPU work."""
 
 
 class DataError(UserError):
@@ -51,7 +52,7 @@ class DivergedError(UserError):
 
 
 class Role(StrEnum):
-    """What happens to a modality: noised and predicted, given clean, or not there at all."""
+    """How a mode treats a modality: noised and predicted, clean input, or left out."""
 
     generate = "generate"
     freeze = "freeze"
@@ -59,15 +60,15 @@ class Role(StrEnum):
 
 
 class ModalityName(StrEnum):
-    """The two streams of tokens."""
+    """The two modalities of a clip."""
 
     video = "video"
     audio = "audio"
 
 
 class ConditionKind(StrEnum):
-    """Target tokens given clean: the first latent frame, the first or last few, a rectangle, a mask of the data.
-    reference: clean tokens of other material beside the target."""
+    """Which target tokens are clean: the first latent frame, the first or last latent steps, a rectangle, or a mask
+    from the data. reference: clean tokens of another latent, appended to the target tokens."""
 
     first_frame = "first_frame"
     prefix = "prefix"
@@ -78,14 +79,14 @@ class ConditionKind(StrEnum):
 
 
 class Placement(StrEnum):
-    """Where reference tokens stand in time: over the target, or ending `gap_s` before time zero."""
+    """Position of reference tokens in time: the same times as the target, or ending `gap_s` before time zero."""
 
     overlap = "overlap"
     negative = "negative"
 
 
 class Coupling(StrEnum):
-    """Whether both modalities share one noise level per sample, as at inference, or draw their own."""
+    """Whether both modalities share one noise level per sample, as at inference, or each draws its own."""
 
     shared = "shared"
     independent = "independent"
@@ -96,16 +97,18 @@ SPEAKER = "speaker"
 
 @dataclass(kw_only=True)
 class Condition:
-    """Tokens given clean: which, and with what probability per sample.
+    """Clean tokens of one kind, and the probability `p` that a sample has them.
 
-    modality: whose tokens; null: video, and audio for the reference of another clip of the speaker.
-    latents: of prefix and suffix, [n] latent steps or [lowest, highest] drawn per sample. region: of spatial_crop,
-    [top, left, bottom, right] in pixels; empty: a rectangle of a quarter to three quarters of each side, per sample.
-    source: of mask and reference, the tensor's name in the shards; `speaker`: another clip of the same speaker.
-    position, gap_s: where a reference stands in time. spatial_scale: how much smaller it is than the target (null:
-    as the shapes say); temporal_scale: how much fewer frames a second. strength: weight of its keys in [0, 1].
-    sigmas: noise levels at which it is there. crossed: whether the other modality sees it. reads_text: whether it
-    attends to the text.
+    modality: the tokens' modality; null: audio for a reference with source `speaker`, otherwise video.
+    latents: for prefix and suffix, [n] latent steps, or [lowest, highest] to draw the number per sample.
+    region: for spatial_crop, [top, left, bottom, right] in pixels; empty: a rectangle drawn per sample, with sides
+    between a quarter and three quarters of the frame's.
+    source: for mask and reference, the tensor's name in the shards; `speaker`: another clip of the same speaker.
+
+    The other fields are for references. position, gap_s: position in time. spatial_scale: factor by which its grid is
+    smaller than the target's (null: computed from the shapes). temporal_scale: factor by which its frame rate is lower.
+    strength: attention weight of its keys in [0, 1]. sigmas: [lowest, highest] noise level at which it is visible.
+    crossed: whether the other modality attends to it. reads_text: whether it attends to the text.
     """
 
     kind: ConditionKind = ConditionKind.first_frame
@@ -125,15 +128,15 @@ class Condition:
 
     @property
     def stream(self) -> ModalityName:
-        """Whose tokens the condition is about."""
+        """The modality of the condition's tokens."""
         if self.modality is not None:
             return self.modality
-        voice = self.kind is ConditionKind.reference and self.source == SPEAKER
-        return ModalityName.audio if voice else ModalityName.video
+        from_speaker = self.kind is ConditionKind.reference and self.source == SPEAKER
+        return ModalityName.audio if from_speaker else ModalityName.video
 
     @property
     def name(self) -> str:
-        """Tells the conditions of a mode apart, keys their draws and names what a batch holds for them."""
+        """Unique within a mode: the key of the condition's random draws and of its tensors in a batch."""
         if self.kind is ConditionKind.first_frame:
             return self.kind.value
         parts = [self.kind.value, self.stream.value]
@@ -142,12 +145,14 @@ class Condition:
 
 @dataclass
 class Mode:
-    """A training task as composition: a role per modality and a list of conditions."""
+    """A training task: a role per modality and a list of conditions."""
 
-    video: Role = Role.generate
-    audio: Role = Role.generate
-    sigma: Coupling = Coupling.shared
-    conditions: list[Condition] = field(default_factory=list[Condition])
+    video: Role = field(default=Role.generate, metadata={"help": "the video: noised and predicted, clean, or absent"})
+    audio: Role = field(default=Role.generate, metadata={"help": "the audio: noised and predicted, clean, or absent"})
+    sigma: Coupling = field(default=Coupling.shared, metadata={"help": "one noise level for both, or one for each"})
+    conditions: list[Condition] = field(
+        default_factory=list[Condition], metadata={"help": "tokens that are given clean (docs/modes.md)"}
+    )
 
     def role(self, modality: ModalityName) -> Role:
         return self.video if modality is ModalityName.video else self.audio
@@ -158,13 +163,13 @@ class Mode:
 
     @property
     def masks(self) -> list[str]:
-        """Names of the tensors whose places above one half are given clean."""
+        """Names of the mask tensors; target tokens are clean where a mask is above one half."""
         return [c.source for c in self.conditions if c.kind is ConditionKind.mask]
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The timesteps of a batch as the distinct ones: values (U,) float32, and each token's index (B, T) int64."""
+    """The timesteps of a batch: distinct values (U,) float32, and each token's index into them (B, T) int64."""
 
     values: Tensor
     index: Tensor
@@ -172,19 +177,19 @@ class Levels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modality:
-    """One stream of tokens as the transformer reads it.
+    """The transformer's input for one modality.
 
     latent: (B, T, C), any float dtype; target tokens first, reference tokens after them.
     timesteps: (B, T) float32 in [0, 1]; 0 = clean token.
-    sigma: (B,) float32 in [0, 1]; the noise level of the modality, 0 when it is given.
+    sigma: (B,) float32 in [0, 1]; the noise level of the modality, 0 if it is frozen.
     positions: (B, 3, T, 2) seconds/pixels/pixels for video, (B, 1, T, 2) seconds for audio; float32, [start, end).
     context: (B, S, D) text context after the connectors.
     context_mask: (B, S), 1 = attend, 0 = blocked; None = attend to all.
-    attention_mask: (B, T, T) in [0, 1], rows are queries, or (B, T) for all queries alike; its log is added to the
-    logits; None = attend to all.
-    cross_mask: (B, T) in [0, 1]; as that, for the other modality's queries.
-    reads_text: (B, T) in [0, 1]; how much a token takes from the text, None = 1.
-    levels: `timesteps` once more, on the latent's device; None = the model looks for them, which may stall a GPU.
+    attention_mask: weights of the keys in [0, 1], (B, T, T) with one row per query, or (B, T) for all queries; their
+    log is added to the logits; None = attend to all.
+    cross_mask: (B, T) in [0, 1]; the same weights for the other modality's queries.
+    reads_text: (B, T) in [0, 1]; factor of the text attention's output per token, None = 1.
+    levels: the distinct `timesteps`, on the latent's device; None = the model computes them, which may stall a GPU.
     """
 
     latent: Tensor
@@ -201,8 +206,8 @@ class Modality:
 
 @dataclass(frozen=True, slots=True)
 class Velocity:
-    """What a modality has to predict: target (B, T, C) = noise - clean, loss_mask (B, T): each token's weight, 0 for
-    one that is given."""
+    """The training target of a modality: target (B, T, C) = noise - clean; loss_mask (B, T): weight of each token in
+    the loss, 0 for clean tokens."""
 
     target: Tensor
     loss_mask: Tensor
@@ -210,12 +215,13 @@ class Velocity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prepared clip. Absent parts are None.
+    """One prepared clip. The latent of an absent modality is None.
 
-    video_latent: (C, F, H, W). audio_latent: (c, T, f). references: by the name of their condition, (C, F, H, W) or
-    (c, R, f). masks: by tensor name, (F, H, W) or (T,) in [0, 1].
-    video_context: (S, Dv), audio_context: (S, Da). fps: frames per second of the video latent's source.
-    draw: the global position at which this sample is used; it keys every random number of the sample.
+    video_latent: (C, F, H, W). audio_latent: (c, T, f). references: (C, F, H, W) or (c, R, f) by condition name.
+    masks: (F, H, W) or (T,) in [0, 1] by tensor name.
+    video_context: (S, Dv), audio_context: (S, Da). fps: frame rate of the video before encoding.
+    draw: global position of this sample in the run's sequence of samples; all random numbers of the sample depend on
+    it.
     """
 
     key: str
@@ -232,7 +238,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Samples of one bucket, stacked on dim 0; the fields are those of `Sample`."""
+    """Samples of one bucket, stacked on dim 0. The fields correspond to those of `Sample`."""
 
     keys: tuple[str, ...]
     speakers: tuple[str, ...]
@@ -248,7 +254,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Losses of one forward pass, float32: `loss` is a scalar, the others are per sample (B,) or None."""
+    """Losses and noise level of one forward pass, float32: `loss` is a scalar, the others are (B,) or None."""
 
     loss: Tensor
     video: Tensor | None
@@ -258,7 +264,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A generated clip to play: an mp4 with video, sound or both, and what to say of it."""
+    """A generated clip for playback: an mp4 with video, sound or both, and its caption."""
 
     caption: str
     path: Path

@@ -1,7 +1,7 @@
 """Keyed randomness: every random number is a function of (seed, purpose, key, draw).
 
-Owns the only way to make a `torch.Generator` in this project. It must not know ranks, workers,
-epochs or history: that is what makes a resumed or re-sharded run see the same numbers.
+Owns the creation of keyed `torch.Generator` objects. It must not depend on ranks, workers, epochs or history, so that
+a resumed run, or one on another number of ranks, draws the same numbers.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _SEED_BYTES: Final = 8
 
 
 def key_seed(seed: int, purpose: str, key: str = "", draw: int = 0) -> int:
-    """A 63-bit seed from the four parts; equal parts give equal seeds on any machine and Python."""
-    # The unit separator cannot occur in a purpose, so no two tuples share one text.
+    """A 63-bit seed from the four arguments. It is the same on any machine and in any Python version."""
+    # No purpose contains the unit separator, so different arguments give different texts.
     text = "\x1f".join((str(seed), purpose, key, str(draw)))
     digest = hashlib.blake2b(text.encode(), digest_size=_SEED_BYTES).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(seed: int, purpose: str, key: str = "", draw: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose of one sample; CPU, because its stream is the same on every machine."""
+    """A generator for one purpose of one sample, on the CPU because its numbers are the same on every machine."""
     return torch.Generator().manual_seed(key_seed(seed, purpose, key, draw))
 
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, key: str = "", draw: int = 0) -> Tensor:
-    """Standard normal numbers, float32, of the given shape."""
+    """Standard normal numbers (*shape), float32."""
     return torch.randn(shape, generator=generator(seed, purpose, key, draw))
 
 

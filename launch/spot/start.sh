@@ -1,6 +1,7 @@
 #!/bin/bash
-# Start-up script of a spot machine (AWS user data, or GCE metadata startup-script). Edit the four lines; the image
-# needs the NVIDIA driver and Python 3.11. A machine that replaces a lost one runs the same script and continues.
+# Start-up script of a spot machine (AWS user data, or GCE metadata startup-script). Edit the four
+# variables. The image needs the NVIDIA driver and Python 3.11. A replacement machine runs the same script and continues
+# the run.
 set -euo pipefail
 RUN="experiment=voice_reference_22b data.root=/data/prepared model.path=/data/ltx-2.3-22b-distilled-1.1.safetensors"
 STORE="s3://my-bucket/runs"      # gs://my-bucket/runs on Google Cloud (pip install gcsfs)

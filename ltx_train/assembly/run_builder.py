@@ -40,6 +40,7 @@ from ltx_train.model.transformer import Transformer
 from ltx_train.training.cadence import Cadence
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.writer import CheckpointWriter
+from ltx_train.training.debugging import profiled, use_deterministic_kernels
 from ltx_train.training.loop import Outside, run_to_end
 from ltx_train.training.stability.average import Average
 from ltx_train.training.stability.balance import Balance
@@ -71,6 +72,8 @@ class RunStart:
 def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     """Trains to the end, or to a signal. A tracker that refuses ends the run before anything is loaded."""
     config, ranks = setup.config, setup.ranks
+    if config.run.deterministic:
+        use_deterministic_kernels()
     metrics = _open_metrics(setup, start)
     transformer, updates = update_builder.open_for_training(setup, fresh=start.checkpoint is None)
     cadence = _cadence(setup)
@@ -88,7 +91,11 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
         summary.show(setup, transformer, start.index, start.folder, start.step)
     outside = _outside(setup, start, state, transformer, metrics=metrics, watchdog=watchdog)
     task = Task(transformer, state.step)
-    return run_to_end(task, _data(setup, start), state, cadence, outside, folder=start.folder, ranks=ranks)
+    with profiled(start.folder, ranks.rank, config.run.profile) as profiler:
+        return run_to_end(
+            task, _data(setup, start), state, cadence, replace(outside, profiler=profiler), folder=start.folder,
+            ranks=ranks,
+        )  # fmt: skip
 
 
 def _open_metrics(setup: Setup, start: RunStart) -> Metrics | None:
@@ -201,7 +208,7 @@ def _outside(
     )  # fmt: skip
     return Outside(
         metrics=metrics, evaluate=_evaluate(setup, start, state, transformer, metrics), writer=writer,
-        watchdog=watchdog, restarts=int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
+        watchdog=watchdog, profiler=None, restarts=int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
         prepares_saves=setup.sharing.saves_slices,
     )  # fmt: skip
 
@@ -235,7 +242,7 @@ def _evaluate(
 def _data(setup: Setup, start: RunStart) -> ShardData:
     config, optim = setup.config, setup.config.optim
     assert optim.global_batch is not None
-    order = training_order(start.index, optim.global_batch, config.run.seed)
+    order = training_order(start.index, optim.global_batch, config.run.seed, config.data.limit)
     modes = [mode for _, mode in configuration.training_modes(config)]
     request = from_config.read_request(config, modes, training=True)
     reader = Reader(start.root, start.index, seed=config.run.seed, request=request)

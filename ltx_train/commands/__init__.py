@@ -1,1 +1,1 @@
-"""One thin module per command: `run(config) -> exit code`. No maths, no loops over tensors."""
+"""One thin module per command: `run(config) -> exit code`."""

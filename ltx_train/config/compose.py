@@ -45,7 +45,11 @@ def from_file(path: str | Path, overrides: list[str]) -> Config:
         if override.partition("=")[0].lstrip("+~") in groups:
             raise ConfigError(f"{override}: {path} is composed already, change single settings (key.name=value)")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(overrides))
+        texts = {o.partition("=")[0]: free_text(o) for o in overrides if free_text(o) is not None}
+        others = [o for o in overrides if free_text(o) is None]
+        merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(others))
+        for name, text in texts.items():
+            OmegaConf.update(merged, name, text)
     except OmegaConfBaseException as error:
         raise ConfigError(_explained(error)) from error
     return _finished(merged, None)
@@ -116,15 +120,29 @@ def _composed(overrides: list[str], extra_dir: str | None) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose("config", overrides=[*(_adding(o) for o in overrides), *search])
+            return compose("config", overrides=[*(_for_hydra(o) for o in overrides), *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explained(error)) from error
 
 
-def _adding(override: str) -> str:
-    """With Hydra's prefix for entries of a mapping that may be new."""
-    name = override.partition("=")[0]
+def _for_hydra(override: str) -> str:
+    """With Hydra's prefix for entries of a mapping that may be new, and with quotes around free text."""
+    name, text = override.partition("=")[0], free_text(override)
+    if text is not None:
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{name}='{escaped}'"
     return f"++{override}" if any(name == m or name.startswith(f"{m}.") for m in OPEN_MAPPINGS) else override
+
+
+def free_text(override: str) -> str | None:
+    """The value of an override of a free text (a prompt, a path, a name), with the user's own quotes taken off; None
+    for any other override. Commas, colons and brackets of a text are no syntax."""
+    name, _, value = override.partition("=")
+    setting = all_settings().get(name)
+    if setting is None or setting.kind != "str" or setting.declared.choices or value in ("null", "") or "${" in value:
+        return None
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value
 
 
 def _check_override(override: str, groups: dict[str, list[str]]) -> None:

@@ -37,7 +37,7 @@ def topic(name: str) -> str:
         return command(name)
     if name in groups():
         return "\n".join(_group(name, group_options()))
-    known = [*COMMANDS, *groups()]
+    known = list(dict.fromkeys([*COMMANDS, *groups()]))
     raise ConfigError(f"there is no help on {name!r}{suggest.nearest(name, known)}; there are: {', '.join(known)}")
 
 
@@ -69,8 +69,8 @@ def _group(name: str, options: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _entry(setting: Setting) -> Iterator[str]:
-    facts = f"{shown(setting.default)}{f'  [{setting.allowed}]' if setting.allowed else ''}"
-    yield f"  {setting.name}={facts}"
+    default = "...  (no default)" if setting.required else shown(setting.default)
+    yield f"  {setting.name}={default}{f'  [{setting.allowed}]' if setting.allowed else ''}"
     yield f"      {setting.declared.help}"
 
 
@@ -98,7 +98,8 @@ def _table(settings: Sequence[Setting]) -> list[str]:
     rows = ["| setting | default | allowed | |", "|---|---|---|---|"]
     for setting in settings:
         allowed = setting.allowed.replace("|", ", ") or setting.expected
-        rows.append(f"| `{setting.name}` | `{shown(setting.default)}` | {allowed} | {setting.declared.help} |")
+        default = "none" if setting.required else f"`{shown(setting.default)}`"
+        rows.append(f"| `{setting.name}` | {default} | {allowed} | {setting.declared.help} |")
     return [*rows, ""]
 
 

@@ -28,12 +28,14 @@ OPEN_PREFIXES = ("mode.conditions.", *(f"{name}." for name in OPEN_MAPPINGS))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One setting. kind: str, int, float, bool, list, dict or any; nullable: whether `null` is a value."""
+    """One setting. kind: str, int, float, bool, list, dict or any. nullable: whether `null` is a value. required: there
+    is no default."""
 
     name: str
     kind: str
     nullable: bool
     default: Any
+    required: bool
     declared: Declaration
 
     @property
@@ -95,13 +97,14 @@ def _walk(owner: Any, prefix: str) -> Iterator[Setting]:
             kind, nullable = _kind(hints[entry.name])
             yield Setting(
                 name=prefix + entry.name, kind=kind, nullable=nullable, default=_default(entry),
-                declared=entry.metadata[KEY],
+                required=entry.default == _UNSET, declared=entry.metadata[KEY],
             )  # fmt: skip
         else:
             # Modes are declared in `contracts`, whose docstrings describe their fields.
+            declared = Declaration(help=entry.metadata.get("help", ""), choices=_members(hints[entry.name]))
             yield Setting(
                 name=prefix + entry.name, kind=_kind(hints[entry.name])[0], nullable=False, default=_default(entry),
-                declared=Declaration(help=entry.metadata.get("help", ""), choices=_members(hints[entry.name])),
+                required=False, declared=declared,
             )  # fmt: skip
 
 
@@ -168,8 +171,7 @@ def check_text(setting: Setting, text: str) -> None:
     if "${" in text or (word == "null" and setting.nullable):
         return
     if not _fits(setting.kind, word, text):
-        default = "" if setting.default is None else f" (default: {shown(setting.default)})"
-        raise ConfigError(f"{setting.name}={text}: {setting.expected} is expected{default}{_mend(setting, text)}")
+        raise ConfigError(f"{setting.name}={text}: {setting.expected} is expected{_mend(setting, text)}")
 
 
 def _fits(kind: str, word: str, text: str) -> bool:
@@ -192,8 +194,15 @@ def _fits(kind: str, word: str, text: str) -> bool:
             return True
 
 
+_EXAMPLES = {"int": "8", "float": "0.5", "bool": "true", "list": "[a,b]", "dict": "{name: 1}"}
+
+
 def _mend(setting: Setting, text: str) -> str:
-    return f": write {setting.name}=[{text}]" if setting.kind == "list" and text else ""
+    """What to write instead: brackets around the text, or a value as the default is."""
+    if setting.kind == "list" and text and not set(text) & set("[]{}"):
+        return f": write {setting.name}=[{text}]"
+    example = _EXAMPLES[setting.kind] if setting.default in (None, [], {}) else shown(setting.default)
+    return f", as {setting.name}={example}"
 
 
 def shown(value: Any) -> str:

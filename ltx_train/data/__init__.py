@@ -1,1 +1,1 @@
-"""Clips to shards, and shards to batches."""
+"""Prepares clips into shards, and reads shards into batches."""

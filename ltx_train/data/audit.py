@@ -1,6 +1,6 @@
-"""What can be wrong with prepared data, looked for before anything is trained on it.
+"""Audit of prepared data: looks for faults in the samples before a run trains on them.
 
-Owns the findings; reads shards, decodes nothing and prints nothing.
+Owns the findings. It reads shards; it decodes nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ltx_train.diffusion.grid import Bucket, audio_latents
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An error makes `check` fail and `fit` refuse; a warning is shown."""
+    """One result of the audit. An error makes `check` fail and `fit` refuse to start; a warning is only shown."""
 
     error: bool
     text: str
@@ -30,7 +30,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class DataRequirements:
-    """What the data are to serve: the modes, what a reader is told to read for them, and the quietest sound."""
+    """What a run needs from the data.
+
+    modes: the modes that it trains. request: what the reader reads of a clip for these modes.
+    silence_db: the loudness below which sound counts as silent, in dB of full scale.
+    """
 
     modes: tuple[Mode, ...]
     request: ReadRequest
@@ -42,12 +46,15 @@ class DataRequirements:
 
 
 def audit(root: Path, index: Index, requirements: DataRequirements, stale: Sequence[str]) -> list[Finding]:
-    """Everything at once, so that a user mends all in one go."""
+    """Runs all checks and returns every finding, so that a user can fix all faults in one pass.
+
+    `stale` lists the reasons why the folder is stale. With a damaged shard, the samples are not read.
+    """
     findings = [Finding(True, f"stale: {reason}; run prepare again") for reason in stale]
     findings += _splits(index)
     findings += _files(root, index)
     if requirements.request.caption_dropout and not index.dropped_context:
-        findings.append(Finding(True, "prepared without a context for dropped captions: run prepare again"))
+        findings.append(Finding(True, "the folder has no text context for dropped captions: run prepare again"))
     if any(f.error for f in findings if "shard" in f.text):
         return findings
     reader = Reader(root, index, seed=0, request=requirements.request)
@@ -63,13 +70,13 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
 def _splits(index: Index) -> Iterator[Finding]:
     train, heldout = ({r.speaker for r in index.split(name)} for name in (TRAIN, HELDOUT))
     for speaker in sorted(train & heldout):
-        yield Finding(True, f"speaker {speaker!r} is in both splits: the held-out numbers would be worthless")
+        yield Finding(True, f"speaker {speaker!r} is in both splits: the held-out metrics would be meaningless")
     if not train:
         yield Finding(True, "the training split is empty: lower data.heldout_speakers or add clips")
     if not heldout:
-        yield Finding(False, "nothing is held out: there will be no held-out loss and no reference gap")
+        yield Finding(False, "the held-out split is empty: there will be no held-out loss and no reference gap")
     elif len(heldout) < 3:
-        yield Finding(False, f"only {len(heldout)} held-out identities: intervals over identities will be wide")
+        yield Finding(False, f"only {len(heldout)} held-out identities: confidence intervals will be wide")
 
 
 def _files(root: Path, index: Index) -> Iterator[Finding]:
@@ -77,8 +84,8 @@ def _files(root: Path, index: Index) -> Iterator[Finding]:
         path = root / "shards" / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.size:
-            found = "missing" if size is None else f"{size} bytes instead of {shard.size}"
-            yield Finding(True, f"shard {path} is {found}: run prepare again")
+            fault = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
+            yield Finding(True, f"shard {path} {fault}: run prepare again")
 
 
 def _sample(reader: Reader, record: Record, requirements: DataRequirements) -> Iterator[str]:
@@ -99,20 +106,20 @@ def _sample(reader: Reader, record: Record, requirements: DataRequirements) -> I
 
 
 def _video_fits(record: Record, latent: Tensor | None) -> Iterator[str]:
-    wanted = Bucket(*(int(n) for n in record.bucket.split("x"))).latents
+    expected = Bucket(*(int(n) for n in record.bucket.split("x"))).latents
     if latent is None:
         yield "no video latent"
-    elif tuple(latent.shape[1:]) != wanted:
-        yield f"the video latent is {list(latent.shape[1:])}, the bucket {record.bucket} needs {list(wanted)}"
+    elif tuple(latent.shape[1:]) != expected:
+        yield f"the video latent is {list(latent.shape[1:])}, but bucket {record.bucket} needs {list(expected)}"
 
 
 def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Iterator[str]:
-    wanted = audio_latents(record.seconds)
+    expected = audio_latents(record.seconds)
     if latent is None:
         yield "no audio, but the mode needs it"
         return
-    if latent.shape[1] != wanted:
-        yield f"{latent.shape[1]} audio latents beside {record.seconds:g} s of video, which needs {wanted}"
+    if latent.shape[1] != expected:
+        yield f"{latent.shape[1]} audio latents beside {record.seconds:g} s of video, which needs {expected}"
     if record.rms_db < silence_db:
         yield f"silent ({record.rms_db:.0f} dB)"
 
@@ -120,12 +127,12 @@ def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Ite
 def _mask_fits(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     mask = tensors.get(name)
     if mask is None:
-        yield f"no {name} in the shards, which the mode or the loss reads"
+        yield f"no {name} in the shards, but the mode or the loss reads it"
         return
     grids = {tuple(t.shape[1:]) for k, t in tensors.items() if k == VIDEO}
     grids |= {(t.shape[1],) for k, t in tensors.items() if k == AUDIO}
     if tuple(mask.shape) not in grids:
-        yield f"{name} is {list(mask.shape)}, which is the grid of neither its video nor its audio"
+        yield f"{name} has the shape {list(mask.shape)}, the grid of neither the video nor the audio latent"
     elif float(mask.min()) < 0 or float(mask.max()) > 1:
         yield f"{name} has values outside [0, 1]"
     elif float(mask.min()) > 0.5:
@@ -136,12 +143,12 @@ def _reference(reader: Reader, record: Record, condition: Condition, tensors: Ma
     key = reader.reference_key(Address(record.key, 0), condition)
     if key != record.key:
         if reader.records[key].source_sha256 == record.source_sha256:
-            yield f"its reference {key} is the same recording"
+            yield f"its reference {key} comes from the same recording"
         return
     target = tensors.get(AUDIO if condition.stream is ModalityName.audio else VIDEO)
     reference = tensors.get(REFERENCE if condition.source == SPEAKER else condition.source)
     if reference is None:
-        yield f"no {condition.source} in the shards, which a reference of the mode reads"
+        yield f"no {condition.source} in the shards, but a reference of the mode reads it"
     elif target is not None and _same(reference.float(), target.float()):
         yield "its reference is its own target: the model would learn to copy"
     elif target is not None and target.ndim == 4 and condition.spatial_scale is None:

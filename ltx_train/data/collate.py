@@ -1,4 +1,4 @@
-"""Samples of one bucket to a batch: stacking and nothing else."""
+"""Collates samples of one bucket into a batch by stacking their tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ltx_train.contracts import Batch, DataError, Sample
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """DataError when samples do not stack (another shape, or a part that only some have)."""
+    """Stacks samples into a batch. DataError when shapes differ or only some of the samples have a tensor."""
     return Batch(
         keys=tuple(s.key for s in samples),
         speakers=tuple(s.speaker for s in samples),
@@ -21,12 +21,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         audio_latent=_stack("audio_latent", samples, [s.audio_latent for s in samples]),
         video_context=torch.stack([s.video_context for s in samples]),
         audio_context=torch.stack([s.audio_context for s in samples]),
-        references=_stacked(samples, [s.references for s in samples]),
-        masks=_stacked(samples, [s.masks for s in samples]),
+        references=_stack_named(samples, [s.references for s in samples]),
+        masks=_stack_named(samples, [s.masks for s in samples]),
     )
 
 
-def _stacked(samples: Sequence[Sample], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _stack_named(samples: Sequence[Sample], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     stacks = {name: _stack(name, samples, [p.get(name) for p in parts]) for p in parts for name in p}
     return {name: stack for name, stack in stacks.items() if stack is not None}
 
@@ -39,5 +39,5 @@ def _stack(name: str, samples: Sequence[Sample], parts: Sequence[Tensor | None])
         described = ", ".join(
             f"{s.key}: {'none' if p is None else list(p.shape)}" for s, p in zip(samples, parts, strict=True)
         )
-        raise DataError(f"the {name} of a batch do not stack ({described}); set optim.batch_size=1 or fix the clips")
+        raise DataError(f"cannot stack the {name} of a batch ({described}); set optim.batch_size=1 or fix the clips")
     return torch.stack(present)

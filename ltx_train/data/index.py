@@ -1,6 +1,6 @@
-"""The index of a prepared folder: which samples exist, where their bytes lie, what they were made from.
+"""The index of a prepared folder: its samples, the location of their bytes, and their sources.
 
-Owns `index.json` and its schema version. No torch: reading an index must be instant.
+Owns `index.json` and its schema version. It imports no torch, because reading an index must be instant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRAIN, HELDOUT = "train", "heldout"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Bytes inside a shard: offset, size in bytes, and their SHA-256."""
+    """The location of a member inside a shard: byte offset, size in bytes, and SHA-256 of the bytes."""
 
     offset: int
     size: int
@@ -30,8 +30,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One sample. seconds is the length of the target; voice tells whether it holds a reference window for others;
-    context and variants are digests of its captions' contexts."""
+    """One sample.
+
+    seconds: length of the target. voice: whether the sample has a voice window, which other clips use as a reference.
+    context, variants: digests of the text contexts of the first caption and of the further captions.
+    """
 
     key: str
     split: str
@@ -63,9 +66,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """settings and encoders are what latents depend on; a difference to the run's makes the folder stale.
+    """The content of a prepared folder.
 
-    dropped_context: what a sample sees whose caption is dropped.
+    settings, encoders: what the latents depend on. The folder is stale when they differ from the run's.
+    dropped_context: digest of the text context that replaces a dropped caption.
     """
 
     settings: Mapping[str, Any]
@@ -80,7 +84,7 @@ class Index:
 
 
 def save(index: Index, root: Path) -> None:
-    """Writes the index last and atomically: a folder with an index is complete."""
+    """Writes the index atomically. `prepare` writes it last, so a folder with an index is complete."""
     text = json.dumps({"schema": SCHEMA, **asdict(index)}, indent=1, sort_keys=True, ensure_ascii=False)
     temporary = root / f"{INDEX_NAME}.tmp-{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
@@ -91,7 +95,10 @@ def save(index: Index, root: Path) -> None:
 
 
 def load(root: str | Path) -> Index:
-    """DataError when the folder was never (or not completely) prepared, or by another release."""
+    """Reads the index of a prepared folder.
+
+    DataError when the folder is not completely prepared, or when its index is damaged or from another release.
+    """
     path = Path(root) / INDEX_NAME
     if not path.is_file():
         raise DataError(f"no prepared data at {root}: run `ltx-train prepare` with the same data settings first")
@@ -113,7 +120,7 @@ def _record(raw: dict[str, Any]) -> Record:
 
 
 def stale_reasons(index: Index, settings: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:
-    """Every difference between what the latents were made with and what the run asks for."""
+    """Every difference between the settings and encoders of the latents and those of the run, as text."""
     pairs = [("data." + k, index.settings.get(k), v) for k, v in settings.items()]
     pairs += [(f"the {k}", index.encoders.get(k), v) for k, v in encoders.items()]
     return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]

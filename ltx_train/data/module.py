@@ -1,4 +1,4 @@
-"""The Lightning data module: addressed batches out of a prepared folder."""
+"""The Lightning data module: batches of addressed samples from a prepared folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltx_train.data.reader import Reader
 
 
 class AddressedDataset(Dataset[Sample]):
-    """Samples by address; the order lives in the batch sampler."""
+    """Maps an address to its sample. The batch sampler determines the order."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -26,7 +26,10 @@ class AddressedDataset(Dataset[Sample]):
 
 
 class ShardData(LightningDataModule):
-    """Training batches from optimizer step `first_step` on; held-out data is read by `evaluation`."""
+    """Training batches for optimizer steps `first_step` to `last_step` - 1.
+
+    `evaluation` reads the held-out split.
+    """
 
     def __init__(
         self, reader: Reader, order: Order, *, micro_batch: int, first_step: int, last_step: int, workers: int,
@@ -52,15 +55,18 @@ class ShardData(LightningDataModule):
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C and a scheduler's notice reach the whole process group; only the training process may act on them."""
+    """Makes a worker ignore the signals of Ctrl-C and of a scheduler's notice.
+
+    These signals reach the whole process group, but only the training process may act on them.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def training_order(index: Index, global_batch: int, seed: int) -> Order:
-    """The order over the training split; DataError when it is empty."""
+def training_order(index: Index, global_batch: int, seed: int, limit: int | None = None) -> Order:
+    """The order over the training split, or over its first `limit` clips; DataError when it is empty."""
     buckets: dict[str, list[str]] = {}
-    for record in index.split(TRAIN):
+    for record in index.split(TRAIN)[:limit]:
         buckets.setdefault(record.bucket, []).append(record.key)
     if not buckets:
         raise DataError("the training split is empty: lower data.heldout_speakers or add clips, then prepare again")

@@ -1,7 +1,7 @@
-"""Addressed order: which samples an optimizer step uses, as a pure function of (seed, step).
+"""Addressed order: the samples of an optimizer step as a pure function of (seed, step).
 
-Knows sample keys, buckets and the global batch; never ranks, workers or history. A checkpoint
-therefore stores one integer, and any number of ranks sees the same samples per step.
+It knows sample keys, buckets and the global batch size, but no ranks, workers or history. A checkpoint
+therefore stores one integer, and any number of ranks uses the same samples per step.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from ltx_train import rng
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One use of a sample: `draw` is its global position and keys its random numbers."""
+    """One use of a sample. `draw` is the global position of this use; it keys the random numbers of the sample."""
 
     key: str
     draw: int
 
 
 class Order:
-    """Every epoch is a new permutation, cut into batches of one bucket; a bucket's last batch is
-    filled up from its own beginning, so each sample is used at least once per epoch."""
+    """Training order: every epoch is a new permutation, cut into batches of one bucket each.
+
+    A bucket's last batch is filled up with the first samples of its permutation, so each sample is used at least
+    once per epoch.
+    """
 
     def __init__(self, buckets: Mapping[str, Sequence[str]], global_batch: int, seed: int) -> None:
         self._buckets = {name: sorted(keys) for name, keys in sorted(buckets.items()) if keys}
@@ -33,27 +36,30 @@ class Order:
         self._epoch: tuple[int, list[list[str]]] = (-1, [])
 
     def batch(self, step: int) -> list[Address]:
-        """The samples of optimizer step `step` (from 0)."""
-        epoch, place = divmod(step, self.batches_per_epoch)
+        """Returns the addresses of the samples of optimizer step `step`, counted from 0."""
+        epoch, position = divmod(step, self.batches_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches(epoch))
-        keys = self._epoch[1][place]
+        keys = self._epoch[1][position]
         return [Address(key, step * self._batch + slot) for slot, key in enumerate(keys)]
 
     def _batches(self, epoch: int) -> list[list[str]]:
         batches: list[list[str]] = []
         for name, keys in self._buckets.items():
             order = torch.randperm(len(keys), generator=rng.generator(self._seed, "order", name, epoch)).tolist()
-            short = -len(order) % self._batch
-            order += [order[i % len(keys)] for i in range(short)]
+            padding = -len(order) % self._batch
+            order += [order[i % len(keys)] for i in range(padding)]
             shuffled = [keys[i] for i in order]
             batches += [shuffled[i : i + self._batch] for i in range(0, len(shuffled), self._batch)]
-        mixed = torch.randperm(len(batches), generator=rng.generator(self._seed, "order/batches", "", epoch))
-        return [batches[i] for i in mixed.tolist()]
+        permutation = torch.randperm(len(batches), generator=rng.generator(self._seed, "order/batches", "", epoch))
+        return [batches[i] for i in permutation.tolist()]
 
 
 class MicroBatches:
-    """The batch sampler of one rank: its share of every global batch, in micro-batches, from a given step on."""
+    """Batch sampler of one rank: yields the rank's part of every global batch in micro-batches.
+
+    It covers the optimizer steps `first_step` to `last_step` - 1.
+    """
 
     def __init__(
         self, order: Order, *, micro_batch: int, first_step: int, last_step: int, rank: int = 0, world: int = 1
@@ -64,10 +70,10 @@ class MicroBatches:
     def __iter__(self) -> Iterator[list[Address]]:
         for step in self._steps:
             batch = self._order.batch(step)
-            share = len(batch) // self._world
-            own = batch[self._rank * share : (self._rank + 1) * share]
-            yield from (own[i : i + self._micro] for i in range(0, len(own), self._micro))
+            per_rank = len(batch) // self._world
+            addresses = batch[self._rank * per_rank : (self._rank + 1) * per_rank]
+            yield from (addresses[i : i + self._micro] for i in range(0, len(addresses), self._micro))
 
     def __len__(self) -> int:
-        share = len(self._order.batch(0)) // self._world
-        return len(self._steps) * (share // self._micro)
+        per_rank = len(self._order.batch(0)) // self._world
+        return len(self._steps) * (per_rank // self._micro)

@@ -1,7 +1,7 @@
-"""From an address to a sample: reads verified bytes out of WebDataset shards by offset.
+"""Reads the sample of an address: verified bytes from WebDataset shards, by offset.
 
-Owns random access, digest checks and the choice of references and captions. A byte that does not
-match the index is an error that names the shard, never a silently different sample.
+Owns random access, digest checks and the choice of references and captions. Bytes that do not match
+the index raise an error that names the shard; the reader never returns a corrupt sample.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ltx_train.data.order import Address
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
 CONTROL, VIDEO_MASK, AUDIO_MASK = "reference_video_latent", "video_mask", "audio_mask"
-# 12.6 MB each on the 22B; a constant caption needs one, a set of a few dozen captions is read once.
+# A text context of the 22B takes 12.6 MB. Up to 64 captions are read once; a constant caption needs one context.
 _CONTEXTS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What is read of a clip besides its latents and its first caption.
+    """What the reader reads of a clip besides its latents and its first caption.
 
-    references: by the name of their condition. masks: tensor names, given if the clip has them or required.
-    caption_dropout: share of draws that see the dropped caption; variants: further captions take their turns.
+    references: reference conditions by name. masks: names of mask tensors; a clip without one of them is an error.
+    caption_dropout: share of draws whose caption is dropped. variants: whether draws use further captions too.
     """
 
     references: Mapping[str, Condition] = field(default_factory=dict[str, Condition])
@@ -45,15 +45,15 @@ class ReadRequest:
 
     @classmethod
     def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> ReadRequest:
-        """For training in any of several modes."""
+        """The request for training in any of `modes`; `masks` adds mask tensors to those of the modes."""
         modes = list(modes)
-        found = {c.name: c for mode in modes for c in mode.references}
-        named = frozenset([*masks, *(name for mode in modes for name in mode.masks)])
-        return cls(found, named, caption_dropout, variants=True)
+        references = {c.name: c for mode in modes for c in mode.references}
+        mask_names = frozenset([*masks, *(name for mode in modes for name in mode.masks)])
+        return cls(references, mask_names, caption_dropout, variants=True)
 
 
 class Reader:
-    """Samples of a prepared folder by key. `seed` keys which clip of a speaker serves as the reference."""
+    """Reads the samples of a prepared folder by key. `seed` keys the choices of references and captions."""
 
     def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
         self._root, self._seed, self._request = Path(root), seed, request or ReadRequest()
@@ -67,19 +67,19 @@ class Reader:
         self._contexts: dict[str, dict[str, Tensor]] = {}
 
     def sample(self, address: Address) -> Sample:
-        """The sample, with the references that are its own and the caption of this draw."""
-        return self._made(address, None, self.caption(address))
+        """The sample with its correct references and the caption of this draw."""
+        return self._assemble(address, None, self.caption(address))
 
     def with_references_of(self, address: Address, other: str) -> Sample:
-        """The sample with the references of another clip: its voice, its video, or the tensors prepared for it."""
-        return self._made(address, other, self.caption(address))
+        """The sample with the references of clip `other`: its voice, its video, or the tensors prepared for it."""
+        return self._assemble(address, other, self.caption(address))
 
     def with_caption_of(self, address: Address, other: str) -> Sample:
-        """The sample under the first caption of another clip."""
-        return self._made(address, None, self.records[other].context)
+        """The sample with the first caption of clip `other`."""
+        return self._assemble(address, None, self.records[other].context)
 
     def caption(self, address: Address) -> str:
-        """The digest of the context this draw sees: dropped, or a keyed choice among the clip's captions."""
+        """Digest of this draw's text context, for the dropped caption or a keyed choice among the clip's captions."""
         record, request = self.records[address.key], self._request
         where = (record.key, address.draw)
         if request.caption_dropout and float(rng.uniform(self._seed, "caption/drop", *where)) < request.caption_dropout:
@@ -88,13 +88,16 @@ class Reader:
         return choices[rng.choice(len(choices), self._seed, "caption", *where)]
 
     def reference_key(self, address: Address, condition: Condition) -> str:
-        """The clip whose voice or video is the reference: a prepared one, else a keyed choice among the speaker's
-        others. DataError when there is none."""
+        """The key of the clip that provides the reference.
+
+        This is the clip itself if it has a prepared reference, else a keyed choice among the speaker's other clips.
+        DataError when no other clip fits.
+        """
         record = self.records[address.key]
         if condition.source != SPEAKER or (condition.stream is ModalityName.audio and record.own_reference):
             return record.key
         others = [r for r in self._by_speaker.get(record.speaker, []) if r.key != record.key]
-        donors = [r.key for r in others if _gives(r, record, condition)]
+        donors = [r.key for r in others if _can_serve(r, record, condition)]
         if donors:
             return donors[rng.choice(len(donors), self._seed, "reference", record.key, address.draw)]
         if condition.stream is ModalityName.audio:
@@ -104,17 +107,19 @@ class Reader:
             )
         raise DataError(
             f"{record.key}: speaker {record.speaker!r} has no other clip of bucket {record.bucket} as a reference; "
-            "add clips, or give references of their own and name them in the condition's source"
+            "add clips, or prepare references and name their tensor in the condition's source"
         )
 
     def others(self, address: Address, count: int) -> list[str]:
-        """Up to `count` clips of other identities of the same split whose references would fit, by keyed choice;
-        different identities as long as there are enough."""
+        """Keys of up to `count` clips of other identities in the same split, by keyed choice.
+
+        Each clip can provide every requested reference. The identities differ as long as there are enough of them.
+        """
         record = self.records[address.key]
         fitting: dict[str, list[str]] = {}
         for other in self._by_split[record.split]:
             if other.speaker != record.speaker and all(
-                _gives(other, record, c) or (c.stream is ModalityName.audio and other.own_reference)
+                _can_serve(other, record, c) or (c.stream is ModalityName.audio and other.own_reference)
                 for c in self._request.references.values()
             ):
                 fitting.setdefault(other.speaker, []).append(other.key)
@@ -126,21 +131,22 @@ class Reader:
         return list(dict.fromkeys(chosen))
 
     def other_caption(self, address: Address) -> str | None:
-        """A clip of another identity of the same split that has another caption, by keyed choice; None without one."""
+        """The key of a clip with another identity and another caption in the same split, by keyed choice; None if
+        there is no such clip."""
         record = self.records[address.key]
-        found = [
+        keys = [
             r.key for r in self._by_split[record.split] if r.speaker != record.speaker and r.context != record.context
         ]  # fmt: skip
-        if not found:
+        if not keys:
             return None
-        return found[rng.choice(len(found), self._seed, "wrong-caption", record.key, address.draw)]
+        return keys[rng.choice(len(keys), self._seed, "wrong-caption", record.key, address.draw)]
 
-    def _made(self, address: Address, donor: str | None, context: str) -> Sample:
+    def _assemble(self, address: Address, donor: str | None, context: str) -> Sample:
         record = self.records[address.key]
         tensors, contexts = self.tensors(record), self._context(context)
         missing = sorted(name for name in self._request.masks if name not in tensors)
         if missing:
-            raise DataError(f"{record.key}: the shards have no {missing[0]!r} for it, which the mode or the loss reads")
+            raise DataError(f"{record.key}: no {missing[0]!r} in the shards, but the mode or the loss reads it")
         references = {
             name: self._reference(donor or self.reference_key(address, condition), condition)
             for name, condition in self._request.references.items()
@@ -159,20 +165,19 @@ class Reader:
         )
 
     def _reference(self, key: str, condition: Condition) -> Tensor:
-        """The reference latents that clip `key` gives."""
+        """The latents of clip `key` that serve as the reference of `condition`."""
         tensors = self.tensors(self.records[key])
         names = (condition.source,)
         if condition.source == SPEAKER:
-            own = self.records[key].own_reference
-            voice = (REFERENCE, VOICE) if own else (VOICE,)
+            voice = (REFERENCE, VOICE) if self.records[key].own_reference else (VOICE,)
             names = voice if condition.stream is ModalityName.audio else (VIDEO,)
         for name in names:
             if name in tensors:
                 return tensors[name]
-        raise DataError(f"{key}: the shards have no {names[0]!r} for it, which a reference of the mode reads")
+        raise DataError(f"{key}: no {names[0]!r} in the shards, but a reference of the mode reads it")
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
-        """All tensors of a sample; DataError when its bytes are not the indexed ones."""
+        """All tensors of a sample. DataError when its bytes cannot be read or do not match the index."""
         path = self._root / "shards" / record.shard
         try:
             with path.open("rb") as file:
@@ -198,8 +203,8 @@ class Reader:
             raise DataError(f"{path}: cannot read a text context ({error}): prepare again") from error
 
 
-def _gives(record: Record, target: Record, condition: Condition) -> bool:
-    """Whether a clip can serve as the reference of a target."""
+def _can_serve(record: Record, target: Record, condition: Condition) -> bool:
+    """Whether the clip of `record` can serve as the reference of the clip of `target`."""
     if condition.source != SPEAKER:
         return condition.stream is ModalityName.audio or record.bucket == target.bucket
     return record.voice if condition.stream is ModalityName.audio else record.bucket == target.bucket

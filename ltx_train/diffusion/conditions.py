@@ -1,8 +1,8 @@
-"""From a batch and a mode to what the transformer reads and what it must predict.
+"""Builds the transformer's inputs and training targets from a batch and a mode.
 
-Owns the draws, noising and the loss mask; `given` says which tokens are clean, `references` adds
-tokens. Pure given its draws; the draws are keyed by sample, so they do not depend on the batch a
-sample happens to be in.
+Owns the random draws, the noising and the loss mask. `given` selects the clean target tokens and `references` appends
+reference tokens. For fixed draws the result is deterministic. The draws are keyed by sample, so they do not depend on
+the other samples of the batch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ _UNWEIGHTED: TokenWeights = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """Everything random in one training step, float32 on the CPU: sigma (B,) per modality, noise like the target
-    tokens, and per condition of the mode whether a sample has it (B,) bool and its numbers (B, 4) from U[0, 1)."""
+    """All random numbers of one training step, on the CPU.
+
+    Sigma (B,) per modality and noise in the shape of the target tokens, both float32. Per condition of the mode:
+    `chosen` (B,) bool, whether a sample has it, and `numbers` (B, 4) float32 from U[0, 1) for its size and position.
+    """
 
     video_sigma: Tensor
     audio_sigma: Tensor
@@ -56,7 +59,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """What goes into the transformer and the velocities it has to give; None for an absent or given modality."""
+    """The transformer's inputs and its target velocities. Absent modalities have neither, frozen ones no velocity."""
 
     video: Modality | None
     audio: Modality | None
@@ -65,9 +68,9 @@ class ModelInputs:
 
 
 def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *, sigma: float | None = None) -> Draws:
-    """Keyed random numbers for a batch; a given `sigma` replaces the drawn levels (held-out evaluation)."""
+    """Keyed random numbers for a batch. `sigma` replaces the drawn noise levels (held-out evaluation)."""
     video_tokens, audio_tokens = _token_counts(batch)
-    # The shift of the noise levels depends on how many tokens are generated.
+    # The shift of the noise levels depends on the number of generated tokens.
     shared_tokens = video_tokens if mode.video is Role.generate else audio_tokens
     pairs = list(zip(batch.keys, batch.draws, strict=True))
     if sigma is not None:
@@ -79,7 +82,7 @@ def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *
             audio = torch.cat(
                 [_level(distribution, rng.generator(seed, "sigma/audio", k, d), audio_tokens) for k, d in pairs]
             )
-    # Drawn whether a sample has the condition or not: another p changes no other draw.
+    # Drawn for every sample, with or without the condition, so that changing p changes no other draw.
     chances = [torch.cat([rng.uniform(seed, c.name, k, d) for k, d in pairs]) for c in mode.conditions]
     numbers = [torch.stack([rng.uniform(seed, f"{c.name}/place", k, d, 4) for k, d in pairs]) for c in mode.conditions]
     return Draws(
@@ -92,23 +95,23 @@ def draw(batch: Batch, mode: Mode, distribution: SigmaDistribution, seed: int, *
 
 
 def without_references(mode: Mode, draws: Draws) -> Draws:
-    """The same noise with every reference dropped."""
+    """The same draws with every reference dropped."""
     pairs = zip(mode.conditions, draws.chosen, strict=True)
     return replace(draws, chosen=tuple(d & (c.kind is not ConditionKind.reference) for c, d in pairs))
 
 
 def assemble(batch: Batch, mode: Mode, draws: Draws, token_weights: TokenWeights = _UNWEIGHTED) -> ModelInputs:
-    """The model's inputs on the batch's device. token_weights: loss weight of the places of a mask, by its name.
+    """The model's inputs on the batch's device. token_weights: loss weight of the tokens inside a mask, by mask name.
 
-    DataError names samples that lack what the mode needs, or of which every token is given clean.
+    DataError names samples without data that the mode needs, and samples whose tokens are all clean.
     """
     video, video_velocity = _stream(batch, mode, draws, ModalityName.video, token_weights)
     audio, audio_velocity = _stream(batch, mode, draws, ModalityName.audio, token_weights)
     masks = [v.loss_mask.amax(dim=1) > 0 for v in (video_velocity, audio_velocity) if v is not None]
     predicted = torch.stack(masks).any(dim=0).tolist() if masks else [False] * len(batch.keys)
-    nothing = [key for key, some in zip(batch.keys, predicted, strict=True) if not some]
-    if nothing:
-        raise DataError(f"{', '.join(nothing[:3])}: every token is given clean, there is nothing to predict")
+    all_clean = [key for key, has_targets in zip(batch.keys, predicted, strict=True) if not has_targets]
+    if all_clean:
+        raise DataError(f"{', '.join(all_clean[:3])}: every token is given clean, there is nothing to predict")
     return ModelInputs(video, audio, video_velocity, audio_velocity)
 
 
@@ -122,27 +125,27 @@ def _stream(
         raise DataError(f"{', '.join(batch.keys[:3])}: the mode needs {name.value}, and there is none")
     grid = tuple(latent.shape[2:]) if name is ModalityName.video else (latent.shape[2],)
     noised = torch.ones(len(batch.keys), math.prod(grid), device=latent.device)
-    beside: list[Reference] = []
+    attachments: list[Reference] = []
     for condition, chosen, numbers in zip(mode.conditions, draws.chosen, draws.numbers, strict=True):
         if condition.stream is not name:
             continue
         if condition.kind is ConditionKind.reference:
-            seen = references.visible(condition, chosen, draws.sigma(name))
-            beside.append(Reference(condition, _named(batch, condition, batch.references), seen))
+            visible = references.visible(condition, chosen, draws.sigma(name))
+            attachments.append(Reference(condition, _required_tensor(batch, condition, batch.references), visible))
             continue
-        mask = _named(batch, condition, batch.masks) if condition.kind is ConditionKind.mask else None
+        mask = _required_tensor(batch, condition, batch.masks) if condition.kind is ConditionKind.mask else None
         clean = given.tokens(condition, grid, numbers, mask).to(latent.device)
         noised[clean & chosen[:, None].to(latent.device)] = 0
     modality, velocity = _noised(batch, latent, noised, sigma=draws.sigma(name), noise=draws.noise(name), name=name)
     if velocity is not None:
         velocity = replace(velocity, loss_mask=_weighted(batch, velocity.loss_mask, grid, token_weights))
-    return references.attached(modality, beside, latent, batch.fps), velocity
+    return references.attached(modality, attachments, latent, batch.fps), velocity
 
 
 def _noised(
     batch: Batch, latent: Tensor, noised: Tensor, *, sigma: Tensor, noise: Tensor | None, name: ModalityName
 ) -> tuple[Modality, Velocity | None]:
-    """x = (1 - sigma) * clean + sigma * noise where `noised` is 1; a modality without noise is given as it is."""
+    """x = (1 - sigma) * clean + sigma * noise where `noised` is 1. Without noise the modality stays clean."""
     clean, device = references.tokens(latent), latent.device
     if name is ModalityName.video:
         sizes = (latent.shape[2], latent.shape[3], latent.shape[4])
@@ -152,9 +155,9 @@ def _noised(
         bounds = positions.audio(clean.shape[1]).expand(clean.shape[0], -1, -1, -1).to(device)
         context = batch.audio_context
     if noise is None:
-        none = torch.zeros(clean.shape[0], device=device)
+        zeros = torch.zeros(clean.shape[0], device=device)
         return Modality(
-            latent=clean, timesteps=torch.zeros_like(noised), sigma=none, positions=bounds, context=context
+            latent=clean, timesteps=torch.zeros_like(noised), sigma=zeros, positions=bounds, context=context
         ), None
     noise, level = noise.to(device), sigma.to(device)
     timesteps = level[:, None] * noised
@@ -169,18 +172,18 @@ def _noised(
 
 
 def _weighted(batch: Batch, mask: Tensor, grid: given.Grid, token_weights: TokenWeights) -> Tensor:
-    """The loss mask with the weights of the data's masks, as far as they are masks of this modality."""
+    """The loss mask times the weights of the data's masks. Masks of another grid belong to the other modality."""
     for name, weight in token_weights.items():
-        places = batch.masks.get(name)
-        if places is not None and tuple(places.shape[1:]) == grid:
-            mask = mask * (1 + (weight - 1) * places.flatten(1).to(mask.device))
+        weighted_tokens = batch.masks.get(name)
+        if weighted_tokens is not None and tuple(weighted_tokens.shape[1:]) == grid:
+            mask = mask * (1 + (weight - 1) * weighted_tokens.flatten(1).to(mask.device))
     return mask
 
 
-def _named(batch: Batch, condition: Condition, tensors: Mapping[str, Tensor]) -> Tensor:
+def _required_tensor(batch: Batch, condition: Condition, tensors: Mapping[str, Tensor]) -> Tensor:
     key = condition.source if condition.kind is ConditionKind.mask else condition.name
     if key not in tensors:
-        raise DataError(f"{', '.join(batch.keys[:3])}: the mode needs {condition.name}, and the data have none")
+        raise DataError(f"{', '.join(batch.keys[:3])}: the mode needs {condition.name}, and the data do not contain it")
     return tensors[key]
 
 

@@ -1,6 +1,6 @@
-"""Which target tokens a condition gives clean: grids, lengths, rectangles and masks.
+"""Selects the target tokens that a condition keeps clean: frames, lengths, rectangles and masks.
 
-Pure functions of a token grid and of numbers drawn elsewhere. Knows nothing of noise or of a model.
+Pure functions of a token grid and of numbers drawn in `conditions`. Knows nothing of noise or of a model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _SMALLEST_SIDE = 0.25
 
 
 def tokens(condition: Condition, grid: Grid, numbers: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, T) bool, True where the condition would give a token clean; grid is (F, H, W) or (T,).
+    """(B, T) bool, True for the tokens that the condition keeps clean. grid: (F, H, W) or (T,).
 
-    numbers: (B, 4) from U[0, 1) for what the condition draws. mask: (B, *grid) of the data.
+    numbers: (B, 4) from U[0, 1) for the length or rectangle. mask: (B, *grid) from the data, for a mask condition.
     """
     match condition.kind:
         case ConditionKind.first_frame:
@@ -31,22 +31,24 @@ def tokens(condition: Condition, grid: Grid, numbers: Tensor, mask: Tensor | Non
             return _inside(rectangles(condition, grid, numbers), grid)
         case ConditionKind.mask:
             if mask is None:
-                raise ValueError(f"a mask condition without the mask {condition.source!r}")
+                raise ValueError(f"the mask condition needs the mask {condition.source!r}")
             if tuple(mask.shape[1:]) != grid:
-                raise ValueError(f"the mask {condition.source!r} is {list(mask.shape[1:])}, the latent {list(grid)}")
+                raise ValueError(
+                    f"the mask {condition.source!r} has the shape {list(mask.shape[1:])}, the latent {list(grid)}"
+                )
             return mask.flatten(1) > 0.5
         case ConditionKind.reference:
-            raise ValueError("a reference gives no target tokens")
+            raise ValueError("a reference condition selects no target tokens")
 
 
 def lengths(condition: Condition, numbers: Tensor) -> Tensor:
-    """(B,) int64: latent steps that a prefix or suffix gives, [n] or drawn from [lowest, highest]."""
+    """(B,) int64: length of a prefix or suffix in latent steps, fixed [n] or drawn from [lowest, highest]."""
     lowest, highest = condition.latents[0], condition.latents[-1]
     return lowest + (numbers[:, 0] * (highest - lowest + 1)).long()
 
 
 def rectangles(condition: Condition, grid: Grid, numbers: Tensor) -> Tensor:
-    """(B, 4) int64 [top, left, bottom, right) in latent rows and columns: the given region, or one per sample."""
+    """(B, 4) int64 [top, left, bottom, right) in latents: the condition's region, or a rectangle per sample."""
     if condition.region:
         fixed = torch.tensor(condition.region) // PIXELS_PER_LATENT
         return fixed.expand(len(numbers), 4)
@@ -59,7 +61,7 @@ def rectangles(condition: Condition, grid: Grid, numbers: Tensor) -> Tensor:
 
 
 def _frame(grid: Grid) -> Tensor:
-    """(T,) the latent step of every token."""
+    """(T,) int64: the latent step of every token."""
     per_step = 1 if len(grid) == 1 else grid[1] * grid[2]
     return torch.arange(grid[0]).repeat_interleave(per_step)
 

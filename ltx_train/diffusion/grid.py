@@ -1,7 +1,7 @@
-"""Buckets and the latent grid: how many latents and tokens a clip has. Numbers only; imports no torch.
+"""Buckets and the latent grid: the number of latents and tokens of a clip. Imports no torch.
 
-The home of the VAEs' strides. The video VAE is causal: its first latent frame holds one pixel frame, every later one
-eight. A token of the transformer is one latent of the video, or one latent step of the audio.
+Defines the VAEs' strides. The video VAE is causal: its first latent frame holds one pixel frame, every later one
+eight. A transformer token is one video latent or one audio latent step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ AUDIO_LATENTS_PER_S = 25.0
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A clip's size: width and height in pixels, multiples of 32, and 8k + 1 frames."""
+    """The size of a clip: width and height in pixels, both multiples of 32, and 8k + 1 frames."""
 
     width: int
     height: int
@@ -34,19 +34,19 @@ class Bucket:
         return frames * height * width
 
     def audio_tokens(self, fps: float) -> int:
-        """Audio tokens beside the clip at `fps` frames per second."""
+        """Number of audio tokens of a clip at `fps` frames per second."""
         return audio_latents(self.frames / fps)
 
     def shortened(self, share: float) -> Bucket:
-        """About this share of the frames, at least one."""
+        """The bucket with about this share of the frames, at least one frame."""
         return Bucket(self.width, self.height, max(1, int((self.frames - 1) * share / 8) * 8 + 1))
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of 8k + 1 pixel frames."""
+    """Number of latent frames for 8k + 1 pixel frames."""
     return (frames - 1) // FRAMES_PER_LATENT + 1
 
 
 def audio_latents(seconds: float) -> int:
-    """Audio latents of a duration: 25 per second, as at inference."""
+    """Number of audio latents for a duration: 25 per second, as at inference."""
     return round(seconds * AUDIO_LATENTS_PER_S)

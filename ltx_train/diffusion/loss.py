@@ -1,4 +1,4 @@
-"""The training loss: masked mean square of the velocity error, float32, per modality and sample."""
+"""The training loss: masked mean squared error of the velocity, float32, per modality and sample."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the modalities' losses are multiplied by (numbers, or scalars on the losses' device), and the weighting of
-    noise levels: none, or cosmap."""
+    """Factors of the modalities' losses (numbers, or scalar tensors on the losses' device), and the noise-level
+    weighting `levels`: none or cosmap."""
 
     video: float | Tensor = 1.0
     audio: float | Tensor = 1.0
@@ -19,10 +19,10 @@ class Weights:
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Per-sample loss (B,) float32 of prediction and target (B, T, C) under token weights (B, T).
+    """Per-sample loss (B,) float32 of prediction and target (B, T, C) with token weights mask (B, T).
 
-    mean over tokens and channels of mask * (prediction - target)^2, divided by the mean of the mask.
-    A row whose mask is all zero gives 0; `conditions` refuses a sample in which every token is so.
+    Mean over tokens and channels of mask * (prediction - target)^2, divided by the mean of the mask.
+    A sample whose mask is zero everywhere has loss 0; `conditions` refuses samples without tokens to predict.
     """
     error = (prediction.float() - target.float()).square().mean(dim=-1)
     weights = mask.float()
@@ -30,7 +30,7 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def weighted_total(video: Tensor | None, audio: Tensor | None, weights: Weights) -> Tensor:
-    """Scalar loss: weighted sum of the modalities, mean over the batch."""
+    """Scalar loss: weighted sum over the modalities, mean over the batch. ValueError without any loss."""
     pairs = ((weights.video, video), (weights.audio, audio))
     parts = [weight * loss for weight, loss in pairs if loss is not None]
     if not parts:
@@ -45,4 +45,4 @@ def level_weight(kind: str, sigma: Tensor) -> Tensor | float:
         return 1.0
     if kind == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
-    raise ValueError(f"there is no weighting of noise levels called {kind!r}")
+    raise ValueError(f"unknown noise-level weighting {kind!r}")

@@ -1,6 +1,6 @@
-"""Which mode each sample of a batch is trained in, when a run mixes several.
+"""Assigns a mode to each sample of a batch when a run mixes several modes.
 
-Keyed by sample: a sample has its mode whatever batch it stands in.
+The draw is keyed by sample, so a sample's mode does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Weighted = Sequence[tuple[float, Mode]]
 
 
 def parts(batch: Batch, modes: Weighted, seed: int) -> list[tuple[Mode, Batch]]:
-    """The batch by mode, in the modes' order; samples of one mode stay one batch."""
+    """Splits a batch into one batch per drawn mode, in the modes' order. Modes without samples are left out."""
     if len(modes) == 1:
         return [(modes[0][1], batch)]
     edges = list(accumulate(weight for weight, _ in modes))
-    found: list[list[int]] = [[] for _ in modes]
+    samples: list[list[int]] = [[] for _ in modes]
     for number, (key, draw) in enumerate(zip(batch.keys, batch.draws, strict=True)):
-        place = float(rng.uniform(seed, "mode", key, draw)) * edges[-1]
-        found[min(bisect_right(edges, place), len(modes) - 1)].append(number)
-    pairs = zip(modes, found, strict=True)
+        point = float(rng.uniform(seed, "mode", key, draw)) * edges[-1]
+        samples[min(bisect_right(edges, point), len(modes) - 1)].append(number)
+    pairs = zip(modes, samples, strict=True)
     return [(mode, select(batch, numbers)) for (_, mode), numbers in pairs if numbers]
 
 
 def select(batch: Batch, numbers: Sequence[int]) -> Batch:
-    """The samples of a batch at the given places."""
+    """The batch of the samples at these indices."""
     chosen: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)

@@ -1,4 +1,4 @@
-"""One forward pass to losses, the step that training and evaluation share; and on to gradients."""
+"""The forward pass to losses, which training and evaluation share, and the backward pass to gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Predictor = Callable[[Modality | None, Modality | None], tuple[Tensor | None, Te
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward and backward pass: inputs on the device, weights of the losses, scale of the gradient."""
+    """Arguments of one forward and backward pass: inputs on the device, loss weights, and gradient scale."""
 
     inputs: ModelInputs
     weights: Weights
@@ -24,16 +24,16 @@ class MicroBatch:
 
 
 def backward(predict: Predictor, micro_batch: MicroBatch) -> StepResult:
-    """Accumulates the gradients of the scaled loss into the parameters. The result is detached."""
+    """Accumulates the gradients of the scaled loss into the parameters. Returns the detached, unscaled losses."""
     result = losses(predict, micro_batch.inputs, micro_batch.weights)
     (result.loss * micro_batch.scale).backward()
     return StepResult(result.loss.detach(), _detached(result.video), _detached(result.audio), result.sigma)
 
 
 def losses(predict: Predictor, inputs: ModelInputs, weights: Weights) -> StepResult:
-    """Velocities of the target tokens against their targets; reference tokens are cut off.
+    """The losses of the predicted velocities of the target tokens. Predictions for reference tokens are dropped.
 
-    The losses by modality are plain; the total has all weights.
+    The losses per modality are unweighted. The total includes all weights.
     """
     video, audio = predict(inputs.video, inputs.audio)
     video_loss, video_part = _loss(video, inputs.video, inputs.video_velocity, weights)
@@ -50,7 +50,7 @@ def _detached(loss: Tensor | None) -> Tensor | None:
 def _loss(
     prediction: Tensor | None, modality: Modality | None, velocity: Velocity | None, weights: Weights
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Per sample (B,): the plain loss, and the one weighted by noise level."""
+    """The unweighted loss (B,) and the loss weighted by noise level (B,)."""
     if prediction is None or modality is None or velocity is None:
         return None, None
     plain = masked_mse(prediction[:, : velocity.target.shape[1]], velocity.target, velocity.loss_mask)

@@ -1,7 +1,7 @@
-"""Where tokens stand: [start, end) of every token in seconds and pixels, always float32.
+"""Token positions: the interval [start, end) of every token in seconds and pixels, always float32.
 
-The VAEs are causal: the first latent frame holds one pixel frame (one mel frame), every later
-one eight (four). Knows the grids only, not what is done with them.
+The VAEs are causal: the first latent frame holds one pixel frame (one mel frame), every later one eight (four).
+Knows the token grids only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MEL_HOP_S = 160 / 16000
 
 
 def video(latent_frames: int, latent_height: int, latent_width: int, fps: float) -> Tensor:
-    """(3, F * H * W, 2): seconds, rows in pixels, columns in pixels; tokens in the order frame, row, column."""
+    """(3, F * H * W, 2): seconds, rows and columns in pixels. Tokens are ordered by frame, row, column."""
     sizes = (latent_frames, latent_height, latent_width)
     axes = [torch.arange(size, dtype=torch.float32) for size in sizes]
     starts = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
@@ -29,11 +29,11 @@ def video(latent_frames: int, latent_height: int, latent_width: int, fps: float)
 def video_reference(
     latent_frames: int, latent_height: int, latent_width: int, fps: float, *, spatial_scale: int, temporal_scale: int
 ) -> Tensor:
-    """(3, F * H * W, 2) on the axes of a target of `fps` frames a second.
+    """(3, F * H * W, 2) on the axes of a target with `fps` frames per second.
 
-    A reference that is `spatial_scale` times smaller spans the same pixels; one with `temporal_scale` times fewer
-    frames a second spans the same time, its first frame standing where the target's first one does:
-    t * scale - (scale - 1) / fps, not below 0.
+    A reference whose grid is `spatial_scale` times smaller spans the same pixels. A reference with `temporal_scale`
+    times fewer frames per second spans the same time, and its first frame is at the time of the target's first frame:
+    t * scale - (scale - 1) / fps, at least 0.
     """
     bounds = video(latent_frames, latent_height, latent_width, fps / temporal_scale)
     bounds[0] = (bounds[0] - (temporal_scale - 1) / fps).clamp(min=0)

@@ -1,7 +1,7 @@
-"""Reference tokens: where they stand, and who may see them.
+"""Reference tokens: their positions, and which queries attend to them.
 
-Owns positions, visibility and strengths of clean tokens beside the target. Which clip they come
-from is the data's matter; whether a sample has them is drawn in `conditions`.
+Owns positions, visibility and strengths of the clean tokens appended to the target. The data pipeline selects the
+reference clip, and `conditions` draws whether a sample has a reference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ltx_train.diffusion import positions
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One condition's tokens in a batch: latent (B, C, F, H, W) or (B, c, R, f); visible (B,) bool."""
+    """The reference of one condition in a batch: latent (B, C, F, H, W) or (B, c, R, f); visible (B,) bool."""
 
     condition: Condition
     latent: Tensor
@@ -26,14 +26,14 @@ class Reference:
 
 
 def visible(condition: Condition, chosen: Tensor, sigma: Tensor) -> Tensor:
-    """(B,) bool: where it was drawn and the noise level lies within the condition's gate."""
+    """(B,) bool: whether a sample has the reference and its noise level lies within the condition's `sigmas`."""
     low, high = condition.sigmas
     return chosen & (sigma >= low) & (sigma <= high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Tokens [first, last) of a modality that are there at noise levels in [low, high] only."""
+    """Tokens [first, last) of a modality that are visible only at noise levels in [low, high]."""
 
     modality: ModalityName
     first: int
@@ -43,43 +43,44 @@ class Gate:
 
 
 def gates(mode: Mode, batch: Batch) -> tuple[Gate, ...]:
-    """The gates of a batch's references, for sampling, where the noise level changes under one set of tokens."""
-    found: list[Gate] = []
+    """The gates of a batch's references, for sampling, where the tokens stay the same while the noise level changes."""
+    all_gates: list[Gate] = []
     for name in ModalityName:
         latent = batch.video_latent if name is ModalityName.video else batch.audio_latent
-        place = 0 if latent is None else tokens(latent[:1]).shape[1]
+        first = 0 if latent is None else tokens(latent[:1]).shape[1]
         for condition in (c for c in mode.references if c.stream is name and c.name in batch.references):
             count = tokens(batch.references[condition.name][:1]).shape[1]
             low, high = condition.sigmas
-            found.append(Gate(modality=name, first=place, last=place + count, low=low, high=high))
-            place += count
-    return tuple(gate for gate in found if (gate.low, gate.high) != (0.0, 1.0))
+            all_gates.append(Gate(modality=name, first=first, last=first + count, low=low, high=high))
+            first += count
+    return tuple(gate for gate in all_gates if (gate.low, gate.high) != (0.0, 1.0))
 
 
 def always_open(mode: Mode) -> Mode:
-    """The mode whose references are always there, at every noise level."""
+    """The mode with every reference present in all samples and visible at every noise level."""
     opened = [replace(c, p=1.0, sigmas=[0.0, 1.0]) if c in mode.references else c for c in mode.conditions]
     return replace(mode, conditions=opened)
 
 
-def closed(modality: Modality, name: ModalityName, found: Sequence[Gate], sigma: float) -> Modality:
-    """The modality with the tokens hidden whose gate is closed at a noise level."""
-    hidden = [g for g in found if g.modality is name and not g.low <= sigma <= g.high]
-    if not hidden:
+def closed(modality: Modality, name: ModalityName, token_gates: Sequence[Gate], sigma: float) -> Modality:
+    """The modality with the tokens masked whose gate is closed at noise level `sigma`."""
+    closed_gates = [g for g in token_gates if g.modality is name and not g.low <= sigma <= g.high]
+    if not closed_gates:
         return modality
-    shown = torch.ones(modality.latent.shape[:2], device=modality.latent.device)
-    for gate in hidden:
-        shown[:, gate.first : gate.last] = 0
-    own, cross = modality.attention_mask, modality.cross_mask
-    own, cross = (shown if mask is None else mask * shown for mask in (own, cross))
-    return replace(modality, attention_mask=own, cross_mask=cross)
+    weights = torch.ones(modality.latent.shape[:2], device=modality.latent.device)
+    for gate in closed_gates:
+        weights[:, gate.first : gate.last] = 0
+    masks = (modality.attention_mask, modality.cross_mask)
+    self_mask, cross_mask = (weights if mask is None else mask * weights for mask in masks)
+    return replace(modality, attention_mask=self_mask, cross_mask=cross_mask)
 
 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:
-    """Appends clean tokens behind the target's: timestep 0, no loss; the order has no influence.
+    """Appends clean reference tokens after the target tokens, with timestep 0 and no loss.
 
-    target: the target's latent, for the scale between both grids; fps (B,). A reference that no sample of the
-    batch sees is left out; one that some see is hidden from the others by its weight as a key.
+    The order of the references has no influence. target: the target's latent, for the scale between the two grids.
+    fps: (B,). A reference that is visible in no sample of the batch is left out. In samples where it is not visible,
+    its attention weight is 0.
     """
     for reference in references:
         if bool(reference.visible.any()):
@@ -90,28 +91,28 @@ def attached(modality: Modality, references: Sequence[Reference], target: Tensor
 def bounds(condition: Condition, latent: Tensor, target: Tensor, fps: Tensor) -> Tensor:
     """(B, n, R, 2) float32: [start, end) of the reference's tokens on the target's axes."""
     if condition.stream is ModalityName.audio:
-        found = positions.audio(latent.shape[2]).expand(latent.shape[0], -1, -1, -1).clone()
+        intervals = positions.audio(latent.shape[2]).expand(latent.shape[0], -1, -1, -1).clone()
     else:
         scale = condition.spatial_scale or spatial_scale(latent, target)
         sizes = (latent.shape[2], latent.shape[3], latent.shape[4])
-        made = [
+        per_sample = [
             positions.video_reference(*sizes, float(f), spatial_scale=scale, temporal_scale=condition.temporal_scale)
             for f in fps
         ]
-        found = torch.stack(made)
+        intervals = torch.stack(per_sample)
     if condition.position is Placement.negative:
-        found[:, 0] -= found[:, 0, -1:, 1:] + condition.gap_s
-    return found
+        intervals[:, 0] -= intervals[:, 0, -1:, 1:] + condition.gap_s
+    return intervals
 
 
 def spatial_scale(latent: Tensor, target: Tensor) -> int:
-    """How many times smaller the reference's grid is than the target's; DataError unless it is a whole number."""
+    """The factor between the target's grid and the reference's. DataError unless it is one whole number."""
     scales = {wide / narrow for wide, narrow in zip(target.shape[3:], latent.shape[3:], strict=True)}
     scale = scales.pop()
     if scales or scale != int(scale):
         raise DataError(
-            f"a reference of {list(latent.shape[3:])} latents beside a target of {list(target.shape[3:])}: the target "
-            "must be a whole number of times as large, or the condition needs its spatial_scale"
+            f"the reference has {list(latent.shape[3:])} latents and the target {list(target.shape[3:])}: the target "
+            "must be a whole number of times as large, or set the condition's spatial_scale"
         )
     return int(scale)
 
@@ -126,21 +127,21 @@ def tokens(latent: Tensor) -> Tensor:
 def _appended(modality: Modality, reference: Reference, target: Tensor, fps: Tensor) -> Modality:
     condition, clean = reference.condition, tokens(reference.latent)
     count, device = clean.shape[1], clean.device
-    places = bounds(condition, reference.latent, target, fps).to(device)
-    seen = reference.visible.float().to(device)
+    intervals = bounds(condition, reference.latent, target, fps).to(device)
+    visible = reference.visible.float().to(device)
     return replace(
         modality,
         latent=torch.cat([modality.latent, clean], dim=1),
         timesteps=torch.cat([modality.timesteps, torch.zeros(clean.shape[:2], device=device)], dim=1),
-        positions=torch.cat([modality.positions, places], dim=2),
-        attention_mask=_extended(modality.attention_mask, modality, count, seen * condition.strength),
-        cross_mask=_extended(modality.cross_mask, modality, count, seen * condition.strength * condition.crossed),
-        reads_text=_extended(modality.reads_text, modality, count, torch.ones_like(seen) * condition.reads_text),
+        positions=torch.cat([modality.positions, intervals], dim=2),
+        attention_mask=_extended(modality.attention_mask, modality, count, visible * condition.strength),
+        cross_mask=_extended(modality.cross_mask, modality, count, visible * condition.strength * condition.crossed),
+        reads_text=_extended(modality.reads_text, modality, count, torch.ones_like(visible) * condition.reads_text),
     )
 
 
 def _extended(weights: Tensor | None, before: Modality, count: int, value: Tensor) -> Tensor | None:
-    """(B, T + count) with `value` (B,) for the new tokens; None while everything is 1, which is the fast path."""
+    """(B, T + count): the weights with `value` (B,) for the new tokens; None if all are 1, which is the fast path."""
     if weights is None and bool((value == 1).all()):
         return None
     if weights is None:

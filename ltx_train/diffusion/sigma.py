@@ -1,7 +1,7 @@
-"""Noise levels: how sigma is drawn for training and how it is scheduled for sampling.
+"""Noise levels: the distribution of sigma in training and its schedule in sampling.
 
-All values are float32 in [0, 1]. The formulas are those of the LTX-2 reference; the line through
-(1024 tokens, 0.95) and (4096 tokens, 2.05) is shared by training and sampling.
+All values are float32 in [0, 1]. The formulas follow the LTX-2 reference. Training and sampling use the same shift,
+a line through (1024 tokens, 0.95) and (4096 tokens, 2.05).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ltx_train import rng
 
 _SLOPE = (2.05 - 0.95) / (4096 - 1024)
-# Quantiles of the standard normal at 0.5 % and 99.9 %: the draw is stretched so that they map to 0 and 1.
+# Quantiles of the standard normal at 0.5 % (negated) and 99.9 %. Stretching maps them to sigma 0 and 1.
 _LOW_QUANTILE, _HIGH_QUANTILE = 2.5758, 3.0902
 _TERMINAL_SIGMA = 0.1
 _QUANTILE_DRAWS = 1 << 18
@@ -25,7 +25,7 @@ INFERENCE_TOKENS = 4096
 
 
 class SigmaKind(StrEnum):
-    """shifted_logit_normal is the reference's; high is uniform with more weight on the highest levels."""
+    """shifted_logit_normal follows the LTX-2 reference; high is uniform with more weight on the highest levels."""
 
     shifted_logit_normal = "shifted_logit_normal"
     logit_normal = "logit_normal"
@@ -37,10 +37,11 @@ class SigmaKind(StrEnum):
 class SigmaDistribution:
     """Parameters of the distribution of noise levels.
 
-    std: of both logit-normals, mean: of the unshifted one. eps: smallest level, uniform_prob: share drawn from
-    U[eps, 1], of the shifted one; tokens: the token count that sets its shift (None: the sample's own), shift_limits:
-    bounds of the shift (None: unlimited, as in the reference). low, high: ends of the uniform one. high_prob: share
-    that `high` draws from U[high_from, 1] instead of U[0, 1].
+    Both logit-normals: std. logit_normal: mean. uniform: bounds low and high. high: the share high_prob is drawn from
+    U[high_from, 1] instead of U[0, 1].
+    shifted_logit_normal: eps, the smallest level; uniform_prob, the share drawn from U[eps, 1]; tokens, the token count
+    that sets the shift (None: the sample's own); shift_limits, bounds of the shift (None: unlimited, as in the
+    reference).
     """
 
     std: float = 1.0
@@ -57,14 +58,14 @@ class SigmaDistribution:
 
 
 def shift(tokens: int) -> float:
-    """mu of the distribution for a token count; linear and, as in the reference, not limited."""
+    """mu of the shifted logit-normal for a token count; linear and unlimited, as in the reference."""
     return 0.95 + _SLOPE * (tokens - 1024)
 
 
 def levels(normal: Tensor, uniform: Tensor, selector: Tensor, tokens: int, params: SigmaDistribution) -> Tensor:
-    """sigma from three independent random tensors of one shape (standard normal, U[0,1), U[0,1)).
+    """sigma from three independent random tensors of the same shape: standard normal, U[0, 1) and U[0, 1).
 
-    Returns float32 of the same shape in [0, 1].
+    Returns float32 in [0, 1] of that shape.
     """
     match params.kind:
         case SigmaKind.shifted_logit_normal:
@@ -81,7 +82,7 @@ def levels(normal: Tensor, uniform: Tensor, selector: Tensor, tokens: int, param
 def shifted_logit_normal(
     normal: Tensor, uniform: Tensor, selector: Tensor, tokens: int, params: SigmaDistribution
 ) -> Tensor:
-    """The reference's distribution: stretched so that its 0.5 % and 99.9 % quantiles are 0 and 1, reflected at eps."""
+    """The reference's distribution, stretched so that its 0.5 % and 99.9 % quantiles are 0 and 1; reflected at eps."""
     mu = shift(params.tokens or tokens)
     if params.shift_limits is not None:
         mu = min(max(mu, params.shift_limits[0]), params.shift_limits[1])
@@ -94,9 +95,9 @@ def shifted_logit_normal(
 
 
 def quantiles(params: SigmaDistribution, tokens: Mapping[int, float], count: int) -> list[float]:
-    """The middles of `count` equally likely slices of what training draws, three digits.
+    """The medians of `count` equally likely intervals of the training distribution, rounded to three digits.
 
-    tokens: token counts and their weights, since the shift depends on them.
+    tokens: weight by token count, because the shift depends on the token count.
     """
     draws = round(_QUANTILE_DRAWS / sum(tokens.values()))
     parts: list[Tensor] = []
@@ -106,12 +107,12 @@ def quantiles(params: SigmaDistribution, tokens: Mapping[int, float], count: int
         normal = torch.randn(number, generator=stream)
         uniform, selector = torch.rand(2, number, generator=stream)
         parts.append(levels(normal, uniform, selector, size, params))
-    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return [round(float(q), 3) for q in torch.cat(parts).double().quantile(places)]
+    probabilities = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return [round(float(q), 3) for q in torch.cat(parts).double().quantile(probabilities)]
 
 
 def inference_schedule(steps: int, tokens: int = INFERENCE_TOKENS) -> Tensor:
-    """steps + 1 noise levels from 1 down to 0, float32; the last level above zero is 0.1.
+    """(steps + 1,) float32 noise levels from 1 down to 0; the last level above zero is 0.1.
 
     sigma' = e^s / (e^s + 1/sigma - 1) on a linear grid, then 1 - sigma' stretched to end at 0.1.
     """

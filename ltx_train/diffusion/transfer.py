@@ -1,4 +1,4 @@
-"""Model inputs on their way to a device: what goes there, through pinned memory, and timesteps as distinct levels.
+"""Copies model inputs to a device through pinned memory, with the timesteps as distinct levels.
 
 Owns the copies; knows nothing of modes.
 """
@@ -17,15 +17,17 @@ from ltx_train.diffusion.conditions import ModelInputs
 
 
 def distinct(timesteps: Tensor) -> Levels:
-    """The distinct timesteps of (B, T), padded to one level per sample and the clean one: compiled graphs
-    then see one shape. Looking for them costs a GPU a stall, so call it on the CPU."""
+    """The distinct timesteps of (B, T), padded to B + 1: one level per sample, and 0 for clean tokens.
+
+    With the padding, compiled graphs see a constant shape. Call it with CPU tensors: on a GPU it waits for the device.
+    """
     values, index = torch.unique(timesteps.float(), return_inverse=True)
     missing = timesteps.shape[0] + 1 - values.numel()
     return Levels(torch.cat([values, values[-1:].expand(max(0, missing))]), index)
 
 
 def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
-    """Everything on `device` except timesteps, which go there as distinct levels."""
+    """The inputs on `device`. `timesteps` stay where they are; their distinct `levels` are copied instead."""
     return ModelInputs(
         video=_moved(inputs.video, device),
         audio=_moved(inputs.audio, device),
@@ -35,12 +37,12 @@ def to_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on a device, for what is computed there step by step."""
+    """The batch with its tensors on a device, for assembling its inputs there."""
     return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested dataclasses and dicts with every tensor changed, everything else as it is."""
+    """Applies `change` to every tensor in nested dataclasses and dicts. All other values stay the same."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -66,19 +68,19 @@ def _moved(modality: Modality | None, device: torch.device) -> Modality | None:
     )
     tensors: dict[str, Tensor | None] = {name: getattr(modality, name) for name in names}
     levels = distinct(modality.timesteps)
-    sent = Levels(_sent(levels.values, device), _sent(levels.index, device))
-    return replace(modality, levels=sent, **{k: _sent(t, device) for k, t in tensors.items() if t is not None})
+    levels = Levels(_copied(levels.values, device), _copied(levels.index, device))
+    return replace(modality, levels=levels, **{k: _copied(t, device) for k, t in tensors.items() if t is not None})
 
 
 def _moved_velocity(velocity: Velocity | None, device: torch.device) -> Velocity | None:
     if velocity is None:
         return None
-    return Velocity(_sent(velocity.target, device), _sent(velocity.loss_mask, device))
+    return Velocity(_copied(velocity.target, device), _copied(velocity.loss_mask, device))
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Through pinned memory when it goes to a GPU: only then does the copy run beside the computation."""
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. Copies to a GPU go through pinned memory, so that they overlap with computation."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    # An expanded tensor, one noise level for all samples, has no memory of its own to be filled.
+    # An expanded tensor, such as one noise level for all samples, has no memory for each element to pin.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)

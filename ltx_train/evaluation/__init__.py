@@ -1,1 +1,1 @@
-"""Measurements that can be believed: fixed noise, paired comparisons, intervals by identity."""
+"""Held-out measurements: fixed noise, paired comparisons, intervals over identities."""

@@ -1,6 +1,6 @@
-"""How much of the target's attention goes to the references: a second witness beside the reference gap.
+"""The share of the target's attention that goes to the references: a second measure beside the reference gap.
 
-Owns the measurement only. Attention says that something is looked at, not that it is used.
+Owns the measurement only. Attention shows that the model reads the references, not that it uses them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _QUERIES = 256
 
 @dataclass(frozen=True, slots=True)
 class Mass:
-    """One block at one noise level: the share of attention, mean over heads and target queries, and the share that
-    an even spread over all keys would give."""
+    """Attention on the references in one block at one noise level.
+
+    share: mean over heads and target queries; even: the share under uniform attention over all keys.
+    """
 
     block: int
     sigma: float
@@ -34,7 +36,10 @@ class Mass:
 
 
 class Probe:
-    """Called with every block's arguments; sums up the self-attention of one modality's target on later keys."""
+    """Block probe: collects (block, share, even) of one modality's self-attention.
+
+    share: the part of the target queries' attention on keys behind the target's `targets` tokens.
+    """
 
     def __init__(self, modality: ModalityName, targets: int) -> None:
         self._name, self._targets = modality, targets
@@ -52,9 +57,9 @@ class Probe:
             return
         step = max(1, self._targets // _QUERIES)
         rows = torch.arange(0, self._targets, step, device=hidden.device)
-        seen = block.attended(hidden, stream, prefix)
+        inputs = block.attended(hidden, stream, prefix)
         attention = block.get_submodule(f"{prefix}attn1")
-        share = key_mass(attention, seen, stream.rotary, bias=stream.self_bias, rows=rows, first_key=self._targets)
+        share = key_mass(attention, inputs, stream.rotary, bias=stream.self_bias, rows=rows, first_key=self._targets)
         self.shares.append((index, share, 1 - self._targets / keys))
 
 
@@ -63,13 +68,16 @@ def measure(
     levels: Sequence[float],
     device: torch.device, share: tuple[int, int] = (0, 1),
 ) -> list[Mass]:  # fmt: skip
-    """Masses of the held-out split with its own references; empty when the mode has none."""
+    """Masses of the held-out split under its correct references; empty if the mode has no reference.
+
+    share (k, n): this process measures batches k, k + n, k + 2n, ...
+    """
     streams = {c.stream for c in settings.mode.references}
     runner = transformer.run_block
     if not streams or not isinstance(runner, BlockRunner):
         return []
     reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
-    found: list[Mass] = []
+    masses: list[Mass] = []
     with heldout.undisturbed(transformer):
         for addresses in heldout.batches(index, settings)[share[0] :: share[1]]:
             arm = next(heldout.arms(reader, addresses, settings, with_base=False))
@@ -83,12 +91,12 @@ def measure(
                     probe = Probe(name, velocity.target.shape[1])
                     with runner.probed(probe):
                         transformer(inputs.video, inputs.audio)
-                    found += [Mass(block, sigma, mass, even) for block, mass, even in probe.shares]
-    return found
+                    masses += [Mass(block, sigma, mass, even) for block, mass, even in probe.shares]
+    return masses
 
 
 def summary(masses: Sequence[Mass]) -> dict[str, float]:
-    """`val/reference_attention`: the share that references get, over what an even spread would give them."""
+    """`val/reference_attention`: mean share of attention on the references, divided by the mean even share."""
     if not masses:
         return {}
     return {"val/reference_attention": sum(m.share for m in masses) / sum(m.even for m in masses)}

@@ -1,8 +1,7 @@
-"""Held-out loss on fixed noise levels with fixed noise, and what changes it on the same noise.
+"""Held-out loss at fixed noise levels with fixed noise, for every arm of the comparison.
 
-Owns which comparisons are made. Every number compared with another one is computed under the same
-noise: correct, wrong and dropped reference, another caption, adapter on and off, this checkpoint
-and the last.
+Owns the choice of comparisons. All compared losses use the same noise: correct, wrong and dropped
+reference, another caption, adapter on and off, this checkpoint and the last.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from ltx_train.model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings:
-    """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether these
-    arms are measured. max_samples 0 takes all."""
+    """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether to
+    measure these arms. max_samples: number of clips, 0 for all."""
 
     mode: Mode
     levels: tuple[float, ...]
@@ -45,7 +44,7 @@ class MeasurementSettings:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One version of a batch: which arm, whose data, and whether its references are left out."""
+    """One version of a batch: its name, its data, and whether its references are left out."""
 
     name: str
     batch: Batch
@@ -56,9 +55,9 @@ def measure(
     transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *, device: torch.device,
     with_base: bool, share: tuple[int, int] = (0, 1),
 ) -> list[Row]:  # fmt: skip
-    """The rows of the held-out split; of every n-th batch from the k-th on where share is (k, n).
+    """The rows of the held-out split.
 
-    Leaves training mode and torch's random state as they were.
+    share (k, n): this process measures batches k, k + n, k + 2n, ... Restores training mode and torch's random state.
     """
     reader = Reader(root, index, seed=settings.seed, request=read_request(settings))
     rows: list[Row] = []
@@ -72,24 +71,27 @@ def measure(
 
 
 def read_request(settings: MeasurementSettings) -> ReadRequest:
-    """What a reader reads: first captions, never dropped."""
+    """Request for the reader of a measurement: every clip's first caption, without caption dropout."""
     return replace(ReadRequest.of([settings.mode]), variants=False)
 
 
 def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]:
-    """The clips that are measured, always the same ones; of fewer than all, as many identities as there can be."""
-    turns: dict[str, int] = {}
-    placed: list[tuple[int, Record]] = []
+    """The clips to measure, sorted by bucket and key; every measurement takes the same ones.
+
+    max_samples takes clips from all identities in turn, so that it covers as many identities as possible.
+    """
+    last_turn: dict[str, int] = {}
+    clips_by_turn: list[tuple[int, Record]] = []
     for record in sorted(index.split(HELDOUT), key=lambda r: r.key):
-        turns[record.speaker] = turns.get(record.speaker, -1) + 1
-        placed.append((turns[record.speaker], record))
-    chosen = [record for _, record in sorted(placed, key=lambda p: (p[0], p[1].key))]
+        last_turn[record.speaker] = last_turn.get(record.speaker, -1) + 1
+        clips_by_turn.append((last_turn[record.speaker], record))
+    chosen = [record for _, record in sorted(clips_by_turn, key=lambda c: (c[0], c[1].key))]
     chosen = chosen[: settings.max_samples] if settings.max_samples else chosen
     return sorted(chosen, key=lambda r: (r.bucket, r.key))
 
 
 def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> tuple[int, int, int]:
-    """What a measurement costs: clips, noise levels, and versions of each clip at most."""
+    """Cost of a measurement: the number of clips, of noise levels, and the largest number of arms per clip."""
     references = bool(settings.mode.references)
     arms = 1 + with_base + (settings.dropped + settings.wrong_references) * references
     captions = {r.context for r in index.split(HELDOUT)}
@@ -98,17 +100,17 @@ def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> t
 
 
 def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
-    """The held-out clips in batches of one bucket."""
+    """The held-out clips in batches; all clips of a batch share a bucket."""
     records = heldout_records(index, settings)
-    found: list[list[Address]] = []
+    groups: list[list[Address]] = []
     for bucket in sorted({r.bucket for r in records}):
         keys = [Address(r.key, 0) for r in records if r.bucket == bucket]
-        found += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
-    return found
+        groups += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
+    return groups
 
 
 def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings, with_base: bool) -> Iterator[Arm]:
-    """A batch as it is, and every version of it that is compared with it."""
+    """The unchanged batch, then every arm that is compared with it."""
     correct = collate([reader.sample(a) for a in addresses])
     yield Arm(CORRECT, correct)
     if with_base:
@@ -117,8 +119,8 @@ def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings
         if settings.dropped:
             yield Arm(DROPPED, correct, without_references=True)
         others = [reader.others(a, settings.wrong_references) for a in addresses]
-        # One that has fewer others than asked for meets them again, so that a sample's numbers do not depend on
-        # its batch.
+        # A sample with fewer other identities than wrong_references repeats them, so that its numbers do not depend
+        # on the rest of its batch.
         for number in range(settings.wrong_references if all(others) else 0):
             pairs = zip(addresses, others, strict=True)
             yield Arm(WRONG, collate([reader.with_references_of(a, keys[number % len(keys)]) for a, keys in pairs]))
@@ -130,8 +132,8 @@ def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings
 
 
 def inputs(arm: Arm, settings: MeasurementSettings, sigma: float, device: torch.device) -> conditions.ModelInputs:
-    """The arm's batch at one noise level; the noise is keyed by sample alone."""
-    # The distribution is irrelevant here: the level is given.
+    """The arm's batch at one noise level; the noise depends on seed and sample only."""
+    # The distribution has no effect: `sigma` replaces the drawn levels.
     draws = conditions.draw(arm.batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
     if arm.without_references:
         draws = conditions.without_references(settings.mode, draws)
@@ -140,7 +142,7 @@ def inputs(arm: Arm, settings: MeasurementSettings, sigma: float, device: torch.
 
 @contextmanager
 def undisturbed(transformer: Transformer) -> Generator[None]:
-    """Evaluation mode without gradients; afterwards training mode and torch's random state are as before."""
+    """Evaluation mode without gradients; on exit, restores training mode and torch's random state."""
     training = transformer.training
     state = torch.get_rng_state()
     transformer.eval()

@@ -1,4 +1,4 @@
-"""heldout.jsonl: the held-out loss of every identity at every measured step, so that steps compare in pairs.
+"""heldout.jsonl: the held-out loss of every identity at every measured step, for paired comparisons of steps.
 
 Owns that file. One line per step: {"step": 250, "loss": {"anna": 0.41, ...}}.
 """
@@ -26,7 +26,7 @@ class Measured:
 
 
 def of_rows(step: int, rows: Iterable[Row]) -> Measured:
-    """The mean of every identity's rows."""
+    """The mean loss of every identity over its rows of the correct arm."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.arm == CORRECT:
@@ -35,28 +35,28 @@ def of_rows(step: int, rows: Iterable[Row]) -> Measured:
 
 
 def read(folder: Path) -> list[Measured]:
-    """All measured steps in order; a step measured again counts as last measured, a line cut short not at all."""
+    """All measured steps in order. The last line of a step counts; lines that are not valid JSON are skipped."""
     path = folder / NAME
-    found: dict[int, Measured] = {}
+    by_step: dict[int, Measured] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             raw = json.loads(line)
         except ValueError:
             continue
-        found[raw["step"]] = Measured(raw["step"], raw["loss"])
-    return [found[step] for step in sorted(found)]
+        by_step[raw["step"]] = Measured(raw["step"], raw["loss"])
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def record(folder: Path, measured: Measured) -> None:
-    """Adds a step; later steps of an earlier attempt are dropped, since they will be done again."""
-    kept = [m for m in read(folder) if m.step < measured.step]
-    lines = [json.dumps({"step": m.step, "loss": dict(m.loss)}, ensure_ascii=False) for m in (*kept, measured)]
+    """Adds a step; drops later steps of an earlier attempt, since this attempt will measure them again."""
+    earlier = [m for m in read(folder) if m.step < measured.step]
+    lines = [json.dumps({"step": m.step, "loss": dict(m.loss)}, ensure_ascii=False) for m in (*earlier, measured)]
     temporary = folder / f"{NAME}.tmp-{os.getpid()}"
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(temporary, folder / NAME)
 
 
 def difference(first: Measured, second: Measured) -> Interval:
-    """first - second over the identities that both have."""
+    """Interval of first - second over the identities that both steps measured."""
     shared = first.loss.keys() & second.loss.keys()
     return by_identity({speaker: [first.loss[speaker] - second.loss[speaker]] for speaker in sorted(shared)})

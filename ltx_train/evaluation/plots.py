@@ -1,6 +1,6 @@
-"""The report's pictures: matplotlib figures as inline PNG.
+"""Figures of the report: matplotlib plots as inline PNG.
 
-Owns how numbers are drawn; every mean has its 95 % interval.
+Owns how numbers are drawn; means over identities have 95 % intervals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IDENTITIES = 40
 
 
 def curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Training and held-out loss, gap and gain over steps."""
+    """Training and held-out loss, reference gaps and adapter gain over steps; empty without a training loss."""
     if not any("train/loss" in row for row in metrics):
         return ""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
@@ -47,25 +47,25 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Which noise levels were drawn, and the loss in their slices over steps."""
+    """Share of training draws per range of noise levels, and the training loss in each range over steps."""
     shares: dict[str, list[float]] = {}
-    slices: dict[str, list[tuple[float, float]]] = {}
+    losses: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
         for name, value in row.items():
             if name.startswith("train/sigma_share/"):
                 shares.setdefault(name.rsplit("/", 1)[1], []).append(value)
             elif name.startswith("train/loss_sigma/"):
-                slices.setdefault(name.rsplit("/", 1)[1], []).append((row["step"], value))
+                losses.setdefault(name.rsplit("/", 1)[1], []).append((row["step"], value))
     if not shares:
         return ""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.0))
     axes[0].bar(list(shares), [sum(v) / len(v) for v in shares.values()], color=INK[CORRECT])
     axes[0].tick_params(axis="x", labelrotation=60, labelsize=7)
-    for name, points in sorted(slices.items()):
+    for name, points in sorted(losses.items()):
         axes[1].plot(*zip(*points, strict=True), label=name, lw=1)
     _dress(axes[0], "noise level drawn", "share")
     _dress(axes[1], "step", "training loss by noise level")
-    return _picture(figure, "noise levels of training and the loss at them")
+    return _picture(figure, "noise levels drawn in training, and the training loss by noise level")
 
 
 def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> str:
@@ -86,7 +86,9 @@ def differences_by_level(rows: Sequence[Row]) -> str:
             _bars(axis, points, f"minus {TITLES[arm]}", INK[arm])
     axis.axhline(0, color="black", lw=0.7)
     _dress(axis, "noise level", "difference of the loss")
-    return _picture(figure, "differences by noise level, 95 % intervals; below zero: the adapter as it is does better")
+    return _picture(
+        figure, "differences by noise level, 95 % intervals; below zero: the adapter with correct inputs is better"
+    )
 
 
 def differences_by_identity(rows: Sequence[Row]) -> str:
@@ -106,17 +108,17 @@ def differences_by_identity(rows: Sequence[Row]) -> str:
 
 
 def attention(masses: Sequence[Mass]) -> str:
-    """Share of attention on references by block, over that of an even spread."""
+    """Attention on the references by block, relative to an even spread over all keys."""
     if not masses:
         return ""
     figure, axis = pyplot.subplots(figsize=(6, 2.8))
     for sigma in sorted({m.sigma for m in masses}):
         blocks = sorted({m.block for m in masses})
-        found = [[m for m in masses if m.block == b and m.sigma == sigma] for b in blocks]
-        points = [sum(m.share for m in ms) / sum(m.even for m in ms) for ms in found]
+        by_block = [[m for m in masses if m.block == b and m.sigma == sigma] for b in blocks]
+        points = [sum(m.share for m in ms) / sum(m.even for m in ms) for ms in by_block]
         axis.plot(blocks, points, marker=".", lw=1, label=f"noise level {sigma:g}")
     axis.axhline(1, color="black", lw=0.7)
-    _dress(axis, "block", "attention on the reference\nover an even spread")
+    _dress(axis, "block", "attention on the reference\nrelative to an even spread")
     return _picture(figure, "attention on reference tokens by block")
 
 
@@ -156,7 +158,7 @@ def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _inked(subjects: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, Sequence[Row], Any]]:
-    """Every subject with a colour of its own."""
+    """(name, rows, colour) of every subject; each has another colour."""
     for number, (name, rows) in enumerate(subjects.items()):
         yield name, rows, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
 

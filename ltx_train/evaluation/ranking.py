@@ -1,6 +1,6 @@
-"""Which checkpoint to take: a run's measured steps by held-out loss, with intervals.
+"""Choice of a checkpoint: a run's measured steps by held-out loss, with intervals.
 
-Owns the order and the link to the best one; reads rows of a metrics file.
+Owns the ranking and the link to the best adapter; reads rows of a metrics file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A measured step; half: half width of its 95 % interval over identities; kept: the file or folder that has it."""
+    """A measured step.
+
+    half: half the width of the 95 % interval of the loss over identities. gap: reference gap. gain: adapter gain.
+    kept: the step's adapter file or checkpoint folder, None if neither exists any more.
+    """
 
     step: int
     loss: float
@@ -27,41 +31,42 @@ class Entry:
 
 
 def ranked(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Entry]:
-    """Best first. A step that is measured twice counts as last measured."""
-    found: dict[int, Entry] = {}
+    """Measured steps, lowest held-out loss first. The last row of a step counts."""
+    entries: dict[int, Entry] = {}
     for row in rows:
         if "val/loss" in row:
             step = int(row["step"])
-            found[step] = Entry(
+            entries[step] = Entry(
                 step=step, loss=row["val/loss"], half=row.get("val/loss_ci95", float("nan")),
                 gap=row.get("val/reference_gap"), gain=row.get("val/adapter_gain"), kept=_kept(folder, step),
             )  # fmt: skip
-    return sorted(found.values(), key=lambda entry: entry.loss)
+    return sorted(entries.values(), key=lambda entry: entry.loss)
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """The best few as text."""
+    """The best entries as text, at most eight."""
     lines = ["checkpoints by held-out loss (95 % intervals over identities):"]
     for entry in entries[:_SHOWN]:
         gap = "" if entry.gap is None else f"  reference gap {entry.gap:+.4f}"
         gain = "" if entry.gain is None else f"  on minus off {entry.gain:+.4f}"
-        lines.append(f"  step {entry.step:>6}  {entry.loss:.4f} ± {entry.half:.4f}{gain}{gap}  {entry.kept or 'gone'}")
+        kept = entry.kept or "not kept"
+        lines.append(f"  step {entry.step:>6}  {entry.loss:.4f} ± {entry.half:.4f}{gain}{gap}  {kept}")
     return "\n".join(lines)
 
 
 def link(entries: Sequence[Entry], folder: Path) -> Path | None:
-    """`adapters/best.safetensors` points to the best step's LoRA, if its file is there."""
+    """Links `adapters/best.safetensors` to the best adapter file that exists; the link's path, None without one."""
     best = next((e for e in entries if e.kept is not None and e.kept.suffix == ".safetensors"), None)
     if best is None or best.kept is None:
         return None
-    place = folder / "adapters" / BEST
-    temporary = place.with_name(f"{BEST}.tmp-{os.getpid()}")
+    path = folder / "adapters" / BEST
+    temporary = path.with_name(f"{BEST}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(best.kept.name)
-    os.replace(temporary, place)
-    return place
+    os.replace(temporary, path)
+    return path
 
 
 def _kept(folder: Path, step: int) -> Path | None:
-    places = (folder / "adapters" / f"step-{step:06d}.safetensors", folder / "checkpoints" / f"step-{step:06d}")
-    return next((place for place in places if place.exists()), None)
+    candidates = (folder / "adapters" / f"step-{step:06d}.safetensors", folder / "checkpoints" / f"step-{step:06d}")
+    return next((path for path in candidates if path.exists()), None)

@@ -1,6 +1,6 @@
-"""report.html: one file, no network, what a run or several adapters do and do not do, for a person to read.
+"""report.html: what a run or several adapters do and do not do, in one file that needs no network.
 
-Owns the page. Gets rows and numbers, computes only what a table needs; `plots` draws.
+Owns the page. Takes measured rows, computes only the numbers of its tables; `plots` draws the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ltx_train.evaluation.verdicts import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One measured adapter (or full weights). step: of its run, None for a file from elsewhere."""
+    """One measured adapter (or full weights). step: its optimizer step in the run, None for a file from elsewhere."""
 
     name: str
     step: int | None
@@ -33,7 +33,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is shown. subjects: what was measured now, best first when there are several; the first is shown whole."""
+    """Contents of the page. subjects: the adapters just measured, best first; the first one gets all its figures."""
 
     title: str
     facts: Mapping[str, str]
@@ -53,7 +53,7 @@ def write(path: Path, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """The page as text."""
+    """The page as HTML text."""
     sections = [_verdicts(report.verdicts), _facts(report.facts)]
     if len(report.subjects) > 1:
         sections.append(_compared(report))
@@ -61,23 +61,23 @@ def render(report: Report) -> str:
     if report.ranking:
         sections.append(f"<h2>Checkpoints</h2><pre>{html.escape(report.ranking)}</pre>")
     if report.subjects and report.subjects[0].rows:
-        sections += _whole(report.subjects[0], many=len(report.subjects) > 1)
+        sections += _details(report.subjects[0], many=len(report.subjects) > 1)
     sections.append(_players(report))
     return _PAGE.format(title=html.escape(report.title), body="\n".join(s for s in sections if s))
 
 
-def _whole(subject: Subject, *, many: bool) -> list[str]:
-    """Everything about one subject."""
+def _details(subject: Subject, *, many: bool) -> list[str]:
+    """All sections about one subject; `many`: their titles name it."""
     rows = subject.rows
-    of = f" of {subject.name}" if many else ""
-    found = [_section(f"Held-out loss by noise level{html.escape(of)}", plots.by_level(rows))]
+    suffix = f" of {subject.name}" if many else ""
+    sections = [_section(f"Held-out loss by noise level{html.escape(suffix)}", plots.by_level(rows))]
     if any(row.arm != CORRECT for row in rows):
-        found.append(_section("What changes the loss", plots.differences_by_level(rows)))
-        found.append(_section("By identity", plots.differences_by_identity(rows)))
+        sections.append(_section("What changes the loss", plots.differences_by_level(rows)))
+        sections.append(_section("By identity", plots.differences_by_identity(rows)))
     if subject.masses:
-        said = "<p>Attention says that something is looked at, not that it is used.</p>"
-        found.append(_section("Attention on the reference", said, plots.attention(subject.masses)))
-    return [*found, _table(rows)]
+        note = "<p>Attention shows that the model reads the reference, not that it uses it.</p>"
+        sections.append(_section("Attention on the reference", note, plots.attention(subject.masses)))
+    return [*sections, _table(rows)]
 
 
 def _compared(report: Report) -> str:
@@ -89,28 +89,28 @@ def _compared(report: Report) -> str:
     for subject in subjects:
         rows = main[subject.name]
         loss = mean(rows, CORRECT)
-        apart = _apart(of_rows(0, rows), best) if subject is not subjects[0] else "the best"
-        cells = [f"{loss.mean:.4f} ± {loss.half:.4f}", apart]
+        to_best = _to_best(of_rows(0, rows), best) if subject is not subjects[0] else "the best"
+        cells = [f"{loss.mean:.4f} ± {loss.half:.4f}", to_best]
         cells += [str(paired(rows, CORRECT, arm)) if any(r.arm == arm for r in rows) else "" for arm in (BASE, WRONG)]
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f"<tr><th>{html.escape(subject.name)}</th>{row}</tr>"
     head = "<th>held-out loss</th><th>minus the best, paired</th><th>minus the base</th><th>reference gap</th>"
-    stepped = {s.step: mean(main[s.name], CORRECT) for s in sorted(subjects, key=lambda s: s.step or 0) if s.step}
+    by_step = {s.step: mean(main[s.name], CORRECT) for s in sorted(subjects, key=lambda s: s.step or 0) if s.step}
     base = mean(main[subjects[0].name], BASE)
-    pictures = [plots.compared_by_step(stepped, base)] if len(stepped) > 1 else []
-    named = {s.name: s.rows for s in subjects}
-    pictures += [plots.compared_by_level(named), plots.compared_by_identity(main)]
+    pictures = [plots.compared_by_step(by_step, base)] if len(by_step) > 1 else []
+    all_levels = {s.name: s.rows for s in subjects}
+    pictures += [plots.compared_by_level(all_levels), plots.compared_by_identity(main)]
     return _section("Compared", f"<table><tr><th>adapter</th>{head}</tr>{body}</table>", *pictures)
 
 
-def _apart(one: Measured, best: Measured) -> str:
-    found = difference(one, best)
-    return f"{found}{'' if found.excludes_zero else ', not to be told apart'}"
+def _to_best(measured: Measured, best: Measured) -> str:
+    interval = difference(measured, best)
+    return f"{interval}{'' if interval.excludes_zero else ', not distinguishable'}"
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:
-    said = "".join(f'<p class="verdict" data-kind="{v.kind.value}">{html.escape(v.text)}</p>' for v in verdicts)
-    return f"<h2>What the numbers say</h2>{said}"
+    sentences = "".join(f'<p class="verdict" data-kind="{v.kind.value}">{html.escape(v.text)}</p>' for v in verdicts)
+    return f"<h2>Verdicts</h2>{sentences}"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -123,14 +123,14 @@ def _table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{plots.TITLES[arm]}</th>" for arm in arms)
     body = ""
     for sigma in sorted({row.sigma for row in rows}):
-        found = [mean([r for r in rows if r.sigma == sigma], arm) for arm in arms]
-        cells = "".join(f"<td>{value.mean:.4f} ± {value.half:.4f}</td>" for value in found)
+        means = [mean([r for r in rows if r.sigma == sigma], arm) for arm in arms]
+        cells = "".join(f"<td>{value.mean:.4f} ± {value.half:.4f}</td>" for value in means)
         body += f"<tr><th>{sigma:g}</th>{cells}</tr>"
     return f"<h2>Table</h2><table><tr><th>noise level</th>{head}</tr>{body}</table>"
 
 
 def _players(report: Report) -> str:
-    """Clips inside the page, by subject."""
+    """Video players of the clips by subject; the clips are embedded in the page."""
     groups = [("references", report.references), *((s.name, s.clips) for s in report.subjects)]
     body = ""
     for name, clips in groups:

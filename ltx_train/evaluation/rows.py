@@ -1,6 +1,6 @@
-"""Measured rows, and the numbers made of them: means and paired differences with their intervals.
+"""Measured rows and their statistics: means and paired differences with their intervals.
 
-Owns the arithmetic of comparisons and the documented metric names. Pure; knows no model.
+Owns the arithmetic of comparisons and the documented metric names. Pure; needs no model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Noise levels by what they stand for: quantiles of what training draws, and a grid of their own."""
+    """Noise levels of a measurement.
+
+    quantiles: quantiles of the training distribution, so that their mean weighs levels as training does.
+    uniform: levels chosen independently of training.
+    """
 
     quantiles: tuple[float, ...]
     uniform: tuple[float, ...]
@@ -50,9 +54,9 @@ class Grid:
 
 
 def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
-    """The documented names (docs/architecture.md) for metrics.jsonl and W&B.
+    """Metrics for metrics.jsonl and W&B under their documented names (docs/architecture.md).
 
-    Rows are put in one order first, so that several ranks' shares give the very numbers of one process.
+    Sorts the rows first, so that rows gathered from several ranks give exactly the numbers of a single process.
     """
     rows = sorted(rows, key=lambda r: (r.key, r.sigma, r.arm, r.loss))
     main = [row for row in rows if row.sigma in grid.main]
@@ -62,10 +66,10 @@ def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
     if grid.quantiles and grid.uniform:
         values["val/loss_uniform"] = mean([r for r in rows if r.sigma in grid.uniform], CORRECT).mean
     for sigma in sorted({row.sigma for row in rows}):
-        at = [row for row in rows if row.sigma == sigma]
-        values[f"val/loss_sigma/{sigma:g}"] = mean(at, CORRECT).mean
-        if any(row.arm == WRONG for row in at):
-            values[f"val/reference_gap_sigma/{sigma:g}"] = paired(at, CORRECT, WRONG).mean
+        level_rows = [row for row in rows if row.sigma == sigma]
+        values[f"val/loss_sigma/{sigma:g}"] = mean(level_rows, CORRECT).mean
+        if any(row.arm == WRONG for row in level_rows):
+            values[f"val/reference_gap_sigma/{sigma:g}"] = paired(level_rows, CORRECT, WRONG).mean
     for arm, name in _DIFFERENCES.items():
         if any(row.arm == arm for row in main):
             values |= _named(name, paired(main, CORRECT, arm))
@@ -73,7 +77,7 @@ def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
 
 
 def mean(rows: Iterable[Row], arm: str, column: str = "loss") -> Interval:
-    """The mean over identities of one arm."""
+    """Mean and interval of one arm over identities."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.arm == arm:
@@ -87,7 +91,7 @@ def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> I
 
 
 def differences(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> dict[str, list[float]]:
-    """arm - other by identity; several rows of `other` for one sample and level count as their mean."""
+    """arm - other by identity; several rows of `other` for one sample and level are averaged first."""
     first: dict[tuple[str, float], float] = {}
     second: dict[tuple[str, float], list[float]] = {}
     speakers: dict[str, str] = {}
@@ -97,10 +101,10 @@ def differences(rows: Iterable[Row], arm: str, other: str, column: str = "loss")
             first[row.key, row.sigma] = getattr(row, column)
         elif row.arm == other:
             second.setdefault((row.key, row.sigma), []).append(getattr(row, column))
-    found: dict[str, list[float]] = {}
-    for place, values in second.items():
-        found.setdefault(speakers[place[0]], []).append(first[place] - sum(values) / len(values))
-    return found
+    by_speaker: dict[str, list[float]] = {}
+    for (key, sigma), values in second.items():
+        by_speaker.setdefault(speakers[key], []).append(first[key, sigma] - sum(values) / len(values))
+    return by_speaker
 
 
 def _named(name: str, value: Interval) -> dict[str, float]:

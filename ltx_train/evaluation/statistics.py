@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over identities. Numbers in, numbers out."""
+"""Means with 95 % intervals over identities. Pure."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Interval:
 
 
 def by_identity(values: Mapping[str, Sequence[float]]) -> Interval:
-    """Student's interval over the means of the identities: clips of one person are not independent.
+    """Student's t interval over the means of the identities, since clips of one person are not independent.
 
-    values: identity -> its clips' values. Identities count equally.
+    values: identity -> the values of its clips. All identities have equal weight.
     """
     means = [sum(v) / len(v) for v in values.values() if v]
     count = len(means)

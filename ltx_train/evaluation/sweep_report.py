@@ -1,4 +1,4 @@
-"""report.html of a search: what was tried, what it gave, and how the settings go together."""
+"""report.html of a search: its trials, their held-out losses, and the settings behind them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """value: the held-out loss at the end, None when it was given up; course: held-out loss by step."""
+    """value: the final held-out loss, None for a pruned or failed trial; course: held-out loss by step."""
 
     number: int
     params: Mapping[str, Any]
@@ -30,7 +30,7 @@ class Trial:
 
 
 def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
-    """Writes the page atomically; it needs no network."""
+    """Writes the page atomically; the page needs no network."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_text(render(title, trials), encoding="utf-8")
     os.replace(temporary, path)
@@ -54,22 +54,22 @@ def _table(ranked: Sequence[Trial]) -> str:
 
 
 def _parallel(ranked: Sequence[Trial]) -> str:
-    """One line per finished trial through its settings to its loss; dark lines are good ones."""
-    done = [t for t in ranked if t.value is not None]
-    names = sorted({name for trial in done for name in trial.params})
+    """Parallel coordinates: one line per complete trial through its settings to its loss; darker lines are better."""
+    complete = [t for t in ranked if t.value is not None]
+    names = sorted({name for trial in complete for name in trial.params})
     figure, axes = pyplot.subplots(figsize=(9, 3.6))
-    for place, trial in enumerate(reversed(done)):
-        heights = [_height(trial.params[n], [t.params[n] for t in done]) for n in names]
-        heights.append(_height(trial.value, [t.value for t in done]))
-        good = (place + 1) / len(done)
+    for number, trial in enumerate(reversed(complete), start=1):
+        heights = [_height(trial.params[n], [t.params[n] for t in complete]) for n in names]
+        heights.append(_height(trial.value, [t.value for t in complete]))
+        good = number / len(complete)
         axes.plot(range(len(heights)), heights, color=pyplot.cm.viridis(1 - good), alpha=0.35 + 0.6 * good, lw=1 + good)
     axes.set_xticks(range(len(names) + 1), [*names, "held-out loss"])
-    columns: list[list[Any]] = [*([t.params[name] for t in done] for name in names), [t.value for t in done]]
-    for place, column in enumerate(columns):
+    columns: list[list[Any]] = [*([t.params[name] for t in complete] for name in names), [t.value for t in complete]]
+    for x, column in enumerate(columns):
         values = sorted(set(column), key=str)
         low, high = (values[0], values[-1]) if isinstance(values[0], str) else (min(values), max(values))
-        axes.annotate(_short(low), (place, -0.09), ha="center", fontsize=8)
-        axes.annotate(_short(high), (place, 1.04), ha="center", fontsize=8)
+        axes.annotate(_short(low), (x, -0.09), ha="center", fontsize=8)
+        axes.annotate(_short(high), (x, 1.04), ha="center", fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(-0.15, 1.12)
     return f"<h2>Settings and what they gave</h2>{_image(figure)}"
@@ -85,19 +85,22 @@ def _courses(trials: Sequence[Trial]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.legend(title="trial", fontsize=7, ncols=4)
-    return f"<h2>Held-out loss by step; dotted: given up</h2>{_image(figure)}"
+    return f"<h2>Held-out loss by step; dotted: pruned or failed</h2>{_image(figure)}"
 
 
-def _height(value: Any, among: Sequence[Any]) -> float:
-    """Where a value stands between the least and the largest, on a log scale when they are far apart."""
+def _height(value: Any, column: Sequence[Any]) -> float:
+    """Position of a value in [0, 1] between the smallest and the largest of a column.
+
+    Numbers whose ratio exceeds 20 are on a log scale; strings are in alphabetical order.
+    """
     if isinstance(value, str):
-        options = sorted(set(among))
+        options = sorted(set(column))
         return options.index(value) / max(1, len(options) - 1)
-    numbers = [float(v) for v in among]
-    low, high, here = min(numbers), max(numbers), float(value)
+    numbers = [float(v) for v in column]
+    low, high, number = min(numbers), max(numbers), float(value)
     if low > 0 and high / low > 20:
-        low, high, here = math.log(low), math.log(high), math.log(here)
-    return 0.5 if high == low else (here - low) / (high - low)
+        low, high, number = math.log(low), math.log(high), math.log(number)
+    return 0.5 if high == low else (number - low) / (high - low)
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,6 @@
-"""What measurements say, and what they cannot say, in sentences a person can act on.
+"""Verdicts: sentences a person can act on, about what measurements show and what they cannot show.
 
-Owns the rules and their thresholds; pure. Every rule looks at intervals over identities, never at
-a bare mean.
+Owns the rules and their thresholds; pure. Every rule uses intervals over identities, never a mean alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _LOW_NOISE, _HIGH_NOISE, _FADED = 0.5, 0.75, 0.5
 
 
 class Kind(StrEnum):
-    """What a sentence says; tests and tables go by these, people by the sentence."""
+    """The finding behind a sentence. Tests and tables use the kind, people read the sentence."""
 
     nothing_heldout = "nothing_heldout"
     adapter_helps = "adapter_helps"
@@ -51,76 +50,78 @@ class Verdict:
 
 
 def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None) -> list[Verdict]:
-    """Verdicts on one adapter: totals over the grid's main levels, effects looked for at all of them.
+    """Verdicts on one adapter. Totals cover the grid's main levels; effects are searched for at every level.
 
-    likeness: how alike references and their own targets are beyond chance, up to 1.
+    likeness: resemblance of references to their own targets beyond chance, at most 1 (`likeness.beyond_chance`).
     """
     if not rows:
         return [Verdict(Kind.nothing_heldout, "Nothing is held out, so nothing about new identities can be said.")]
     main = [row for row in rows if row.sigma in grid.main]
-    found: list[Verdict] = []
+    verdicts: list[Verdict] = []
     if any(row.arm == BASE for row in main):
-        found.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
+        verdicts.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
     if any(row.arm == WRONG for row in main):
-        found += _reference(main, rows, likeness)
+        verdicts += _reference(main, rows, likeness)
     elif any(row.arm == CAPTION for row in main):
-        found += _caption(main)
-    return found
+        verdicts += _caption(main)
+    return verdicts
 
 
 def _gain(gain: Interval, loss: float) -> Verdict:
-    said = f"Adapter on minus off: {gain}, 95 %, of a loss of {loss:.4f}. "
+    intro = f"Adapter on minus off: {gain}, 95 %, of a loss of {loss:.4f}. "
     if math.isnan(gain.half):
-        return Verdict(Kind.too_few_identities, said + "From one identity there is no interval and no conclusion.")
+        return Verdict(Kind.too_few_identities, intro + "From one identity there is no interval and no conclusion.")
     if not gain.excludes_zero:
-        return Verdict(Kind.adapter_no_effect, said + "The interval contains zero: no effect is shown.")
+        return Verdict(Kind.adapter_no_effect, intro + "The interval contains zero: no effect is shown.")
     if gain.mean > 0:
-        return Verdict(Kind.adapter_hurts, said + "The adapter raises the held-out loss.")
-    return Verdict(Kind.adapter_helps, said + "The adapter lowers the held-out loss.")
+        return Verdict(Kind.adapter_hurts, intro + "The adapter raises the held-out loss.")
+    return Verdict(Kind.adapter_helps, intro + "The adapter lowers the held-out loss.")
 
 
 def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None) -> list[Verdict]:
     gap = paired(main, CORRECT, WRONG)
-    said = f"Reference gap (correct minus wrong): {gap}, 95 %. "
+    intro = f"Reference gap (correct minus wrong): {gap}, 95 %. "
     if math.isnan(gap.half):
-        text = said + "From one identity there is no interval and no conclusion."
+        text = intro + "From one identity there is no interval and no conclusion."
         return [Verdict(Kind.too_few_identities, text)]
     if likeness is not None and likeness >= _COPY:
-        text = said + (
+        text = intro + (
             f"The references are their own targets (likeness {likeness:.2f}): the gap says that the model copies, and "
             "nothing about identities. Take references from other clips and prepare again."
         )
         return [Verdict(Kind.reference_is_target, text)]
-    where = _levels_with_effect(rows)
+    levels = _levels_with_effect(rows)
     dropped = _dropped(main)
-    if gap.excludes_zero and gap.mean > 0 and not where:
+    if gap.excludes_zero and gap.mean > 0 and not levels:
         return [
-            Verdict(Kind.reference_misleads, said + "A wrong reference serves better than the right one." + dropped)
+            Verdict(Kind.reference_misleads, intro + "A wrong reference serves better than the right one." + dropped)
         ]
-    if where and not _fades(rows):
-        text = said + f"The model uses the reference, at noise levels from {min(where):g} to {max(where):g}." + dropped
+    if levels and not _fades(rows):
+        text = (
+            intro + f"The model uses the reference, at noise levels from {min(levels):g} to {max(levels):g}." + dropped
+        )
         return [Verdict(Kind.reference_used, text)]
-    if where:
-        text = said + (
+    if levels:
+        text = intro + (
             "The reference helps at high noise and fades where the noise is low: there the noised target itself shows "
             "what the reference tells. That is expected where the target carries the identity; generation from noise "
             "with the reference swapped decides what the model makes of it. Higher noise levels in training "
             "(sigma.kind=high) give the reference more to do." + dropped
         )
         return [Verdict(Kind.reference_leaked, text)]
-    return _unused(main, said, dropped)
+    return _unused(main, intro, dropped)
 
 
-def _unused(rows: Sequence[Row], said: str, dropped: str) -> list[Verdict]:
+def _unused(rows: Sequence[Row], intro: str, dropped: str) -> list[Verdict]:
     caption = paired(rows, CORRECT, CAPTION) if any(row.arm == CAPTION for row in rows) else None
     if caption is not None and _relevant(caption, mean(rows, CORRECT).mean):
-        text = said + (
+        text = intro + (
             f"No effect of the reference is shown, while another clip's caption changes the loss by {caption}: the "
             "caption carries what the reference should. Train with a constant caption or with "
             "data.caption_dropout." + dropped
         )
         return [Verdict(Kind.caption_carries, text)]
-    text = said + (
+    text = intro + (
         "No effect of the reference is shown at any noise level: it is decoration. Either it does not carry what the "
         "target has, or the model has not learned to read it yet, or, where identities are to be kept, the noised "
         "target still shows them at all these levels, and near zero is what is to be expected: generation from noise "
@@ -130,25 +131,25 @@ def _unused(rows: Sequence[Row], said: str, dropped: str) -> list[Verdict]:
 
 
 def _levels_with_effect(rows: Sequence[Row]) -> list[float]:
-    """Noise levels at which the right reference lowers the loss, beyond its interval and by a relevant share."""
-    found: list[float] = []
+    """Noise levels at which the correct reference lowers the loss by a relevant share, with an interval below zero."""
+    levels: list[float] = []
     for sigma in sorted({row.sigma for row in rows}):
-        at = [row for row in rows if row.sigma == sigma]
-        if _relevant(paired(at, CORRECT, WRONG), mean(at, CORRECT).mean):
-            found.append(sigma)
-    return found
+        level_rows = [row for row in rows if row.sigma == sigma]
+        if _relevant(paired(level_rows, CORRECT, WRONG), mean(level_rows, CORRECT).mean):
+            levels.append(sigma)
+    return levels
 
 
 def _fades(rows: Sequence[Row]) -> bool:
     """Whether the gap at low noise is less than half of the gap at high noise.
 
-    What nothing but the reference tells is worth 1 / ((1 - s)^2 + s^2) per unit of variance at level s, which is about
-    as much at low noise as at high noise (a ratio of 1.3 for 0.1, 0.3, 0.5 against 0.8, 0.9, 0.95).
+    Information that only the reference carries lowers the loss by 1 / ((1 - s)^2 + s^2) per unit of its variance at
+    level s. That is about equal at low and at high noise (a ratio of 1.3 for 0.1, 0.3, 0.5 against 0.8, 0.9, 0.95).
     """
     levels = sorted({row.sigma for row in rows})
     low = [s for s in levels if s <= _LOW_NOISE] or levels[:1]
     high = [s for s in levels if s >= _HIGH_NOISE] or levels[-1:]
-    low_gap, high_gap = (paired([r for r in rows if r.sigma in some], CORRECT, WRONG).mean for some in (low, high))
+    low_gap, high_gap = (paired([r for r in rows if r.sigma in group], CORRECT, WRONG).mean for group in (low, high))
     return high_gap < 0 and low_gap > _FADED * high_gap
 
 
@@ -172,21 +173,21 @@ def _caption(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
-    """The verdict on the reference as far as one measured row of a metrics file tells."""
+    """The verdict on the reference from one row of a metrics file; empty if the row has no reference gap."""
     if "val/reference_gap_ci95" not in row:
         return []
     gap, half, loss = (row[name] for name in ("val/reference_gap", "val/reference_gap_ci95", "val/loss"))
-    said = f"Reference gap (correct minus wrong): {gap:+.4f} ± {half:.4f}, 95 %. "
+    intro = f"Reference gap (correct minus wrong): {gap:+.4f} ± {half:.4f}, 95 %. "
     if gap < -half and gap < -_RELEVANT * abs(loss):
         return [
-            Verdict(Kind.reference_used, said + "The model uses the reference; `evaluate` says at which noise levels.")
+            Verdict(Kind.reference_used, intro + "The model uses the reference; `evaluate` says at which noise levels.")
         ]
-    text = said + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
+    text = intro + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
     return [Verdict(Kind.reference_decorative, text)]
 
 
 def of_history(measured: Sequence[Measured], training: Mapping[int, float]) -> list[Verdict]:
-    """The verdict on a run's course. training: logged training losses by step."""
+    """The verdict on a run's course, empty for fewer than two measured steps. training: logged losses by step."""
     if len(measured) < 2:
         return []
     first, last = measured[0], measured[-1]
@@ -195,34 +196,37 @@ def of_history(measured: Sequence[Measured], training: Mapping[int, float]) -> l
     if math.isnan(since_first.half):
         text = "Held-out losses come from one identity: no interval, no verdict."
         return [Verdict(Kind.too_few_identities, text)]
-    fell = _trend(training, best.step)
-    if since_best.excludes_zero and since_best.mean > 0 and fell < 0:
+    trend = _trend(training, best.step)
+    if since_best.excludes_zero and since_best.mean > 0 and trend < 0:
         text = (
             f"Since step {best.step} the held-out loss has risen by {since_best} while the training loss went on "
-            f"falling ({fell:+.4f}): overfitting. Take step {best.step}."
+            f"falling ({trend:+.4f}): overfitting. Take step {best.step}."
         )
         return [Verdict(Kind.overfitting, text)]
-    gained = difference(best, first)
-    if not (gained.excludes_zero and gained.mean < 0):
+    gain = difference(best, first)
+    if not (gain.excludes_zero and gain.mean < 0):
         text = (
-            f"From step {first.step} to the best, {best.step}, the held-out loss changed by {gained}: the run is not "
+            f"From step {first.step} to the best, {best.step}, the held-out loss changed by {gain}: the run is not "
             "learning what the held-out clips show. Look at optim.lr, the targets and the data."
         )
         return [Verdict(Kind.not_learning, text)]
-    before = measured[: max(1, 2 * len(measured) // 3)]
-    earlier = min(before, key=lambda m: sum(m.loss.values()) / max(1, len(m.loss)))
-    lately = difference(best, earlier)
-    if earlier.step == best.step or not lately.excludes_zero:
+    first_part = measured[: max(1, 2 * len(measured) // 3)]
+    earlier = min(first_part, key=lambda m: sum(m.loss.values()) / max(1, len(m.loss)))
+    recent = difference(best, earlier)
+    if earlier.step == best.step or not recent.excludes_zero:
         text = (
-            f"The held-out loss has not fallen since step {earlier.step} ({lately}): a plateau. Take step {best.step}."
+            f"The held-out loss has not fallen since step {earlier.step} ({recent}): a plateau. Take step {best.step}."
         )
         return [Verdict(Kind.plateau, text)]
-    text = f"The held-out loss still falls ({gained} since step {first.step}): more steps may help."
+    text = f"The held-out loss still falls ({gain} since step {first.step}): more steps may help."
     return [Verdict(Kind.improving, text)]
 
 
 def _trend(training: Mapping[int, float], since: int) -> float:
-    """Change of the training loss: the mean of the rows after a step's later half, less that of the rows before it."""
+    """Change of the training loss around step `since`; nan if either side has no losses.
+
+    The mean over the second half of the steps after `since`, minus the mean over the second half of those up to it.
+    """
     later = [loss for step, loss in sorted(training.items()) if step > since]
     before = [loss for step, loss in sorted(training.items()) if step <= since]
     if not later or not before:

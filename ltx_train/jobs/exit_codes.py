@@ -20,6 +20,10 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         _report(str(error))
         return int(error.exit_code)
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`). Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DONE
     except OSError as error:
         if error.errno not in _STORAGE:
             raise

@@ -1,1 +1,1 @@
-"""What is traded for memory: precision of frozen weights, recomputation of activations."""
+"""Memory traded for time: where weights wait, what blocks keep, how they run, and the plan of all that."""

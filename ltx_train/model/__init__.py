@@ -1,4 +1,4 @@
-"""The model: weights in the original layout, our forward, adapters, codecs and exports."""
+"""The model: weights in the original layout, this project's forward pass, adapters, codecs and exports."""
 
 from ltx_train.model.loaders import (
     load_audio_vae,

@@ -1,7 +1,7 @@
-"""LoRA on the transformer through peft: attaching, counting, reading and writing its weights.
+"""LoRA on the transformer through peft: attaching it, and reading and setting its weights.
 
-Owns which modules are targeted and the names of adapter tensors without peft's decorations. It
-must not know files or optimizers.
+Owns the choice of target modules and the adapter tensors' names without peft's additions. It must not know files or
+optimizers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _NAME = "default"
 
 
 class AdapterError(UserError):
-    """Target modules or adapter tensors that do not fit the model."""
+    """Target modules or adapter tensors do not fit the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """What is attached: rank, alpha (scale = alpha / rank), dropout and target module names (suffixes at a dot).
+    """Parameters of an adapter: rank, alpha (scale = alpha / rank), dropout, target module names (suffixes at a dot).
 
     rank_pattern, alpha_pattern: other values by suffix. rslora: scale = alpha / sqrt(rank), after Kalajdzievski 2023.
-    dora: a trained magnitude per output channel, after Liu et al. 2024. init: how A begins (B is zero). modes: layers
-    that the loss of none of them reaches are left alone; empty: all are taken.
+    dora: a trained magnitude per output channel, after Liu et al. 2024. init: initialization of A (B begins at zero).
+    modes: only layers that the loss of at least one mode reaches get an adapter; empty: all target modules.
     """
 
     rank: int
@@ -54,37 +54,37 @@ class Lora:
         return next((r for suffix, r in self.rank_pattern.items() if _hits(module, suffix)), self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A in a module's output."""
         alpha = next((a for suffix, a in self.alpha_pattern.items() if _hits(module, suffix)), self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
 def matched_modules(model: nn.Module, targets: Iterable[str], modes: tuple[Mode, ...] = ()) -> list[str]:
-    """Full names of the linear layers a list of targets hits, in model order; of these, the ones that the loss of
-    one of the modes reaches.
+    """Full names of the linear layers that match the targets, in model order. With modes, only the layers that the loss
+    of at least one mode reaches.
 
-    AdapterError names every target that hits nothing: a mistyped one must not shrink the adapter silently.
+    AdapterError names every target without a matching layer: a mistyped target must not shrink the adapter silently.
     """
     names = [name for name, module in model.named_modules() if _is_linear(module) and "lora_" not in name]
     names = [name.removesuffix(".base_layer") for name in names]
-    wanted = list(targets)
+    suffixes = list(targets)
     if modes:
         layers = 1 + max((int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")), default=-1)
-        alive = {name for name in names if sees_loss(name, modes, layers)}
+        reached = {name for name in names if sees_loss(name, modes, layers)}
     else:
-        alive = set(names)
-    dead = [t for t in wanted if not any(_hits(name, t) for name in names)]
-    if dead:
-        raise AdapterError(f"adapter.targets match no linear layer of the transformer: {', '.join(dead)}")
-    unreached = [t for t in wanted if not any(_hits(name, t) for name in alive)]
+        reached = set(names)
+    unmatched = [t for t in suffixes if not any(_hits(name, t) for name in names)]
+    if unmatched:
+        raise AdapterError(f"adapter.targets match no linear layer of the transformer: {', '.join(unmatched)}")
+    unreached = [t for t in suffixes if not any(_hits(name, t) for name in reached)]
     if unreached:
         raise AdapterError(f"adapter.targets name layers that the mode's loss never reaches: {', '.join(unreached)}")
-    return [name for name in names if name in alive and any(_hits(name, t) for t in wanted)]
+    return [name for name in names if name in reached and any(_hits(name, t) for t in suffixes)]
 
 
 def attach(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Adds trainable float32 LoRA weights in place: A from a keyed draw, B zero, so the output is unchanged."""
+    """Adds trainable float32 LoRA weights in place. A is drawn by key and B is zero, so the output is unchanged."""
     modules = matched_modules(model, lora.targets, lora.modes)
     other = {re.escape(m): lora.rank_of(m) for m in modules if lora.rank_of(m) != lora.rank}
     config = LoraConfig(
@@ -94,7 +94,7 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         rank_pattern=other,
     )
     config._register_custom_module({nn.Linear: LowRankLinear})
-    # peft would draw every matrix on the CPU, only for them to be drawn again below.
+    # On the meta device, because peft would draw every matrix on the CPU before it is drawn again below.
     inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=True)
     for module in modules:
         layer = model.get_submodule(module)
@@ -106,26 +106,26 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
     for name, parameter in lora_parameters(model).items():
         parameter.requires_grad_(True)
         if ".lora_A." in name and not parameter.is_meta:
-            _begin(
+            _initialize(
                 parameter, lora.init, torch.Generator(parameter.device).manual_seed(rng.key_seed(seed, "lora", name))
             )
 
 
 def inputs_and_outputs(layer: nn.Module) -> int:
-    """in_features + out_features: the elements of a rank-1 adapter on a linear layer."""
+    """in_features + out_features: the number of weights of a rank-1 adapter on a linear layer."""
     linear: Any = layer
     return linear.in_features + linear.out_features
 
 
 def _materialize(layer: LowRankLinear) -> None:
-    """The low-rank weights in zeros, where the layer's own are."""
+    """Replaces the low-rank weights by zeros on the device of the layer's weight."""
     base: Any = layer.get_base_layer()
     for part in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
         assert isinstance(part, nn.Linear)
         part.weight = nn.Parameter(torch.zeros(part.weight.shape, device=base.weight.device))
 
 
-def _begin(parameter: nn.Parameter, init: str, stream: torch.Generator) -> None:
+def _initialize(parameter: nn.Parameter, init: str, stream: torch.Generator) -> None:
     """kaiming: U(+-1 / sqrt(inputs)). gaussian: standard deviation 1 / rank. orthogonal: orthonormal rows."""
     if init == "gaussian":
         nn.init.normal_(parameter, std=1 / parameter.shape[0], generator=stream)
@@ -136,7 +136,7 @@ def _begin(parameter: nn.Parameter, init: str, stream: torch.Generator) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the adapter off again: every layer is the base's."""
+    """Removes the adapter in place; every layer is the base's again."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear)]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
@@ -147,8 +147,7 @@ def detach(model: nn.Module) -> None:
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Adapter parameters as `<module>.lora_A.weight`, `<module>.lora_B.weight` and, with DoRA,
     `<module>.lora_magnitude_vector.weight`."""
-    found = ((plain_name(name), p) for name, p in model.named_parameters() if ".lora_" in name)
-    return dict(found)
+    return {plain_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,7 +161,7 @@ def plain_name(name: str) -> str:
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors into the trainable parameters; both sides must have the same names and shapes."""
+    """Copies tensors into the trainable parameters. AdapterError unless names and shapes are equal."""
     parameters = trainable_parameters(model)
     refuse_misfit({name: parameter.shape for name, parameter in parameters.items()}, tensors)
     with torch.no_grad():
@@ -170,28 +169,28 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def refuse_misfit(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    """AdapterError when names or shapes differ."""
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    shapes = [n for n in wanted.keys() & tensors.keys() if wanted[n] != tensors[n].shape]
-    if missing or extra or shapes:
+def refuse_misfit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError unless the tensors have the expected names and shapes."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    misshapen = [n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape]
+    if missing or extra or misshapen:
         raise AdapterError(
             f"the saved weights do not fit the model: {len(missing)} missing, {len(extra)} unknown, "
-            f"{len(shapes)} of another shape (first: {(missing + extra + shapes)[0]})"
+            f"{len(misshapen)} of another shape (first: {(missing + extra + misshapen)[0]})"
         )
 
 
 def slice_dropout(model: nn.Module, rank: int) -> None:
-    """Layers that see video tokens draw the dropout masks of this rank's token slice."""
+    """Sets the token slice of the dropout masks: `rank` for layers that process video tokens, 0 for all others."""
     for name, layer in model.named_modules():
         if isinstance(layer, LowRankLinear) and name.startswith("transformer_blocks."):
             layer.token_slice = rank if tokens_seen(name.split(".", 2)[2]) == "video" else 0
 
 
 class DropoutKeys:
-    """The keys of every adapter layer's dropout masks, set once a step from one seed per sample.
+    """The keys of the adapter layers' dropout masks, set once per step from one seed per sample.
 
-    The masks of a sample depend on its seed and the layer alone, not on its batch, and need no random state.
+    A sample's masks depend on its seed and the layer alone, not on its batch. They need no random state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -206,11 +205,11 @@ class DropoutKeys:
         samples = torch.tensor([seed & 0x7FFFFFFF for seed in seeds], dtype=torch.int32)
         numbers = torch.arange(len(self._layers), dtype=torch.int32)
         keys = mix(samples[None] ^ mix(numbers)[:, None])
-        table = self._bound(len(seeds))
+        table = self._table(len(seeds))
         table.copy_(keys.pin_memory() if table.is_cuda else keys, non_blocking=True)
 
-    def _bound(self, samples: int) -> Tensor:
-        """(layers, samples) int32 whose rows the layers read: one address for every step of a batch size."""
+    def _table(self, samples: int) -> Tensor:
+        """(layers, samples) int32; each layer reads one row. All steps of a batch size use the same memory."""
         if samples not in self._tables:
             device = next(self._layers[0].parameters()).device
             self._tables[samples] = torch.zeros(len(self._layers), samples, dtype=torch.int32, device=device)
@@ -223,7 +222,7 @@ class DropoutKeys:
 
 @contextmanager
 def disabled(model: nn.Module) -> Generator[None]:
-    """The base model alone, within the context."""
+    """Switches the adapter off within the context."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -235,16 +234,16 @@ def disabled(model: nn.Module) -> Generator[None]:
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Scales the adapter's contribution once: output = base + strength * scale * B(A(x))."""
+    """Multiplies the adapter's scale by `strength`: output = base + strength * scale * B(A(x))."""
     for layer in (m for m in model.modules() if isinstance(m, LowRankLinear)):
         layer.scaling[_NAME] *= strength
 
 
 def norm_ratios(model: nn.Module) -> dict[str, float]:
-    """|dW| / |W| by part of the block and over all targeted layers ("", the last one), Frobenius norms: how far the
-    adapter has moved the weights.
+    """|dW| / |W| in Frobenius norms, the relative size of the adapter's update, by module group. The last entry, "", is
+    the ratio over all targeted layers.
 
-    |B A|^2 = sum((A A^T) * (B^T B)) needs only rank x rank matrices. A magnitude of DoRA is not counted.
+    |B A|^2 = sum((A A^T) * (B^T B)) needs only rank x rank matrices. DoRA's magnitudes are not included.
     """
     moved: dict[str, list[Tensor]] = {}
     base: dict[str, float] = {}
@@ -261,7 +260,7 @@ def norm_ratios(model: nn.Module) -> dict[str, float]:
 
 
 def unmoved(model: nn.Module) -> list[str]:
-    """Targeted layers whose B is still exactly zero: after the first steps, layers that never learn."""
+    """Names of targeted layers whose B is still exactly zero. After the first steps such layers are not learning."""
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not layers:
         return []
@@ -270,7 +269,7 @@ def unmoved(model: nn.Module) -> list[str]:
 
 
 def module_group(name: str) -> str:
-    """The part of a block a parameter belongs to (`audio_attn1`, `ff`, ...), or the top-level module."""
+    """The part of the block that holds a parameter (`audio_attn1`, `ff`, ...), or its top-level module."""
     parts = name.split(".")
     return parts[2] if parts[0] == "transformer_blocks" else parts[0]
 

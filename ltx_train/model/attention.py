@@ -1,7 +1,7 @@
-"""Attention over the diffusers projections: rotary split, log-strength masks, per-head gates.
+"""Attention over the diffusers projections: split rotary embedding, log-strength masks, per-head gates.
 
-Owns one attention call. Masks stay broadcast over heads, which a mask per head (64 times the
-memory at 12k tokens) would not.
+Owns one attention call. Masks are broadcast over heads, because a mask per head takes 64 times the memory at
+12k tokens.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class SlicedKeys(NamedTuple):
-    """Keys and values (B, size, H, D) whose tokens are sliced over ranks. queries_too: so are the queries'."""
+    """The token slice of keys and values (B, size, H, D). queries_too: the queries are sliced in the same way."""
 
     token_slice: TokenSlice
     queries_too: bool
 
     def gathered(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens: of a part of the heads (all-to-all), or of all heads where every rank has all queries."""
-        own = self.token_slice
+        """Queries, keys and values of all tokens.
+
+        With sliced queries an all-to-all leaves a part of the heads on this rank. Otherwise every rank has all queries
+        and gathers the keys and values of all heads.
+        """
+        tokens = self.token_slice
         if self.queries_too:
-            return own.over_heads(query), own.over_heads(key), own.over_heads(value)
-        return query, own.whole(key), own.whole(value)
+            return tokens.over_heads(query), tokens.over_heads(key), tokens.over_heads(value)
+        return query, tokens.whole(key), tokens.whole(value)
 
     def sliced(self, mixed: Tensor) -> Tensor:
+        """The attention output of this rank's queries, with all heads."""
         return self.token_slice.over_tokens(mixed) if self.queries_too else mixed
 
 
@@ -43,7 +48,7 @@ def bias_from_strength(strength: Tensor | None, dtype: torch.dtype) -> Tensor | 
     if strength is None:
         return None
     values = strength.float()
-    # Not minus infinity: a row of nothing else would be NaN.
+    # Not minus infinity: the softmax of a row of minus infinities would be NaN.
     lowest = torch.finfo(dtype).min
     bias = torch.where(values > 0, values.clamp_min(torch.finfo(torch.float32).tiny).log(), lowest)
     return bias.to(dtype)[:, None] if strength.ndim == 3 else bias.to(dtype)[:, None, None]
@@ -60,11 +65,11 @@ def attend(
     values_only: bool = False,
     token_slice: TokenSlice | None = None,
 ) -> Tensor:
-    """Attention through the projections of an `LTX2Attention`, of hidden (B, Tq, D)
-    over context (B, Tk, Dc), or over itself when context is None.
+    """Attention of hidden (B, Tq, D) over context (B, Tk, Dc), with the projections of an `LTX2Attention`. Without
+    context it is self-attention.
 
-    values_only replaces the attention by its value projection (spatio-temporal guidance). token_slice: the keys'
-    tokens are sliced over ranks, and when context is None the queries' too; bias is over all tokens.
+    values_only replaces the attention by its value projection (spatio-temporal guidance). token_slice: the keys are
+    sliced over ranks by token, in self-attention the queries too. bias always covers all tokens.
     """
     if values_only:
         mixed = module.to_v(hidden if context is None else context)
@@ -110,12 +115,12 @@ def _weighted(
 def key_mass(
     module: Any, hidden: Tensor, rotary: Rotary, *, bias: Tensor | None, rows: Tensor, first_key: int
 ) -> float:
-    """The share of attention that the queries at `rows` give to the keys from `first_key` on: mean over batch, heads
-    and queries, of self-attention over hidden (B, T, D)."""
+    """The attention weight of the keys from `first_key` on, for the queries at `rows`, in self-attention over hidden
+    (B, T, D). Returns the mean over batch, heads and queries."""
     query = rotated(_heads(module, module.norm_q(module.to_q(hidden))), rotary)[:, rows].transpose(1, 2)
     key = rotated(_heads(module, module.norm_k(module.to_k(hidden))), rotary).transpose(1, 2)
     total = torch.zeros((), device=hidden.device)
-    for head in range(key.shape[1]):  # one at a time: all at once would not fit beside a planned model
+    for head in range(key.shape[1]):  # per head: the logits of all heads would not fit into the memory plan
         logits = query[:, head].float() @ key[:, head].float().transpose(-1, -2) / query.shape[-1] ** 0.5
         if bias is not None:
             logits = logits + (bias[:, 0, rows] if bias.shape[2] > 1 else bias[:, 0]).float()
@@ -124,10 +129,10 @@ def key_mass(
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """x (B, T, H, D) turned by the angles whose (cos, sin) are (B, H, T, D / 2), in float32; pairs are (i, i + D / 2).
+    """x (B, T, H, D) rotated in float32 by angles with (cos, sin) of (B, H, T, D / 2). Pairs are (i, i + D / 2).
 
-    The halves are swapped by a flip: one elementwise kernel each way, where writing them one after the
-    other takes four.
+    A flip swaps the halves, which compiles to one elementwise kernel each in forward and backward. Computing the halves
+    one after the other takes four.
     """
     cos, sin = (table.transpose(1, 2).unsqueeze(-2) for table in rotary)
     halves = x.float().unflatten(-1, (2, -1))

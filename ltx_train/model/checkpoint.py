@@ -1,7 +1,7 @@
-"""Where weights come from: the original single-file checkpoint, or seeded random numbers.
+"""Sources of weights: the original single-file checkpoint, or seeded random numbers.
 
-Owns reading, matching and naming of tensors. It streams: a tensor is read, converted and placed
-before the next one is touched. It must not know what a component computes.
+Owns reading, matching and naming of tensors. Loading is streamed: each tensor is read, converted and placed before the
+next one is read. It must not know what a component computes.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _NAMES_SHOWN = 12
 
 
 class TensorSource(Protocol):
-    """Named tensors plus the metadata `config` that says how to build the modules for them."""
+    """Named tensors and the metadata `config`, from which their modules are built."""
 
     @property
     def config(self) -> Mapping[str, Any]: ...
 
-    def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The tensor's shape, or None when the source has no such tensor."""
+    def shape(self, name: str, expected: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The tensor's shape, or None if the source has no such tensor. Random sources return `expected`."""
         ...
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor: ...
 
     def names(self, prefixes: Iterable[str]) -> set[str]:
-        """All names under the prefixes; empty for a source that makes what it is asked for."""
+        """All names under the prefixes; empty for a source that generates tensors of any name."""
         ...
 
     def fingerprint(self, *prefixes: str) -> str: ...
@@ -57,7 +57,7 @@ class CheckpointFile:
 
     @classmethod
     def open(cls, path: str | Path) -> CheckpointFile:
-        """Reads the header only. DataError names the file when it is missing, damaged or of another layout."""
+        """Reads the header only. DataError if the file is missing, damaged or has another layout."""
         path = Path(path)
         if not path.is_file():
             raise DataError(f"no checkpoint at {path}: set model.path to the single-file .safetensors")
@@ -68,18 +68,18 @@ class CheckpointFile:
                 shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
                 dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
+            raise DataError(f"{path} is not a readable safetensors file ({error}): download it again") from error
         if "config" not in metadata:
             raise DataError(
                 f"{path} has no `config` in its metadata: it is not an original LTX-2 single-file checkpoint"
             )
         return cls(path, json.loads(metadata["config"]), shapes, dtypes)
 
-    def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
+    def shape(self, name: str, expected: tuple[int, ...]) -> tuple[int, ...] | None:
         return self.shapes.get(name)
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        # A handle of its own per tensor keeps at most one tensor's pages mapped.
+        # Opening the file for each tensor keeps at most one tensor's pages mapped.
         with safe_open(self.path, "pt", device=str(device)) as handle:
             return handle.get_tensor(name).clone()
 
@@ -87,9 +87,9 @@ class CheckpointFile:
         return {name for name in self.shapes if name.startswith(tuple(prefixes))}
 
     def fingerprint(self, *prefixes: str) -> str:
-        """Identifies the tensors under the prefixes: names, shapes, dtypes and the edges of every tensor's bytes.
+        """Hash of the tensors under the prefixes: names, shapes, dtypes, and the first and last bytes of every tensor.
 
-        Any training step moves every tensor, so the edges tell two models apart without reading 40 GB.
+        Any training step changes every tensor, so these bytes distinguish two models without reading 40 GB.
         """
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
@@ -116,8 +116,8 @@ class RandomWeights:
     def config(self) -> Mapping[str, Any]:
         return preset_config(self.preset)
 
-    def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
-        return wanted
+    def shape(self, name: str, expected: tuple[int, ...]) -> tuple[int, ...] | None:
+        return expected
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         leaf = name.rsplit(".", 1)[-1]
@@ -127,7 +127,7 @@ class RandomWeights:
             return torch.ones(shape, device=device)
         if leaf == "filter":
             return torch.full(shape, 1 / shape[-1], device=device)
-        # A generator of the target device: 19 billion normals on one CPU core would take minutes.
+        # A generator on the target device: drawing 19 billion normals on one CPU core would take minutes.
         stream = torch.Generator(device).manual_seed(rng.key_seed(self.seed, "weights", name))
         return torch.randn(shape, generator=stream, device=device) / math.sqrt(_fan_in(name, shape))
 
@@ -140,7 +140,7 @@ class RandomWeights:
 
 
 def open_source(source: str | Path | TensorSource) -> TensorSource:
-    """A path is opened as a checkpoint file; a source passes through."""
+    """Opens a path as a checkpoint file; returns a source unchanged."""
     return CheckpointFile.open(source) if isinstance(source, str | Path) else source
 
 
@@ -157,15 +157,15 @@ def load(
 ) -> None:
     """Fills `module` (usually on the meta device) in place, tensor by tensor.
 
-    original_name maps a module tensor's name to the checkpoint's. Every tensor of the module must
-    be there in the right shape, and every tensor under `prefixes` (less `excluded`) must be used;
-    otherwise one DataError lists all that do not match, before anything is read.
-    dtype: None keeps the stored one. done: called with each module tensor name once it is in place.
+    original_name maps the name of a module's tensor to the checkpoint's. The source must contain every tensor of the
+    module in its shape, and the module must use every tensor under `prefixes` except those under `excluded`. Otherwise
+    one DataError lists all mismatches before any tensor is read.
+    dtype: None keeps the stored dtype. done: called with the name of each module tensor after it is in place.
     """
-    wanted = {name: original_name(name) for name, _ in _tensors(module)}
-    _match(module, source, wanted, prefixes, excluded)
+    original_names = {name: original_name(name) for name, _ in _tensors(module)}
+    _match(module, source, original_names, prefixes, excluded)
     for name, tensor in list(_tensors(module)):
-        value = source.read(wanted[name], tuple(tensor.shape), device)
+        value = source.read(original_names[name], tuple(tensor.shape), device)
         value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         _place(module, name, value)
         if done is not None:
@@ -175,22 +175,23 @@ def load(
 def _match(
     module: nn.Module,
     source: TensorSource,
-    wanted: Mapping[str, str],
+    original_names: Mapping[str, str],
     prefixes: tuple[str, ...],
     excluded: tuple[str, ...],
 ) -> None:
     missing: list[str] = []
     misshapen: list[str] = []
     for name, tensor in _tensors(module):
-        found = source.shape(wanted[name], tuple(tensor.shape))
-        if found is None:
-            missing.append(wanted[name])
-        elif found != tuple(tensor.shape):
-            misshapen.append(f"{wanted[name]} is {list(found)}, the configuration says {list(tensor.shape)}")
+        original = original_names[name]
+        shape = source.shape(original, tuple(tensor.shape))
+        if shape is None:
+            missing.append(original)
+        elif shape != tuple(tensor.shape):
+            misshapen.append(f"{original} is {list(shape)}, the configuration says {list(tensor.shape)}")
     available = (
         {n for n in source.names(prefixes) if not n.startswith(excluded)} if excluded else source.names(prefixes)
     )
-    left_over = sorted(available - set(wanted.values()))
+    left_over = sorted(available - set(original_names.values()))
     problems = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
     if any(names for _, names in problems):
         raise DataError(

@@ -1,8 +1,8 @@
 """Pixels and waveforms to normalized latents and back.
 
-Owns the normalization by the checkpoint's channel statistics, and the token layout of both
-modalities. Knows nothing of files, clips or training. `vae` and `vocoder` are what `loaders` opens
-(diffusers' classes, whose return types are unions that no type checker can narrow).
+Owns the normalization by the checkpoint's channel statistics, and the token layout of both modalities. Knows nothing of
+files, clips or training. `vae` and `vocoder` are the modules from `loaders`. They are typed `Any` because type checkers
+cannot narrow the union return types of diffusers' classes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LATENT_MEL_BINS = 16
 
 
 def encode_video(vae: Any, pixels: Tensor) -> Tensor:
-    """(B, 3, F, H, W) RGB in [-1, 1] -> (B, C, 1 + (F - 1) // 8, H / 32, W / 32), the posterior's mean, normalized.
+    """(B, 3, F, H, W) RGB in [-1, 1] -> (B, C, 1 + (F - 1) // 8, H / 32, W / 32) normalized posterior mean.
 
-    Frames behind the last 8k + 1 are dropped.
+    The largest 8k + 1 frames are encoded; later frames are dropped.
     """
     frames = (pixels.shape[2] - 1) // 8 * 8 + 1
     raw = vae.encode(pixels[:, :, :frames].to(vae.dtype)).latent_dist.mode()
@@ -35,9 +35,9 @@ def decode_video(vae: Any, latents: Tensor) -> Tensor:
 
 
 def encode_audio(vae: Any, waveform: Tensor, rate: int) -> Tensor:
-    """(B, channels, samples) at `rate` Hz -> (B, c, T, 16) normalized, float32.
+    """(B, channels, samples) at `rate` Hz -> (B, c, T, 16) normalized posterior mean, float32.
 
-    T = ceil((1 + samples // 160) / 4), samples counted at 16 kHz.
+    T = ceil((1 + samples // 160) / 4), with the number of samples after resampling to 16 kHz.
     """
     stereo = mel.resample(mel.to_stereo(waveform.float()), rate)
     return encode_log_mel(vae, mel.log_mel(stereo.to(vae.device)))

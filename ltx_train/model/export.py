@@ -1,7 +1,7 @@
-"""Trained weights as files others can load: a LoRA for ComfyUI and diffusers, or a full checkpoint.
+"""Writes trained weights for other programs: a LoRA for ComfyUI and diffusers, or a full checkpoint.
 
-Owns the exported names and metadata, and how a LoRA file is put on a model. It must not know runs
-or training.
+Owns the exported names and metadata, and attaching or merging a LoRA file into a model. It must not know runs or
+training.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from ltx_train.model.merged import MergedSource
 
 
 def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`diffusion_model.<module>.lora_A/B.weight`; the scale is folded into B, so that the file needs no alpha.
+    """The adapter's tensors as `diffusion_model.<module>.lora_A/B.weight`, in `dtype` on the CPU.
 
-    DoRA's magnitudes become `<module>.dora_scale` (out, 1).
+    B is multiplied by the scale, so that the file needs no alpha. DoRA's magnitudes become `<module>.dora_scale`
+    (out, 1).
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         module, _, part = name.rpartition(".lora_")
         value, exported = parameter.detach().float(), name
         if part.startswith("B"):
-            # Without an alpha in the file loaders take the scale to be 1.
+            # Loaders assume a scale of 1 when the file has no alpha.
             value = value * lora.scale_of(module)
         elif part.startswith("magnitude"):
             value, exported = value[:, None], f"{module}.{DORA}"
@@ -46,7 +47,7 @@ def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtyp
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or absent; DataError when the disk refuses or a number is not finite."""
+    """Writes a safetensors file atomically. DataError if writing fails or a tensor is not finite."""
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise DataError(f"{len(broken)} tensors are not finite (first: {broken[0]}): nothing was written")
@@ -62,7 +63,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def bind(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
-    """Attaches a LoRA read from a file to a model, at a strength. DataError lists what does not bind."""
+    """Attaches the tensors of a LoRA file to a model at `strength`. DataError lists the keys that do not bind."""
     refuse_unbound(tensors, model)
     ranks = {module_of(name): tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     dora = any(name.endswith(DORA) for name in tensors)
@@ -73,26 +74,27 @@ def bind(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0)
 
 
 def start_from(model: nn.Module, tensors: Mapping[str, Tensor], lora: Lora) -> list[str]:
-    """Sets the attached adapter to a file's weights, its own scale taken out of B; returns the layers without any.
+    """Copies a LoRA file's weights into the attached adapter. Returns the adapter's layers that the file lacks.
 
-    DataError when the file holds layers that are not trained, or of another rank: nothing of it may be lost.
+    B is divided by the adapter's scale, which the forward pass applies again. DataError if the file has layers that are
+    not trained, or another rank: no weight of the file may be lost.
     """
     parameters = adapter.lora_parameters(model)
-    given = {_trained_name(n): _trained_shape(n, t) for n, t in tensors.items()}
-    extra = sorted({module_of(n) for n in given if n not in parameters})
+    file_weights = {_trained_name(n): _trained_shape(n, t) for n, t in tensors.items()}
+    extra = sorted({module_of(n) for n in file_weights if n not in parameters})
     if extra:
         raise DataError(
             f"adapter.start_from: the file has {len(extra)} layers that this run does not train (first: {extra[0]}); "
-            "set adapter.targets and adapter.dora as it was trained"
+            "set adapter.targets and adapter.dora as in the run that trained it"
         )
     with torch.no_grad():
-        for name, tensor in given.items():
+        for name, tensor in file_weights.items():
             if parameters[name].shape != tensor.shape:
                 ours, theirs = list(parameters[name].shape), list(tensor.shape)
                 raise DataError(f"adapter.start_from: {name} is {theirs} in the file and {ours} here: set adapter.rank")
             scale = lora.scale_of(module_of(name)) if ".lora_B." in name else 1.0
             parameters[name].copy_(tensor / scale)
-    return sorted({module_of(n) for n in parameters if n not in given})
+    return sorted({module_of(n) for n in parameters if n not in file_weights})
 
 
 def _trained_name(name: str) -> str:
@@ -104,7 +106,7 @@ def _trained_shape(name: str, tensor: Tensor) -> Tensor:
 
 
 def merge(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
-    """Adds the LoRA to the weights in place, as a loader without adapters does; sums in float32."""
+    """Adds the LoRA to the weights in place, as loaders without adapter support do. The sum is formed in float32."""
     for module in sorted({module_of(name) for name in tensors}):
         layer = model.get_submodule(module)
         assert isinstance(layer, nn.Linear)
@@ -113,10 +115,10 @@ def merge(model: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0
 
 
 def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """A single-file checkpoint in the original layout: the base's other components beside the trained transformer.
+    """Writes a single-file checkpoint in the original layout: the trained transformer and the base's other components.
 
-    dtype: of the trained tensors; the others keep theirs. Written tensor by tensor: host memory holds one
-    beside `trained`.
+    dtype: of the trained tensors in the file; the other tensors keep theirs. The file is written tensor by tensor, so
+    host memory holds one tensor in addition to `trained`.
     """
     file = base.inner if isinstance(base, MergedSource) else base
     shapes = file.shapes if isinstance(file, CheckpointFile) else expected_tensors(base)
@@ -124,8 +126,8 @@ def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dt
     unknown = sorted(replaced.keys() - shapes.keys())
     if unknown:
         raise DataError(f"{len(unknown)} trained tensors are not in the base checkpoint (first: {unknown[0]})")
-    kept = file.dtypes if isinstance(file, CheckpointFile) else {}
-    types = {name: _NAMES[dtype] if name in replaced else kept.get(name, "F32") for name in shapes}
+    base_types = file.dtypes if isinstance(file, CheckpointFile) else {}
+    types = {name: _NAMES[dtype] if name in replaced else base_types.get(name, "F32") for name in shapes}
 
     def value(name: str) -> Tensor:
         if name in replaced:
@@ -142,7 +144,7 @@ def _write_streamed(
     path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], value: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """The safetensors format by hand, because the library wants every tensor in memory at once."""
+    """Writes the safetensors format directly, because the library needs all tensors in memory at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, shape in shapes.items():
@@ -150,7 +152,7 @@ def _write_streamed(
         header[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()
-    # Readers map the tensors into memory, aligned.
+    # The tensors begin at a multiple of 8 bytes, because readers map them into memory.
     encoded += b" " * (-len(encoded) % 8)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The linear layer of a frozen base with an adapter: the low-rank addition and its keyed dropout; rows of a table.
+"""Linear layers with a low-rank adapter and keyed dropout; gathering rows of a table; norms of a layer's weight.
 
-Owns how these compute, written for the compiler: stateless masks need no random state to
-be saved and restored around a recomputation, and a captured graph can replay them.
+Owns these computations in a form that suits the compiler: the dropout masks are stateless, so recompute needs no saved
+random state and a captured graph can replay them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _KEEP_BITS = 24
 class LowRankLinear(PeftLinear):
     """peft's LoRA layer with the low-rank products in the activations' dtype.
 
-    peft raises the activations to the adapter's float32 for them, which costs more than the base's products.
-    mask_keys (B,) int32 are this step's keys of the dropout masks; `adapter.DropoutKeys` sets them.
+    peft casts the activations to the adapter's float32, which makes the low-rank products slower than the base's.
+    mask_keys (B,) int32: the keys of this step's dropout masks, set by `adapter.DropoutKeys`.
     """
 
     mask_keys: Tensor | None = None
-    # Both matrices in the activations' dtype, during a training pass of the block (`memory.blocks.cast_adapters`).
+    # A and B in the activations' dtype, during a training pass of the block (`memory.blocks.cast_adapters`).
     cast_pair: tuple[Tensor, Tensor] | None = None
-    # The number of this rank's token slice under sequence parallelism.
+    # Index of this rank's token slice under sequence parallelism.
     token_slice: int = 0
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -49,20 +49,20 @@ class LowRankLinear(PeftLinear):
         return layers[0].weight.to(dtype), layers[1].weight.to(dtype)
 
     def plus(self, result: Tensor, inner: Tensor, down: Tensor, up: Tensor, name: str) -> Tensor:
-        """The layer's output (..., out) from the base's and A x (..., rank)."""
+        """The layer's output (..., out) from the base layer's `result` (..., out) and `inner` = A x (..., rank)."""
         added = F.linear(inner, up) * self.scaling[name]
-        return self._stretched(result, added, down, up, name) if name in self.lora_magnitude_vector else result + added
+        return self._with_dora(result, added, down, up, name) if name in self.lora_magnitude_vector else result + added
 
     def add_magnitude(self, name: str) -> None:
-        """DoRA's magnitudes, beginning as the norms of the base's rows, so that the output is unchanged."""
+        """Adds DoRA's magnitudes, initialized to the norms of the base's rows so that the output is unchanged."""
         layer: Any = self.get_base_layer()
         with torch.no_grad():
             part: Any = self.lora_B[name]
             norms = row_norms(layer).to(part.weight.device)
         self.lora_magnitude_vector[name] = Magnitude(norms.clone())
 
-    def _stretched(self, result: Tensor, added: Tensor, down: Tensor, up: Tensor, name: str) -> Tensor:
-        """m / |W + s B A| (W x + s B A x) + bias; the norm's own gradient is left out (DoRA, section 4.3)."""
+    def _with_dora(self, result: Tensor, added: Tensor, down: Tensor, up: Tensor, name: str) -> Tensor:
+        """m / |W + s B A| (W x + s B A x) + bias; the norm is treated as a constant (DoRA, section 4.3)."""
         base: Any = self.get_base_layer()
         magnitude: Any = self.lora_magnitude_vector[name]
         factor = (magnitude.weight / self._row_norms(down, up, name)).to(result.dtype)
@@ -73,7 +73,7 @@ class LowRankLinear(PeftLinear):
 
     @torch.no_grad()
     def _row_norms(self, down: Tensor, up: Tensor, name: str) -> Tensor:
-        """(out,) float32 norms of the rows of W + s B A, formed in the dtype of A and B."""
+        """(out,) float32 norms of the rows of W + s B A; the sum is formed in the dtype of A and B."""
         layer: Any = self.get_base_layer()
         base = layer.dense(up.dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(up.dtype)
         return torch.linalg.vector_norm(base + self.scaling[name] * (up @ down), dim=1, dtype=torch.float32)
@@ -87,26 +87,27 @@ class LowRankLinear(PeftLinear):
         if rate == 0 or not self.training:
             return x
         if self.mask_keys is None:
-            raise RuntimeError("dropout without keys: adapter.DropoutKeys.set comes before a training step")
+            raise RuntimeError("dropout without keys: call adapter.DropoutKeys.set before each training step")
         kept = keyed_mask(self.mask_keys, x.shape[1:], rate, self.token_slice * x.shape[1:].numel())
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
 
 
 def products(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Every layer's output of the same x; where adapters read x as it is, all their A x are one product."""
-    joined: list[Any] = [layer for layer in layers if isinstance(layer, LowRankLinear) and _reads_plainly(layer)]
-    if len(joined) < len(layers):
+    """The outputs of several layers for the same x. If no adapter applies dropout, one product gives all A x."""
+    adapted: list[Any] = [layer for layer in layers if isinstance(layer, LowRankLinear) and _without_dropout(layer)]
+    if len(adapted) < len(layers):
         return [layer(x) for layer in layers]
-    names: list[str] = [layer.active_adapters[0] for layer in joined]
-    pairs = [layer.low_rank(name, x.dtype) for layer, name in zip(joined, names, strict=True)]
+    names: list[str] = [layer.active_adapters[0] for layer in adapted]
+    pairs = [layer.low_rank(name, x.dtype) for layer, name in zip(adapted, names, strict=True)]
     inner = F.linear(x, torch.cat([down for down, _ in pairs])).split([len(down) for down, _ in pairs], dim=-1)
     return [
         layer.plus(layer.base_layer(x), part, *pair, name)
-        for layer, part, pair, name in zip(joined, inner, pairs, names, strict=True)
+        for layer, part, pair, name in zip(adapted, inner, pairs, names, strict=True)
     ]
 
 
-def _reads_plainly(layer: LowRankLinear) -> bool:
+def _without_dropout(layer: LowRankLinear) -> bool:
+    """Whether the layer has one active adapter that reads its input without dropout."""
     active = layer.active_adapters
     if layer.disable_adapters or len(active) != 1:
         return False
@@ -114,7 +115,7 @@ def _reads_plainly(layer: LowRankLinear) -> bool:
 
 
 class Magnitude(nn.Module):
-    """weight (out,) float32: what DoRA multiplies the normalized rows with."""
+    """DoRA's trained magnitudes: weight (out,) float32, the factors of the normalized rows."""
 
     def __init__(self, norms: Tensor) -> None:
         super().__init__()
@@ -122,26 +123,26 @@ class Magnitude(nn.Module):
 
 
 def keyed_mask(keys: Tensor, shape: torch.Size, rate: float, first: int = 0) -> Tensor:
-    """(B, *shape) bool, True with probability 1 - rate: a hash of each sample's key and the place within it, where
-    `first` places come before.
+    """(B, *shape) bool, True with probability 1 - rate, from a hash of the sample's key and the element's index.
 
-    The hash is murmur3's 32-bit finalizer, once over the place and once over the result and the key.
+    keys: (B,) int32. first: index of the first element. The hash applies murmur3's 32-bit finalizer to the index, and
+    again to the xor of that result and the key.
     """
-    places = torch.arange(first, first + shape.numel(), dtype=torch.int32, device=keys.device).view(shape)
-    mixed = mix(mix(places)[None] ^ keys.view(-1, *(1 for _ in shape)))
+    indices = torch.arange(first, first + shape.numel(), dtype=torch.int32, device=keys.device).view(shape)
+    mixed = mix(mix(indices)[None] ^ keys.view(-1, *(1 for _ in shape)))
     return (mixed & ((1 << _KEEP_BITS) - 1)) >= int(rate * (1 << _KEEP_BITS))
 
 
 def mix(h: Tensor) -> Tensor:
-    """murmur3's fmix32 on int32, whose products wrap; shifts are masked because int32 shifts keep the sign."""
+    """murmur3's fmix32 on int32. Products wrap around; shifts are masked because int32 shifts extend the sign."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     return h ^ ((h >> 16) & 0xFFFF)
 
 
 class _Rows(torch.autograd.Function):
-    """values[index] whose backward is a product: a kernel that adds thousands of tokens' gradients to the same few
-    rows takes them one after the other."""
+    """values[index] with a matrix product as its backward. The usual kernel adds the gradients of thousands of tokens
+    to the same few rows one after the other."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
@@ -158,13 +159,13 @@ class _Rows(torch.autograd.Function):
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:
-    """values (U, D) by index (B, T) -> (B, T, D)."""
+    """values (U, D) gathered by index (B, T) -> (B, T, D)."""
     rows: Any = _Rows.apply(values, index)  # pyright: ignore[reportArgumentType]
     return rows
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The float32 weight of a linear layer, dequantized if need be."""
+    """The weight of a linear layer in float32, dequantized if it is quantized."""
     if isinstance(layer, QuantizedLinear):
         return layer.dense(torch.float32)
     weight = layer.weight
@@ -173,18 +174,18 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def remember_norms(block: nn.Module) -> None:
-    """Stores the norms of every linear layer's rows on the layer, for when its weights are elsewhere."""
+    """Stores the row norms of every linear layer on the layer, for use while its weights are not on the device."""
     layers: list[Any] = [m for m in block.modules() if isinstance(m, nn.Linear)]
     for layer in layers:
         layer.row_norms = row_norms(layer)
 
 
 def row_norms(layer: nn.Module) -> Tensor:
-    """(out,) float32: |W| of every output channel."""
-    known = getattr(layer, "row_norms", None)
-    return torch.linalg.vector_norm(dense_weight(layer), dim=1) if known is None else known
+    """(out,) float32: the norm of each row of W, from `remember_norms` if it was called."""
+    stored = getattr(layer, "row_norms", None)
+    return torch.linalg.vector_norm(dense_weight(layer), dim=1) if stored is None else stored
 
 
 def frobenius(layer: nn.Module) -> float:
-    """|W| of a linear layer."""
+    """The Frobenius norm of a linear layer's weight."""
     return float(torch.linalg.vector_norm(row_norms(layer)))

@@ -1,8 +1,8 @@
 """Opens the components of a single-file checkpoint: transformer, VAEs, vocoder, text connectors.
 
-Owns which tensors belong to which component and under which names. Each loader takes a path or a
-`TensorSource`, builds the module on the meta device and streams the weights into it. Classes that training
-does not use are imported where they are: they cost every start two seconds.
+Owns the assignment of tensors to components and their names in the checkpoint. Each loader takes a path or a
+`TensorSource`, builds the module on the meta device and streams the weights into it. Classes that training does not use
+are imported inside functions: importing them would delay every start by two seconds.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def load_transformer(
     quantize: BlockQuantizer | None = None,
     arrived: BlockArrival | None = None,
 ) -> Transformer:
-    """The transformer, frozen, in eval mode. dtype None keeps the stored dtype.
+    """The transformer, frozen and in eval mode. dtype None keeps the stored dtype.
 
-    quantize, then arrived(index, block), are applied to each block as soon as it is complete, so that
-    peak memory stays one block above the final size.
+    `quantize(block)` and then `arrived(index, block)` are called for each block as soon as its weights are loaded. Peak
+    memory is therefore only one block above the final size.
     """
     source = checkpoint.open_source(path)
     model = build_transformer(source)
@@ -67,7 +67,7 @@ def load_transformer(
 
 
 def build_transformer(source: TensorSource) -> Transformer:
-    """The transformer of a source's metadata on the meta device, without weights."""
+    """The transformer that the source's metadata describe, on the meta device, without weights."""
     with torch.device("meta"):
         return Transformer(spec.transformer(source.config))
 
@@ -75,7 +75,7 @@ def build_transformer(source: TensorSource) -> Transformer:
 def load_video_vae(
     path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderKLLTX2Video:
-    """The video VAE; its latents are raw, `codecs` normalizes them."""
+    """The video VAE. Its latents are not normalized; `codecs` normalizes them."""
     from diffusers import AutoencoderKLLTX2Video
 
     source = checkpoint.open_source(path)
@@ -85,7 +85,7 @@ def load_video_vae(
 
 
 def load_audio_vae(path: Source, *, device: str | torch.device = "cpu") -> AutoencoderKLLTX2Audio:
-    """The audio VAE, always float32: in bfloat16 its latents are audibly off."""
+    """The audio VAE, always in float32: in bfloat16 the errors of its latents are audible."""
     from diffusers import AutoencoderKLLTX2Audio
 
     source = checkpoint.open_source(path)
@@ -99,7 +99,7 @@ def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2Voc
     from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 
     source = checkpoint.open_source(path)
-    # Not on the meta device: its resampling filter is computed at construction and stored in no file.
+    # Not on the meta device: the constructor computes the resampling filter, which checkpoints do not contain.
     model = LTX2VocoderWithBWE(**spec.vocoder(source.config))
     return _filled(model, source, vocoder_original_name, ("vocoder.",), device=device, dtype=torch.float32)
 
@@ -107,7 +107,7 @@ def load_vocoder(path: Source, *, device: str | torch.device = "cpu") -> LTX2Voc
 def load_text_connectors(
     path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LTX2TextConnectors:
-    """The text projections and connectors: text encoder states to the two contexts."""
+    """The text projections and connectors, which map the text encoder's states to the two contexts."""
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
     source = checkpoint.open_source(path)
@@ -118,7 +118,7 @@ def load_text_connectors(
 
 
 def text_hidden_states(source: TensorSource) -> int:
-    """How many hidden states of the text encoder the projection reads (49 for Gemma-3-12B)."""
+    """Number of the text encoder's hidden states that the projection reads (49 for Gemma-3-12B)."""
     values = spec.transformer(source.config)
     if "text_hidden_states" in values:
         return values["text_hidden_states"]
@@ -129,7 +129,7 @@ def text_hidden_states(source: TensorSource) -> int:
 
 
 def expected_tensors(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a complete checkpoint of this architecture, by original name: what a full file holds."""
+    """Shapes of all tensors in a complete checkpoint of this architecture, by original name."""
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
     from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
@@ -171,16 +171,16 @@ def _filled(
 def _block_counter(
     model: Transformer, quantize: BlockQuantizer | None, arrived: BlockArrival | None
 ) -> Callable[[str], None]:
-    """Tells when a block's last tensor has come in."""
-    left = {i: len(block.state_dict()) for i, block in enumerate(model.transformer_blocks)}
+    """A callback for each loaded tensor. After a block's last tensor it calls `quantize` and `arrived`."""
+    remaining = {i: len(block.state_dict()) for i, block in enumerate(model.transformer_blocks)}
 
     def placed(name: str) -> None:
         match = re.match(r"transformer_blocks\.(\d+)\.", name)
         if match is None:
             return
         index = int(match[1])
-        left[index] -= 1
-        if left[index] == 0:
+        remaining[index] -= 1
+        if remaining[index] == 0:
             block = model.transformer_blocks[index].requires_grad_(False)
             if quantize is not None:
                 quantize(block)
@@ -200,8 +200,11 @@ def _connector_original_name(name: str) -> str:
 
 
 def video_vae_original_name(name: str) -> str:
-    """The original numbers residual groups and resamplers in one list: encoder groups at even places,
-    decoder groups at even places behind the middle block, resamplers between them."""
+    """The checkpoint's name of a video VAE tensor.
+
+    The checkpoint numbers residual groups and resamplers in one list: encoder groups have even indices, decoder groups
+    have even indices after the middle block, and resamplers are between the groups.
+    """
     if name in _STATISTICS:
         return "vae." + _STATISTICS[name]
     name = re.sub(r"encoder\.mid_block\.resnets", "encoder.down_blocks.8.res_blocks", name)

@@ -1,6 +1,6 @@
-"""LoRA files: reading them, the proof that they bind to a base, and what they make of a weight.
+"""LoRA files: reading them, checking that they bind to a base, and merging them into a weight.
 
-Owns the names and scales inside such files, other trainers' included. Knows no adapter layers.
+Owns the names and scales in LoRA files, including those of other trainers. Knows no adapter layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KNOWN = re.compile(r"\.lora_[AB]\.weight$|\.dora_scale$|\.alpha$")
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by module name (`<module>.lora_A.weight`) and metadata; DataError if it is not a whole LoRA."""
+    """Tensors by name (`<module>.lora_A.weight`), and metadata. DataError if the file is not a readable LoRA."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no LoRA at {path}")
@@ -30,7 +30,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a readable safetensors file ({error}): it may be cut short") from error
+        raise DataError(f"{path} is not a readable safetensors file ({error}): it may be truncated") from error
     foreign = [name for name in tensors if not _KNOWN.search(name)]
     if foreign or not tensors:
         raise DataError(f"{path} is not a LoRA: {foreign[0] if foreign else 'it holds no tensors'}")
@@ -41,23 +41,26 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the alphas that other trainers store: B times alpha / rank."""
+    """Replaces the alphas that other trainers store: multiplies B by alpha / rank."""
     alphas = {name.removesuffix(".alpha"): float(t) for name, t in tensors.items() if name.endswith(".alpha")}
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    folded = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
     for module, alpha in alphas.items():
         down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-        if down in kept and up in kept:
-            kept[up] = (kept[up].float() * (alpha / kept[down].shape[0])).to(kept[up].dtype)
-    return kept
+        if down in folded and up in folded:
+            folded[up] = (folded[up].float() * (alpha / folded[down].shape[0])).to(folded[up].dtype)
+    return folded
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor of a LoRA belongs to."""
+    """The module name in the name of a LoRA tensor."""
     return name.removesuffix(f".{DORA}") if name.endswith(DORA) else name.rpartition(".lora_")[0]
 
 
 def unbound_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Every reason why a LoRA does not fit a model (on the meta device will do): unknown modules, halves, shapes."""
+    """Every reason why a LoRA does not fit a model: unknown modules, a missing A or B, wrong shapes.
+
+    The model may be on the meta device.
+    """
     linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     problems: list[str] = []
     for name, tensor in tensors.items():
@@ -70,14 +73,14 @@ def unbound_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
         else:
             layer, rank = linears[module], tensors[halves[0]].shape[0]
             shapes = {halves[0]: (rank, layer.in_features), halves[1]: (layer.out_features, rank)}
-            wanted = shapes.get(name, (layer.out_features, 1))
-            if tuple(tensor.shape) != wanted:
-                problems.append(f"{name}: shape {list(tensor.shape)}, the base needs {list(wanted)}")
+            expected = shapes.get(name, (layer.out_features, 1))
+            if tuple(tensor.shape) != expected:
+                problems.append(f"{name}: shape {list(tensor.shape)}, the base needs {list(expected)}")
     return problems
 
 
 def refuse_unbound(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """DataError with the list of keys that do not bind."""
+    """DataError lists the keys that do not bind."""
     problems = unbound_keys(tensors, model)
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -86,7 +89,7 @@ def refuse_unbound(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def merged_weight(weight: Tensor, tensors: Mapping[str, Tensor], module: str, strength: float) -> Tensor:
-    """W + strength * B A in W's dtype, its rows stretched to DoRA's magnitudes if the file has them."""
+    """W + strength * B A in W's dtype. If the file has DoRA's magnitudes, the rows are scaled to these norms."""
     a, b = (tensors[f"{module}.lora_{half}.weight"].float().to(weight.device) for half in "AB")
     total = weight.float() + strength * (b @ a)
     magnitude = tensors.get(f"{module}.{DORA}")

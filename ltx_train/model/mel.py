@@ -1,4 +1,4 @@
-"""Waveform to log-mel spectrogram, as the audio VAE expects it; plain torch, float32.
+"""Converts waveforms to the log-mel spectrograms that the audio VAE expects; plain torch, float32.
 
 Owns resampling, channel layout and the mel filters. All constants are the reference's: 16 kHz,
 window 1024, hop 160, 64 Slaney mels up to 8 kHz, natural logarithm clamped at 1e-5.
@@ -20,7 +20,7 @@ _SINC_ZEROS, _ROLLOFF = 6, 0.99
 
 
 def to_stereo(waveform: Tensor) -> Tensor:
-    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, more channels are averaged."""
+    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, three or more channels are averaged first."""
     channels = waveform.shape[-2]
     if channels == 2:
         return waveform
@@ -48,7 +48,7 @@ def resample(waveform: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor
 def log_mel(waveform: Tensor) -> Tensor:
     """(B, 2, samples) at 16 kHz -> (B, 2, 1 + samples // 160, 64).
 
-    Short inputs are padded with silence to half a window, which reflection padding needs.
+    Inputs of up to half a window are padded with silence, because reflection padding needs a longer input.
     """
     short = WINDOW // 2 + 1 - waveform.shape[-1]
     waveform = F.pad(waveform.float(), (0, max(0, short)))
@@ -62,7 +62,7 @@ def log_mel(waveform: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _sinc_kernel(old: int, new: int) -> tuple[Tensor, int]:
-    """Kernels (new, 1, taps) for a rational rate change, one per output phase, and the padding."""
+    """Resampling kernels (new, 1, taps) for the rates old -> new, one per output phase, and the padding."""
     cutoff = min(old, new) * _ROLLOFF
     width = math.ceil(_SINC_ZEROS * old / cutoff)
     taps = torch.arange(-width, width + old, dtype=torch.float64)[None, None] / old

@@ -1,7 +1,7 @@
-"""A base with a LoRA merged into it, as a source of tensors: what is trained on top of a distilled LoRA.
+"""A base checkpoint with a LoRA merged into it, as a `TensorSource`; used to train on top of a distilled LoRA.
 
-Owns the merge at reading time, tensor by tensor; loaders, quantizers, exports and fingerprints see
-a checkpoint like any other.
+Owns the merge, tensor by tensor at reading time. Loaders, quantizers, exports and fingerprints treat it like any other
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ltx_train.model.lora_file import merged_weight, module_of, read_lora, refus
 
 @dataclass(frozen=True, kw_only=True)
 class MergedSource:
-    """inner plus strength * B A; modules: by the checkpoint's name of the weight they change."""
+    """inner plus strength * B A. tensors: of the LoRA. modules: module by the checkpoint's name of its weight."""
 
     inner: TensorSource
     strength: float
@@ -32,7 +32,7 @@ class MergedSource:
 
     @classmethod
     def open(cls, inner: TensorSource, path: str | Path, strength: float) -> MergedSource:
-        """DataError when the file is no LoRA or does not bind to the base."""
+        """Reads the LoRA. DataError if the file is not a LoRA or does not bind to the base."""
         tensors, _ = read_lora(path)
         refuse_unbound(tensors, build_transformer(inner))
         modules = {transformer_original_name(f"{m}.weight"): m for m in sorted({module_of(n) for n in tensors})}
@@ -44,8 +44,8 @@ class MergedSource:
     def config(self) -> Mapping[str, Any]:
         return self.inner.config
 
-    def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
-        return self.inner.shape(name, wanted)
+    def shape(self, name: str, expected: tuple[int, ...]) -> tuple[int, ...] | None:
+        return self.inner.shape(name, expected)
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         value = self.inner.read(name, shape, device)
@@ -56,8 +56,8 @@ class MergedSource:
         return self.inner.names(prefixes)
 
     def fingerprint(self, *prefixes: str) -> str:
-        """The base's, and the LoRA's where it changes what is under the prefixes."""
-        found = self.inner.fingerprint(*prefixes)
+        """The base's fingerprint, combined with the LoRA's if the prefixes include the transformer."""
+        base = self.inner.fingerprint(*prefixes)
         if TRANSFORMER_PREFIX not in prefixes:
-            return found
-        return hashlib.sha256(f"{found}:{self.digest}:{self.strength:g}".encode()).hexdigest()[:16]
+            return base
+        return hashlib.sha256(f"{base}:{self.digest}:{self.strength:g}".encode()).hexdigest()[:16]

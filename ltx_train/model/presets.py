@@ -1,7 +1,7 @@
 """The metadata `config` of known architectures, for building a model without a checkpoint file.
 
-A preset is the same structure as the `config` entry in a checkpoint's metadata, so that a file
-and a preset go through one reader (`spec`). Knows sizes only; no weights, no torch.
+`preset_config` has the structure of the `config` entry in a checkpoint's metadata, so that `spec` reads both files and
+presets. Knows sizes only; no weights, no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Everything that differs between the real model and a small one."""
+    """The sizes that differ between the presets."""
 
     layers: int
     heads: int
@@ -59,7 +59,7 @@ PRESETS: dict[str, Sizes] = {
 
 
 def preset_config(name: str) -> Config:
-    """The metadata `config` of a preset; KeyError for an unknown name (the schema allows known ones only)."""
+    """The metadata `config` of a preset; KeyError for an unknown name (the schema allows only known names)."""
     sizes = PRESETS[name]
     return {
         "transformer": _transformer(sizes),

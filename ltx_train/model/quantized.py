@@ -1,7 +1,7 @@
-"""Linear layers over quantized frozen weights: one byte, half a byte, and products in float8.
+"""Linear layers with quantized frozen weights: 8-bit weights, 4-bit weights, and float8 matrix products.
 
-Owns how they compute, in plain tensors that a compiler sees through. Making the numbers is
-`memory.quantize`'s; inside a compiled block a dequantized weight is never kept for backward.
+Owns their computation, in plain tensor operations that the compiler can fuse. `memory.weights.quantize` computes the
+codes and scales. A compiled block never keeps a dequantized weight for backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FLOAT8_MAX = 448.0
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer (out, in) whose `dense` gives back its weight."""
+    """A frozen linear layer with weight (out, in), which `dense` dequantizes."""
 
     def __init__(self, shape: tuple[int, int], bias: Tensor | None, **frozen: Tensor) -> None:
         nn.Module.__init__(self)
@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in `dtype`."""
+        """The dequantized weight (out, in) in `dtype`."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -47,9 +47,9 @@ class ByteLinear(QuantizedLinear):
 
 
 class NibbleLinear(QuantizedLinear):
-    """Four-bit weights in groups along the inputs: weight = codes * scale - shift.
+    """4-bit codes with a scale and a shift per group of inputs: dense weight = codes * scale - shift.
 
-    weight (out / 2, groups, in / groups) uint8: output channel i in the low halves, i + out / 2 in the high ones.
+    weight (out / 2, groups, in / groups) uint8: output channel i in the low four bits, i + out / 2 in the high four.
     scale and shift: (out, groups, 1).
     """
 
@@ -61,17 +61,17 @@ class NibbleLinear(QuantizedLinear):
         super().__init__((2 * half, groups * size), bias, weight=weight, scale=scale, shift=shift)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        # A shift per half instead of a concatenation: the compiler makes one elementwise kernel of it.
-        places = 4 * torch.arange(2, dtype=torch.uint8, device=self.weight.device)[:, None, None, None]
-        codes = ((self.weight[None] >> places) & 15).flatten(0, 1)
+        # Broadcast bit shifts instead of a concatenation, because they compile to one elementwise kernel.
+        bit_shifts = 4 * torch.arange(2, dtype=torch.uint8, device=self.weight.device)[:, None, None, None]
+        codes = ((self.weight[None] >> bit_shifts) & 15).flatten(0, 1)
         return (codes.to(dtype) * self.scale.to(dtype) - self.shift.to(dtype)).flatten(1)
 
 
 class Fp8Linear(QuantizedLinear):
-    """Products in float8 with one scale per row (token) and per output channel, forward and input gradient.
+    """Float8 matrix products for the output and the input gradient, with a scale per token and per output channel.
 
-    weight (out, in) float8, scale (out, 1) float32, transposed: the same codes as (in, out), because the
-    hardware multiplies float8 only along contiguous rows: held twice, never copied in backward.
+    weight (out, in) float8, scale (out, 1) float32. transposed: the same codes as (in, out). The hardware multiplies
+    float8 only along contiguous rows, so both layouts are stored and backward copies neither.
     """
 
     scale: nn.Parameter
@@ -92,7 +92,7 @@ class Fp8Linear(QuantizedLinear):
 
 
 class _Float8Product(torch.autograd.Function):
-    """x (..., in) -> x W^T; the gradient of the frozen weight is not computed."""
+    """x (..., in) -> x W^T (..., out). The frozen weight has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class _Float8Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         scale, transposed = ctx.saved_tensors
         gradient = gradients[0]
-        # The weight's scales stand on the summed axis here, so they go into the gradient before it is quantized.
+        # This product sums over the axis of the weight's scales, so the gradient is scaled before it is quantized.
         codes, rows = float8_rows(gradient.flatten(0, -2).float() * scale.t())
         ones = torch.ones(1, transposed.shape[0], device=scale.device)
         product = _scaled_product(codes, transposed.t(), rows, ones, gradient.dtype)
@@ -113,7 +113,7 @@ class _Float8Product(torch.autograd.Function):
 
 
 def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 codes and float32 scales (rows, 1) of a matrix: the largest magnitude of a row becomes 448."""
+    """float8 codes and float32 scales (rows, 1) of a matrix; the largest magnitude of each row is mapped to 448."""
     values = x.float()
     scale = (values.abs().amax(dim=1, keepdim=True) / _FLOAT8_MAX).clamp_min(1e-12)
     return (values / scale).to(FLOAT8), scale
@@ -122,7 +122,7 @@ def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled_product(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """a (M, K) and b (K, N) column-major, both float8 -> (M, N): (a @ b) * rows (M, 1) * columns (1, N).
 
-    The rowwise kernel writes bfloat16 alone.
+    The kernel with rowwise scales can only write bfloat16.
     """
     product = torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda)
     return product.to(dtype)

@@ -1,7 +1,6 @@
-"""Which weights a mode's loss reaches: what is worth training, and what never would move; whose tokens a layer sees.
+"""Which weights get a gradient from a mode's loss, and which tokens a linear layer processes.
 
-Owns the graph of a block as far as gradients go (see transformer.Block.forward). Names and roles
-only.
+Owns the gradient paths through a block (see transformer.Block.forward). Knows module names and roles only.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from ltx_train.contracts import Mode, Role
 
 
 def sees_loss(name: str, modes: Iterable[Mode], layers: int) -> bool:
-    """Whether the weights of a module (its full name) get a gradient in any of the modes."""
+    """Whether a module's weights get a gradient in any of the modes. name: full name; layers: number of blocks."""
     return any(_reached(name, mode, layers) for mode in modes)
 
 
 def tokens_seen(layer: str) -> str:
-    """Whose tokens a linear layer of a block multiplies: video, audio or text; layer: its name within the block."""
-    part, _, own = layer.partition(".")
-    if part in ("attn2", "audio_attn2") and own in ("to_k", "to_v"):
+    """The tokens that a linear layer of a block processes: video, audio or text. layer: its name within the block."""
+    part, _, projection = layer.partition(".")
+    if part in ("attn2", "audio_attn2") and projection in ("to_k", "to_v"):
         return "text"
-    from_other = own in ("to_k", "to_v")
+    from_other = projection in ("to_k", "to_v")
     if part == "audio_to_video_attn":
         return "audio" if from_other else "video"
     if part == "video_to_audio_attn":
@@ -33,10 +32,10 @@ def _reached(name: str, mode: Mode, layers: int) -> bool:
     video, audio = mode.video is not Role.absent, mode.audio is not Role.absent
     parts = name.split(".")
     if parts[0] != "transformer_blocks":
-        both = parts[0].startswith("av_ca_")
-        return video and audio if both else audio if parts[0].startswith("audio_") else video
-    # Bridges read both streams before either moves on, so what a block does after its bridges is seen by the other
-    # modality in the next block only.
+        cross_modal = parts[0].startswith("av_ca_")
+        return video and audio if cross_modal else audio if parts[0].startswith("audio_") else video
+    # Both cross-modal attentions read the streams as they are before either is updated. Later results of a block
+    # therefore reach the other modality only in the next block.
     later = int(parts[1]) < layers - 1
     from_video, from_audio = mode.video is Role.generate, mode.audio is Role.generate
     match parts[2].removeprefix("audio_"):
@@ -45,7 +44,7 @@ def _reached(name: str, mode: Mode, layers: int) -> bool:
         case "to_video_attn":
             return video and audio and (from_video or later)
         case "ff":
-            own, other = (from_audio, video) if parts[2].startswith("audio_") else (from_video, audio)
-            return (audio if parts[2].startswith("audio_") else video) and (own or (other and later))
+            generated, other = (from_audio, video) if parts[2].startswith("audio_") else (from_video, audio)
+            return (audio if parts[2].startswith("audio_") else video) and (generated or (other and later))
         case _:
             return video and audio and (from_audio or later)

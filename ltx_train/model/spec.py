@@ -1,7 +1,7 @@
-"""Reads a checkpoint's metadata `config` into the constructor arguments of each component.
+"""Translates a checkpoint's metadata `config` into the constructor arguments of each component.
 
-Owns the translation between the original configuration's words and the diffusers classes'. A
-value this project does not implement is an error that names it, never a silent default.
+Owns the mapping from the original configuration's keys to the arguments of the diffusers classes. A value that this
+project does not implement raises a DataError that names it; no default is used silently.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _UPSAMPLE = {"compress_space": "spatial", "compress_time": "temporal", "compress
 
 
 def section(config: Mapping[str, Any], name: str) -> Section:
-    """One section of the metadata; DataError when the checkpoint has none."""
+    """One section of the metadata. DataError if the checkpoint does not have it."""
     if name not in config:
         raise DataError(f"the checkpoint's metadata has no section {name!r} (it has: {', '.join(sorted(config))})")
     return config[name]
 
 
 def transformer(config: Mapping[str, Any]) -> Section:
-    """The transformer section, checked against what this project implements (LTX-2.3 and 2.5)."""
+    """The transformer section. DataError if this project does not implement its values (LTX-2.3 and 2.5)."""
     values = section(config, "transformer")
     _require(values, _TRANSFORMER_FIXED, "transformer")
     return values
@@ -81,7 +81,7 @@ def video_vae(config: Mapping[str, Any]) -> Arguments:
     encoder_layers, down = _read_blocks(v["encoder_blocks"], _DOWNSAMPLE)
     decoder_layers, up = _read_blocks(v["decoder_blocks"], _UPSAMPLE)
     widths = [v["latent_channels"] * prod(m for _, m in down[: i + 1]) for i in range(len(down))]
-    # The decoder's blocks are listed pixel side first and run in reverse; diffusers lists widths the same way.
+    # The decoder's blocks are listed from the pixel side and run in reverse. diffusers orders the widths the same way.
     decoder_widths = [v["decoder_base_channels"] * prod(m for _, m in up[: i + 1]) for i in range(len(up))]
     return {
         "latent_channels": v["latent_channels"],
@@ -159,7 +159,7 @@ def _vocoder_stage(stage: Section, prefix: str) -> Arguments:
 
 
 def _read_blocks(blocks: list[Any], kinds: Mapping[str, str]) -> tuple[list[int], list[tuple[str, int]]]:
-    """Splits the alternating list into residual layer counts and (resampling kind, channel multiplier)."""
+    """Splits the alternating list into residual layer counts and pairs (resampling kind, channel multiplier)."""
     layers: list[int] = []
     resamplings: list[tuple[str, int]] = []
     for index, (name, options) in enumerate(blocks):
@@ -168,12 +168,12 @@ def _read_blocks(blocks: list[Any], kinds: Mapping[str, str]) -> tuple[list[int]
         elif index % 2 == 1 and name in kinds and not options.get("residual", False):
             resamplings.append((kinds[name], options["multiplier"]))
         else:
-            raise DataError(f"the checkpoint's video VAE has an unknown block {name!r} {options} at place {index}")
+            raise DataError(f"the checkpoint's video VAE has an unknown block {name!r} {options} at index {index}")
     return layers, resamplings
 
 
 def _require(values: Section, expected: Mapping[str, Any], where: str) -> None:
     wrong = {k: values[k] for k, v in expected.items() if k in values and values[k] != v}
     if wrong:
-        found = ", ".join(f"{k}={v!r} (implemented: {expected[k]!r})" for k, v in wrong.items())
-        raise DataError(f"the checkpoint's {where} is of a kind this release does not implement: {found}")
+        values_text = ", ".join(f"{k}={v!r} (implemented: {expected[k]!r})" for k, v in wrong.items())
+        raise DataError(f"the checkpoint's {where} has values that this release does not implement: {values_text}")

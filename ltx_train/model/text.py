@@ -1,7 +1,7 @@
-"""Captions to text contexts: a text encoder's hidden states through the checkpoint's connectors.
+"""Computes text contexts of captions from a text encoder's hidden states and the checkpoint's connectors.
 
-Owns the two encoders: Gemma through transformers for the real model, and a small deterministic
-stand-in for the tiny one. Contexts are computed once per caption, at preparation.
+Owns two encoders: Gemma through transformers for the full model, and a small deterministic stand-in for the tiny
+preset. Contexts are computed once per caption, when the data are prepared.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ REGISTERS = 128
 
 
 class TextEncoder(Protocol):
-    """Turns a caption into all hidden states of a language model."""
+    """Computes all hidden states of a language model for a caption."""
 
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        """(1, tokens, hidden size, states) and the attention mask (1, tokens); tokens is a multiple of 128."""
+        """Hidden states (1, tokens, hidden size, states) and attention mask (1, tokens); tokens: a multiple of 128."""
         ...
 
 
 class StandInEncoder:
-    """Hidden states of words hashed into a fixed random table: captions differ, nothing is downloaded."""
+    """Fixed random hidden states keyed by word: captions get different contexts without a downloaded model."""
 
     def __init__(self, hidden_size: int, states: int, tokens: int = REGISTERS) -> None:
         self._hidden_size, self._states, self._tokens = hidden_size, states, tokens
@@ -40,24 +40,24 @@ class StandInEncoder:
         words = caption.split()[: self._tokens]
         hidden = torch.zeros(1, self._tokens, self._hidden_size, self._states)
         mask = torch.zeros(1, self._tokens, dtype=torch.int64)
-        for place, word in enumerate(words, start=self._tokens - len(words)):
-            hidden[0, place] = rng.normal((self._hidden_size, self._states), 0, "stand-in", word)
-            mask[0, place] = 1
+        for position, word in enumerate(words, start=self._tokens - len(words)):
+            hidden[0, position] = rng.normal((self._hidden_size, self._states), 0, "stand-in", word)
+            mask[0, position] = 1
         return hidden, mask
 
 
 class GemmaEncoder:
-    """Gemma from a local folder in the transformers layout; prompts are left padded to `tokens`."""
+    """Gemma from a local folder in the transformers layout. Captions are padded on the left to `tokens`."""
 
     def __init__(self, path: str | Path, *, device: str, dtype: torch.dtype, tokens: int = 1024) -> None:
-        # transformers takes seconds to import, and only preparing and sampling need it.
+        # transformers takes seconds to import, and only data preparation and sampling need it.
         from transformers import AutoModel, AutoTokenizer
 
-        gemma_fingerprint(path)  # says what is wrong with the folder better than transformers does
+        gemma_fingerprint(path)  # raises a clearer error for an unusable folder than transformers
         self._device, self._tokens = device, tokens
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
         model: Any = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True)
-        # The vision tower of the multimodal wrapper is never needed here.
+        # Only the language model: the multimodal wrapper's vision tower is not needed.
         self._model: Any = getattr(model, "language_model", model).to(device).eval()
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class GemmaEncoder:
 
 
 def gemma_fingerprint(path: str | Path) -> str:
-    """Identifies a text encoder folder by its file names, sizes and configuration."""
+    """Hash of a text encoder folder: file names and sizes, and the configuration. DataError without config.json."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise DataError(f"no text encoder at {path}: set model.text_encoder to a local Gemma folder")
@@ -83,7 +83,7 @@ def gemma_fingerprint(path: str | Path) -> str:
 def contexts(encoder: TextEncoder, connectors: LTX2TextConnectors, caption: str) -> tuple[Tensor, Tensor]:
     """The video context (S, Dv) and the audio context (S, Da) of a caption.
 
-    Padding is replaced by the connectors' registers, so every position may be attended to: no mask.
+    The connectors replace padding by registers, so every position is attended to and no mask is needed.
     """
     hidden, mask = encoder.encode(caption)
     parameter = next(connectors.parameters())

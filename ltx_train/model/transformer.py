@@ -1,9 +1,8 @@
-"""The LTX-2.3 transformer: our forward over diffusers' blocks.
+"""The LTX-2.3 transformer: diffusers' layers with a forward pass of its own.
 
-diffusers supplies the layers and the rotary tables. This forward supplies what its own gets
-wrong for clean tokens and frozen modalities: in the audio-video cross-attention, scale and shift
-come from a stream's own per-token timesteps, the gate from the other stream's sigma. A modality
-that is absent is not computed at all. Module names are the checkpoint's own.
+diffusers supplies the layers and the rotary tables. Its forward pass is wrong for clean tokens and frozen modalities.
+Here, in the audio-video cross-attention, scale and shift come from a stream's own per-token timesteps, and the gate
+comes from the other stream's sigma. Absent modalities are not computed. Module names are the checkpoint's.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from ltx_train.model.spec import Section
 
 
 class Stream(NamedTuple):
-    """What the blocks read of one modality; constant over the blocks of a forward pass.
+    """The blocks' inputs for one modality besides its hidden states; the same for all blocks of a forward pass.
 
-    U is the number of distinct timesteps in the batch: modulation is computed for those and
-    gathered per token through `level` (B, T).
+    U is the number of distinct timesteps in the batch. Modulation is computed for these and gathered per token with
+    the index `level` (B, T).
     """
 
     level: Tensor
@@ -43,34 +42,34 @@ class Stream(NamedTuple):
     context: Tensor
     context_bias: Tensor | None
     self_bias: Tensor | None
-    cross_bias: Tensor | None  # on this modality's tokens, for the other's queries
+    cross_bias: Tensor | None  # on this modality's keys, for the other modality's queries
     text_scale: Tensor | None  # (B, T, 1)
     rotary: Rotary
     cross_rotary: Rotary
     embedded: Tensor  # (U, D)
-    # Under sequence parallelism: level, text_scale and rotary are those of this rank's tokens then.
+    # Set under sequence parallelism: level, text_scale and rotary tables then cover this rank's tokens alone.
     token_slice: TokenSlice | None = None
 
-    def cut(self, own: TokenSlice) -> Stream:
-        """The stream of this rank's tokens; biases stay those of all tokens."""
-        text = None if self.text_scale is None else own.cut(self.text_scale)
-        rotary, cross = ((own.cut(cos, 2), own.cut(sin, 2)) for cos, sin in (self.rotary, self.cross_rotary))
+    def cut(self, tokens: TokenSlice) -> Stream:
+        """The stream of this rank's tokens. The biases still cover all tokens."""
+        text = None if self.text_scale is None else tokens.cut(self.text_scale)
+        rotary, cross = ((tokens.cut(cos, 2), tokens.cut(sin, 2)) for cos, sin in (self.rotary, self.cross_rotary))
         return self._replace(
-            level=own.cut(self.level), text_scale=text, rotary=rotary, cross_rotary=cross, token_slice=own
+            level=tokens.cut(self.level), text_scale=text, rotary=rotary, cross_rotary=cross, token_slice=tokens
         )
 
     def whole(self) -> Stream:
         """The stream of all tokens, for self-attention outside sequence parallelism."""
-        own = self.token_slice
-        if own is None:
+        tokens = self.token_slice
+        if tokens is None:
             return self
-        cos, sin = (own.whole(table.transpose(1, 2)).transpose(1, 2) for table in self.rotary)
-        return self._replace(level=own.whole(self.level), rotary=(cos, sin), token_slice=None)
+        cos, sin = (tokens.whole(table.transpose(1, 2)).transpose(1, 2) for table in self.rotary)
+        return self._replace(level=tokens.whole(self.level), rotary=(cos, sin), token_slice=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """What guidance switches off: self-attention in some blocks, or all audio-video attention."""
+    """Parts that guidance switches off: self-attention in some blocks, or all audio-video attention."""
 
     skip_self_attention: frozenset[int] = frozenset()
     isolate_modalities: bool = False
@@ -82,9 +81,9 @@ Pair = tuple[Tensor | None, Tensor | None]
 
 
 class Block(LTX2VideoTransformerBlock):
-    """One of the transformer's blocks; the layers are diffusers', the forward is ours."""
+    """One block of the transformer: diffusers' layers with this project's forward pass."""
 
-    # Positional: the checkpoint and the compiled call pass arguments on.
+    # Positional, because activation checkpointing and the compiled call pass arguments by position.
     def forward(  # noqa: PLR0917  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         video: Tensor | None,
@@ -94,16 +93,16 @@ class Block(LTX2VideoTransformerBlock):
         skip_self_attention: bool,
         isolate: bool,
     ) -> Pair:
-        """(B, Tv, Dv) and (B, Ta, Da) in and out; a modality whose stream is None stays None."""
+        """Hidden states (B, Tv, Dv) and (B, Ta, Da) in and out. An absent modality and its stream are None."""
         v_mod = a_mod = _NO_MODULATION
         if video is not None and video_stream is not None:
             v_mod = _modulation(self.scale_shift_table, video_stream.modulation, video_stream.level)
-            video = self._own_and_text(video, video_stream, v_mod, "", skip_self_attention)
+            video = self._self_and_text_attention(video, video_stream, v_mod, "", skip_self_attention)
         if audio is not None and audio_stream is not None:
             a_mod = _modulation(self.audio_scale_shift_table, audio_stream.modulation, audio_stream.level)
-            audio = self._own_and_text(audio, audio_stream, a_mod, "audio_", skip_self_attention)
+            audio = self._self_and_text_attention(audio, audio_stream, a_mod, "audio_", skip_self_attention)
         if video is not None and audio is not None and video_stream and audio_stream and not isolate:
-            video, audio = self._across(video, audio, video_stream, audio_stream)
+            video, audio = self._cross_modal_attention(video, audio, video_stream, audio_stream)
         if video is not None:
             video = video + self.ff(_scaled(self.norm3(video), v_mod[3], v_mod[4])) * v_mod[5]
         if audio is not None:
@@ -111,27 +110,28 @@ class Block(LTX2VideoTransformerBlock):
         return video, audio
 
     def attended(self, hidden: Tensor, stream: Stream, name: str) -> Tensor:
-        """What self-attention reads of hidden (B, T, D): normalized and modulated; name is "" or "audio_"."""
+        """The self-attention's input for hidden (B, T, D), normalized and modulated. name: "" or "audio_"."""
         mod = _modulation(getattr(self, f"{name}scale_shift_table"), stream.modulation, stream.level)
         return _scaled(getattr(self, f"{name}norm1")(hidden), mod[0], mod[1])
 
-    def _own_and_text(self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool) -> Tensor:
+    def _self_and_text_attention(
+        self, hidden: Tensor, stream: Stream, mod: tuple[Tensor, ...], name: str, skip: bool
+    ) -> Tensor:
         layers: dict[str, Any] = {k: getattr(self, name + k) for k in ("norm1", "attn1", "norm2", "attn2")}
-        own = _scaled(layers["norm1"](hidden), mod[0], mod[1])
-        own = attend(
-            layers["attn1"], own, bias=stream.self_bias, rotary=stream.rotary, values_only=skip,
-            token_slice=stream.token_slice,
+        attended = attend(
+            layers["attn1"], _scaled(layers["norm1"](hidden), mod[0], mod[1]), bias=stream.self_bias,
+            rotary=stream.rotary, values_only=skip, token_slice=stream.token_slice,
         )  # fmt: skip
-        hidden = hidden + own * mod[2]
+        hidden = hidden + attended * mod[2]
         table = getattr(self, f"{name}prompt_scale_shift_table")
         prompt_shift, prompt_scale = _prompt_modulation(table, stream)
         query = _scaled(layers["norm2"](hidden), mod[6], mod[7])
         context = stream.context * (1 + prompt_scale) + prompt_shift
-        read = attend(layers["attn2"], query, context, bias=stream.context_bias) * mod[8]
-        return hidden + (read if stream.text_scale is None else read * stream.text_scale)
+        text = attend(layers["attn2"], query, context, bias=stream.context_bias) * mod[8]
+        return hidden + (text if stream.text_scale is None else text * stream.text_scale)
 
-    def _across(self, video: Tensor, audio: Tensor, v: Stream, a: Stream) -> tuple[Tensor, Tensor]:
-        """Audio to video and video to audio, both from the state before either."""
+    def _cross_modal_attention(self, video: Tensor, audio: Tensor, v: Stream, a: Stream) -> tuple[Tensor, Tensor]:
+        """Adds audio-to-video and video-to-audio attention. Both read the hidden states before either is updated."""
         v_table, a_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
         assert v.cross_modulation is not None
         assert a.cross_modulation is not None
@@ -140,11 +140,12 @@ class Block(LTX2VideoTransformerBlock):
         v_mod = _modulation(v_table[:4], v.cross_modulation, v.level)
         a_mod = _modulation(a_table[:4], a.cross_modulation, a.level)
         v_norm, a_norm = self.audio_to_video_norm(video), self.video_to_audio_norm(audio)
-        heard = _scaled(a_norm, a_mod[1], a_mod[0])
-        # Every rank's video tokens read the whole audio, so each rank has a part of the audio's gradient.
-        heard = heard if v.token_slice is None else v.token_slice.averaged_in_backward(heard)
+        audio_context = _scaled(a_norm, a_mod[1], a_mod[0])
+        if v.token_slice is not None:
+            # The video tokens of every rank read all audio tokens, so each rank has a part of the audio's gradient.
+            audio_context = v.token_slice.averaged_in_backward(audio_context)
         to_video = attend(
-            self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), heard,
+            self.audio_to_video_attn, _scaled(v_norm, v_mod[1], v_mod[0]), audio_context,
             bias=a.cross_bias, rotary=v.cross_rotary, key_rotary=a.cross_rotary,
         )  # fmt: skip
         to_audio = attend(
@@ -156,7 +157,7 @@ class Block(LTX2VideoTransformerBlock):
 
 
 def run_block(_index: int, block: Block, *arguments: Any) -> Pair:
-    """How a block is called by default; `memory` replaces it to recompute, compile or stream."""
+    """Calls a block. `memory` replaces this function to recompute, compile or stream blocks."""
     return block(*arguments)
 
 
@@ -204,27 +205,27 @@ class Transformer(nn.Module):
         a_stream = self._stream(audio, video, "audio_")
         v_hidden = None if video is None else self.patchify_proj(video.latent.to(self.dtype))
         a_hidden = None if audio is None else self.audio_patchify_proj(audio.latent.to(self.dtype))
-        # The head runs on all tokens again.
-        whole, own = v_stream, None
+        # Only the blocks work on this rank's token slice; the head reads all tokens.
+        full_stream, token_slice = v_stream, None
         if self.sequence_group is not None and v_hidden is not None and v_stream is not None:
-            own = TokenSlice.of(self.sequence_group, v_hidden.shape[1])
-            v_hidden, v_stream = own.cut(v_hidden), v_stream.cut(own)
+            token_slice = TokenSlice.of(self.sequence_group, v_hidden.shape[1])
+            v_hidden, v_stream = token_slice.cut(v_hidden), v_stream.cut(token_slice)
         for index, block in enumerate(self.transformer_blocks):
             skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(
                 index, block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
             )
-        if own is not None and v_hidden is not None:
-            v_hidden = own.whole(v_hidden)
-        return self._head(v_hidden, whole, ""), self._head(a_hidden, a_stream, "audio_")
+        if token_slice is not None and v_hidden is not None:
+            v_hidden = token_slice.whole(v_hidden)
+        return self._head(v_hidden, full_stream, ""), self._head(a_hidden, a_stream, "audio_")
 
-    def _stream(self, own: Modality | None, other: Modality | None, name: str) -> Stream | None:
-        if own is None:
+    def _stream(self, modality: Modality | None, other: Modality | None, name: str) -> Stream | None:
+        if modality is None:
             return None
         kind = "audio" if name else "video"
         scale, gate_scale = self.config["timestep_scale_multiplier"], self.config["av_ca_timestep_scale_multiplier"]
-        distinct = own.levels or transfer.distinct(own.timesteps)
-        levels = distinct.values.to(own.latent.device)
+        distinct = modality.levels or transfer.distinct(modality.timesteps)
+        levels = distinct.values.to(modality.latent.device)
         modulation, embedded = self._embed(f"{name}adaln_single", levels * scale)
         prompt = f"{name}prompt_adaln_single"
         cross = gate = None
@@ -232,30 +233,30 @@ class Transformer(nn.Module):
             cross = self._embed(f"av_ca_{kind}_scale_shift_adaln_single", levels * scale)[0]
             direction = "v2a" if name else "a2v"
             gate = self._embed(f"av_ca_{direction}_gate_adaln_single", other.sigma.float() * gate_scale)[0][:, None]
-        positions = own.positions.float()
+        positions = modality.positions.float()
         return Stream(
-            level=distinct.index.to(own.latent.device),
+            level=distinct.index.to(modality.latent.device),
             modulation=modulation,
             cross_modulation=cross,
             cross_gate=gate,
-            prompt_modulation=self._embed(prompt, own.sigma.float() * scale)[0] if hasattr(self, prompt) else None,
-            context=own.context.to(self.dtype),
-            context_bias=bias_from_strength(own.context_mask, self.dtype),
-            self_bias=bias_from_strength(own.attention_mask, self.dtype),
-            cross_bias=bias_from_strength(own.cross_mask, self.dtype),
-            text_scale=None if own.reads_text is None else own.reads_text.to(self.dtype)[..., None],
+            prompt_modulation=self._embed(prompt, modality.sigma.float() * scale)[0] if hasattr(self, prompt) else None,
+            context=modality.context.to(self.dtype),
+            context_bias=bias_from_strength(modality.context_mask, self.dtype),
+            self_bias=bias_from_strength(modality.attention_mask, self.dtype),
+            cross_bias=bias_from_strength(modality.cross_mask, self.dtype),
+            text_scale=None if modality.reads_text is None else modality.reads_text.to(self.dtype)[..., None],
             rotary=self._tables(kind, positions),
             cross_rotary=self._tables(f"{kind}_cross", positions[:, :1]),
             embedded=embedded,
         )
 
     def _tables(self, name: str, positions: Tensor) -> Rotary:
-        """In the dtype of the activations, as the reference computes with them: they are half of what turning reads."""
+        """Rotary (cos, sin) in the activations' dtype, as in the reference: half of the rotation's reads are tables."""
         cos, sin = self._rotary[name](positions)
         return cos.to(self.dtype), sin.to(self.dtype)
 
     def _embed(self, name: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) float32 timesteps -> modulation (N, n * D) and embedding (N, D)."""
+        """timesteps (N,) float32 -> modulation (N, n * D) and embedding (N, D)."""
         return getattr(self, name)(timesteps, hidden_dtype=self.dtype)
 
     def _head(self, hidden: Tensor | None, stream: Stream | None, name: str) -> Tensor | None:
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
 
 
 def transformer_widths(config: Section) -> tuple[int, int]:
-    """Inner widths (video, audio)."""
+    """Hidden sizes of the video and the audio stream."""
     return (
         config["num_attention_heads"] * config["attention_head_dim"],
         config["audio_num_attention_heads"] * config["audio_attention_head_dim"],
@@ -324,7 +325,7 @@ def _rotary(config: Section, name: str) -> LTX2AudioVideoRotaryPosEmbed:
 
 
 def _modulation(table: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-    """Per-token modulation: table (n, D) + levels (U, n * D), gathered by index (B, T) -> n tensors (B, T, D)."""
+    """Per-token modulation: table (n, D) + levels (U, n * D), gathered by index (B, T). n tensors (B, T, D)."""
     values = table[None] + levels.unflatten(-1, (table.shape[0], -1))
     return tuple(rows_at(row, index) for row in values.unbind(1))
 

@@ -1,1 +1,1 @@
-"""From noise to a file: guidance, the Euler loop, and media output."""
+"""Generation, from noise to a media file: guidance, the Euler loop, and media output."""

@@ -1,7 +1,7 @@
-"""Guidance: several predictions of the clean sample to one.
+"""Guidance: combines several predictions of the clean sample into one.
 
 x = positive + (cfg - 1)(positive - negative) + stg (positive - perturbed) + (modality - 1)(positive - isolated),
-then rescaled towards the positive prediction's spread. Pure.
+then rescaled towards the positive prediction's standard deviation. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """Scales; cfg 1, modality 1 and stg 0 switch their term off and save its forward pass."""
+    """Guidance scales. A cfg or modality_scale of 1 or an stg_scale of 0 switches its term off.
+
+    A term that is off for both modalities saves its forward pass.
+    """
 
     video_cfg: float = 1.0
     audio_cfg: float = 1.0
@@ -46,7 +49,7 @@ def combine(
     modality: float,
     rescale: float,
 ) -> Tensor:
-    """All (B, T, C); an absent prediction's term is left out."""
+    """The guided prediction (B, T, C) from predictions of the same shape; None leaves out a prediction's term."""
     guided = positive
     for other, scale in ((negative, cfg - 1), (perturbed, stg), (isolated, modality - 1)):
         if other is not None:

@@ -1,6 +1,6 @@
-"""Latents to an mp4 with sound, and images and sounds to latents: the edge of sampling.
+"""Media files of sampling: writes latents as an mp4 with sound, reads images as pixels.
 
-Owns decoding through the checkpoint's decoders and writing with PyAV.
+Owns decoding with the checkpoint's decoders, and reading and writing with PyAV.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ltx_train.model.checkpoint import TensorSource
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoding half of a checkpoint."""
+    """The decoders of a checkpoint."""
 
     video_vae: Any
     audio_vae: Any
@@ -49,7 +49,7 @@ def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def decode(decoder: Decoder, video: Tensor | None, audio: Tensor | None) -> tuple[Tensor | None, Sound | None]:
-    """video (C, F, H, W) -> pixels (frames, height, width, 3) uint8; audio (c, T, f) -> 48 kHz stereo."""
+    """video (C, F, H, W) -> pixels (frames, height, width, 3) uint8; audio (c, T, f) -> 48 kHz stereo; None -> None."""
     pixels = sound = None
     if video is not None:
         decoded = codecs.decode_video(decoder.video_vae, video[None].to(decoder.video_vae.device))[0]
@@ -61,7 +61,10 @@ def decode(decoder: Decoder, video: Tensor | None, audio: Tensor | None) -> tupl
 
 
 def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float) -> None:
-    """H.264 video and AAC sound; a missing part is left out. The file is whole or absent."""
+    """Writes H.264 video and AAC sound atomically; None leaves a stream out.
+
+    Raises DataError if the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
@@ -82,7 +85,10 @@ def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float
 
 
 def image_to_pixels(path: str | Path, width: int, height: int) -> Tensor:
-    """The first picture of a file, fitted to a size: (1, 3, 1, H, W) in [-1, 1]."""
+    """The first picture of a file, resized and cropped to a size: (1, 3, 1, H, W) float32 in [-1, 1].
+
+    Raises DataError if the file cannot be read.
+    """
     try:
         with av.open(str(path)) as container:
             picture = picture_to_bucket(next(container.decode(video=0)), width, height)

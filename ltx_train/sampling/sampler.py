@@ -1,7 +1,7 @@
-"""The Euler loop over the reference schedule, for one or both modalities at once.
+"""The Euler loop over the reference schedule, for one modality or both at once.
 
-Owns the update of noised tokens; given tokens (first frame, references, a frozen modality) stay
-as they are. Noise, contexts and decoding are the caller's.
+Owns the update of noised tokens; condition tokens (first frame, references, a frozen modality) keep
+their values. The caller provides noise and contexts, and decodes the result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ltx_train.sampling.guidance import Guidance, combine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerInputs:
-    """Both modalities at sigma 1: noised tokens hold noise and timestep 1, given tokens their values and timestep 0.
+    """Both modalities at sigma 1: noised tokens hold noise at timestep 1, condition tokens their values at timestep 0.
 
-    negative_*: contexts of the negative prompt, (1, S, D), when guidance needs them. gates: references that are there
-    at some noise levels only.
+    negative_*: contexts of the negative prompt, (1, S, D), if guidance needs them. gates: references that are visible
+    only within a range of noise levels.
     """
 
     video: Modality | None
@@ -37,55 +37,58 @@ class SamplerInputs:
 def sample(transformer: Transformer, start: SamplerInputs, sigmas: Tensor, guidance: Guidance) -> Pair:
     """Clean tokens (B, T, C) of both modalities, references included; None for an absent one.
 
-    sigmas: steps + 1 levels from 1 to 0.
+    sigmas: steps + 1 noise levels from 1 to 0.
     """
     masks = [None if m is None else m.timesteps for m in (start.video, start.audio)]
     video, audio = start.video, start.audio
-    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        now = [
-            _at(m, mask, sigma, name, start.gates)
+    for sigma, next_sigma in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        current = [
+            _at_level(m, mask, sigma, name, start.gates)
             for m, mask, name in zip((video, audio), masks, ModalityName, strict=True)
         ]
-        clean = _guided(transformer, now[0], now[1], start, guidance)
+        clean = _guided(transformer, current[0], current[1], start, guidance)
         video, audio = (
-            _stepped(begun, m, x, mask, sigma=sigma, following=following)
-            for begun, m, x, mask in zip((start.video, start.audio), now, clean, masks, strict=True)
+            _euler_step(initial, m, x, mask, sigma=sigma, next_sigma=next_sigma)
+            for initial, m, x, mask in zip((start.video, start.audio), current, clean, masks, strict=True)
         )
     return (None if video is None else video.latent), (None if audio is None else audio.latent)
 
 
-def _at(
+def _at_level(
     modality: Modality | None, mask: Tensor | None, sigma: float, name: ModalityName, gates: Sequence[Gate]
 ) -> Modality | None:
-    """The modality with timesteps and sigma of this step; a fully given one keeps sigma 0."""
+    """The modality with the timesteps and sigma of this step; one without noised tokens keeps sigma 0."""
     if modality is None or mask is None:
         return None
     level = mask.amax(dim=1) * sigma
     return closed(replace(modality, timesteps=mask * sigma, sigma=level), name, gates, sigma)
 
 
-def _stepped(
-    begun: Modality | None, modality: Modality | None, clean: Tensor | None, mask: Tensor | None, *,
-    sigma: float, following: float,
+def _euler_step(
+    initial: Modality | None, modality: Modality | None, clean: Tensor | None, mask: Tensor | None, *,
+    sigma: float, next_sigma: float,
 ) -> Modality | None:  # fmt: skip
-    """The next step's tokens in what the sampling began with: masks of this step's noise level are left behind."""
-    if modality is None or clean is None or mask is None or begun is None:
+    """`initial` with the tokens after one Euler step from sigma to next_sigma.
+
+    Starts from `initial` because the attention masks of `modality` hold for this noise level only.
+    """
+    if modality is None or clean is None or mask is None or initial is None:
         return None
     velocity = (modality.latent - clean) / sigma
-    return replace(begun, latent=modality.latent + (following - sigma) * velocity * mask[..., None])
+    return replace(initial, latent=modality.latent + (next_sigma - sigma) * velocity * mask[..., None])
 
 
 def _guided(
     transformer: Transformer, video: Modality | None, audio: Modality | None, start: SamplerInputs, g: Guidance
 ) -> Pair:
-    """The guided prediction of the clean tokens."""
+    """The guided prediction of the clean tokens of both modalities."""
     skipped = Perturbation(skip_self_attention=frozenset(g.stg_blocks))
     isolated = Perturbation(isolate_modalities=True)
-    other_video = _with_context(video, start.negative_video)
-    other_audio = _with_context(audio, start.negative_audio)
+    negative_video = _with_context(video, start.negative_video)
+    negative_audio = _with_context(audio, start.negative_audio)
     arms: list[Pair] = [
         _clean(transformer, video, audio, UNPERTURBED),
-        _clean(transformer, other_video, other_audio, UNPERTURBED) if g.needs_negative else (None, None),
+        _clean(transformer, negative_video, negative_audio, UNPERTURBED) if g.needs_negative else (None, None),
         _clean(transformer, video, audio, skipped) if g.needs_perturbed else (None, None),
         _clean(transformer, video, audio, isolated) if g.needs_isolated and video and audio else (None, None),
     ]
@@ -102,9 +105,11 @@ def _combined(predictions: Iterable[Tensor | None], cfg: float, g: Guidance) -> 
     )  # fmt: skip
 
 
-def _clean(transformer: Transformer, video: Modality | None, audio: Modality | None, what: Perturbation) -> Pair:
-    """x0 = x - timestep * velocity, per token."""
-    velocities = transformer(video, audio, what)
+def _clean(
+    transformer: Transformer, video: Modality | None, audio: Modality | None, perturbation: Perturbation
+) -> Pair:
+    """Predicted clean tokens: x0 = x - timestep * velocity, per token."""
+    velocities = transformer(video, audio, perturbation)
     pairs = zip((video, audio), velocities, strict=True)
     first, second = (
         None if m is None or v is None else m.latent.float() - m.timesteps[..., None] * v.float() for m, v in pairs

@@ -1,1 +1,1 @@
-"""The training loop: Lightning module, checkpoints, preemption, tracking."""
+"""A run: its loop, its optimizer step, its state, and the signals that end it."""

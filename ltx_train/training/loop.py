@@ -21,6 +21,7 @@ from ltx_train.data.module import ShardData
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.training.cadence import Cadence
 from ltx_train.training.checkpoints.writer import CheckpointWriter
+from ltx_train.training.debugging import StepProfiler
 from ltx_train.training.preemption import Preemption
 from ltx_train.training.state import RunState
 from ltx_train.training.step import Task
@@ -34,7 +35,9 @@ Evaluate = Callable[[int], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """What the loop reports to. metrics: on rank 0 alone. restarts: how often `supervise` has started the run here.
+    """What the loop reports to.
+
+    metrics: on rank 0 alone. profiler: of the first steps. restarts: how often `supervise` has started the run here.
 
     prepares_saves: the first step is followed by allocating memory for saves (sliced states).
     """
@@ -43,6 +46,7 @@ class Outside:
     evaluate: Evaluate | None
     writer: CheckpointWriter
     watchdog: Watchdog
+    profiler: StepProfiler | None
     restarts: int
     prepares_saves: bool
 
@@ -104,6 +108,8 @@ class Edge(Callback):
             writer.save(self._state, must=final)
         if stop:
             self._preemption.saved()
+        if self._outside.profiler is not None:
+            self._outside.profiler.step()
         self._outside.watchdog.beat()
         return final
 

@@ -60,6 +60,7 @@ class DataConfig:
     samples_per_shard: int = setting(256, "clips in one shard", least=1)
     silence_db: float = setting(-60.0, "clips below this loudness count as silent")
     on_bad_clip: str = setting("error", "what `prepare` does with a bad clip", choices=("error", "skip"))
+    limit: int | None = setting(None, "train on this many clips of the training split alone; null: all", least=1)
     workers: int = setting(2, "processes that read samples; 0: the training process itself", least=0)
 
 
@@ -168,4 +169,6 @@ class RunConfig:
     id: str = setting("main", "name of the run within the experiment")
     seed: int = setting(42, "seed of training: order, noise, dropout, references")
     resume: str = setting("auto", "auto: continue from the newest checkpoint", choices=("auto", "never"))
+    deterministic: bool = setting(False, "deterministic kernels: equal runs are equal bit for bit, but slower")
+    profile: int = setting(0, "optimizer steps whose kernels are recorded to <run>/profile; 0: none", least=0)
     allow: list[str] = setting(list[str](), "settings that may differ from the run's own although its course changes")

@@ -1,1 +1,1 @@
-"""Media and captions to latents, text contexts and shards; restartable and content-addressed."""
+"""Prepares media and captions into latents, text contexts and shards; restartable and content-addressed."""

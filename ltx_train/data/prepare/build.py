@@ -1,7 +1,8 @@
-"""The whole preparation: plan, encode what is new, pack, commit the index.
+"""The preparation from end to end: encodes new clips and captions, packs shards and writes the index.
 
-Owns the work folder: `items/` holds encoded clips by content (source bytes, settings, encoders),
-`contexts/` text contexts by content. Stopping at any moment loses at most the clip in hand.
+Owns the work folder. `items/` holds encoded clips and `contexts/` holds text contexts, both addressed by
+content. The content of a clip covers its source bytes, settings and encoders. An interruption at any
+moment loses at most the clip being encoded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything latents depend on besides media and encoders, and how clips are split and packed."""
+    """The settings of a preparation: what latents depend on besides media and encoders, and how to split and pack."""
 
     buckets: tuple[Bucket, ...]
     fps: float
@@ -51,8 +52,8 @@ class Recipe:
     keep_trigger: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """The part that makes prepared data stale when it changes."""
-        # What earlier releases did not know is named only where it is used: their folders are not stale otherwise.
+        """The settings that make prepared data stale when they change."""
+        # Settings that earlier releases lacked appear only when used: otherwise all older folders would be stale.
         newer = {"reference_scale": self.reference_scale} if self.reference_scale != 1 else {}
         newer |= {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
         return newer | {
@@ -67,18 +68,18 @@ class Recipe:
 
     @property
     def dropped_caption(self) -> str:
-        """What stands for a caption that is dropped: the trigger alone, or nothing."""
+        """The text that replaces a dropped caption: the trigger alone, or an empty string."""
         return self.trigger if self.trigger and self.keep_trigger else ""
 
     def final_caption(self, caption: str) -> str:
-        """The constant caption if there is one; otherwise the clip's, led by the trigger unless it holds it already."""
+        """The constant caption or else the clip's, with the trigger in front unless the caption contains it already."""
         caption = self.caption if self.caption is not None else caption
         return f"{self.trigger} {caption}" if self.trigger and self.trigger not in caption else caption
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a preparation did: clips encoded now, clips taken from earlier work, clips set aside with the reason."""
+    """Result of a preparation: clips encoded now, clips reused from earlier work, clips set aside with the reason."""
 
     encoded: int
     reused: int
@@ -87,12 +88,12 @@ class Outcome:
 
 
 def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, report: Report) -> Outcome:
-    """Makes or completes a prepared folder; the index is written last."""
+    """Creates or completes a prepared folder. Writes the index last."""
     items, contexts = root / "items", root / "contexts"
     for folder in (items, contexts):
         folder.mkdir(parents=True, exist_ok=True)
-        for half in folder.glob("*.tmp-*"):
-            half.unlink()
+        for partial in folder.glob("*.tmp-*"):
+            partial.unlink()
     splits = split_by_identity(clips, recipe.heldout_speakers, recipe.seed)
     digests = {clip.key: _contexts(clip, recipe, encoders, contexts) for clip in clips}
     dropped = _context(recipe.dropped_caption, recipe, encoders, contexts)
@@ -131,7 +132,7 @@ def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, r
 
 
 def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Path) -> tuple[Record, bool]:
-    """The record of a clip, encoding it unless an item of the same content exists."""
+    """Returns a clip's record and whether the clip was encoded now. An item of the same content is reused."""
     source_sha = _file_sha256(clip.video)
     key = _item_key(clip, source_sha, recipe, encoders)
     note = items / f"{key}.json"
@@ -152,30 +153,30 @@ def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Pat
 
 def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note: Path) -> None:
     media = read_clip(clip.video, list(recipe.buckets), recipe.fps)
-    done = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
-    done.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
+    encoded = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
+    encoded.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
     facts = {
         "bucket": str(media.bucket),
         "seconds": media.bucket.frames / recipe.fps,
-        "has_audio": AUDIO in done.tensors,
-        "voice": VOICE in done.tensors,
-        "own_reference": REFERENCE in done.tensors,
-        "rms_db": round(done.rms_db, 2),
+        "has_audio": AUDIO in encoded.tensors,
+        "voice": VOICE in encoded.tensors,
+        "own_reference": REFERENCE in encoded.tensors,
+        "rms_db": round(encoded.rms_db, 2),
     }
-    _write(tensors, save(done.tensors))
+    _write(tensors, save(encoded.tensors))
     _write(note, json.dumps(facts, sort_keys=True).encode())
 
 
 def _contexts(clip: Clip, recipe: Recipe, encoders: Encoders, contexts: Path) -> tuple[str, ...]:
-    """The digests of a clip's captions, each once; a constant caption leaves one."""
+    """Digests of the text contexts of a clip's captions, without duplicates; a constant caption leaves one."""
     captions = dict.fromkeys(recipe.final_caption(text) for text in (clip.caption, *clip.captions))
     return tuple(_context(text, recipe, encoders, contexts) for text in captions)
 
 
 def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -> str:
-    """The digest of a caption's context, which is made if it is not there yet."""
-    prints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
-    digest = _digest(caption, prints, recipe.latent_dtype)
+    """Returns the digest of a caption's text context. Encodes the context if its file does not exist yet."""
+    fingerprints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
+    digest = _digest(caption, fingerprints, recipe.latent_dtype)
     path = contexts / f"{digest}.safetensors"
     if not path.is_file():
         _write(path, save(encoders.caption(caption)))
@@ -187,7 +188,7 @@ def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -
     vaes = {k: v for k, v in encoders.fingerprints.items() if k.endswith("VAE")}
     files = {name: _file_sha256(path) for name, path in clip.files.items()}
     newer = {name: digest for name, digest in files.items() if name != "reference_audio"}
-    # Items of clips that bring nothing of what is new keep the key that earlier releases gave them.
+    # The item of a clip without these newer inputs keeps the key of earlier releases, so that it is reused.
     extras = [newer, clip.audio_mask, recipe.reference_scale] if newer or clip.audio_mask else []
     return _digest(FORMAT, source_sha, files.get("reference_audio"), settings, vaes, *extras)
 
@@ -202,7 +203,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or absent: another name first, then a rename."""
+    """Writes a file atomically: under a temporary name first, then renamed."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)

@@ -1,6 +1,6 @@
-"""One clip to latents, one caption to contexts: the encoders of a checkpoint, held together.
+"""The encoders of a checkpoint: they turn a clip into latents and a caption into text contexts.
 
-Owns what a sample's tensors are made of and the fingerprints they depend on. Knows no folders.
+Owns the content of a sample's tensors and the fingerprints that the tensors depend on. It knows no folders.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _WIDEST_STAND_IN = 1024
 
 @dataclass(frozen=True, slots=True)
 class EncodedClip:
-    """Tensors by name, and the loudness of the target's sound in dB of full scale."""
+    """A clip's tensors by name, and the loudness of its sound in dB of full scale."""
 
     tensors: dict[str, Tensor]
     rms_db: float
 
 
 class Encoders:
-    """The checkpoint's encoders on one device, each loaded when it is first needed.
+    """The checkpoint's encoders on one device, each loaded on first use.
 
-    A preparation that finds everything encoded loads none; text and media never need to share a card.
-    DataError at once when a real model is given no text encoder.
+    A preparation without new clips or captions loads none. The text encoder and the VAEs need not share a GPU's
+    memory: `release_text` frees the former. The constructor raises DataError when a real model has no text encoder.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Encoders:
 
     @cached_property
     def text_encoder(self) -> text.TextEncoder:
-        """Gemma from its folder, or the stand-in for a model too small to have one."""
+        """Gemma from its folder, or the stand-in encoder of a model that is too small to have a text encoder."""
         path, tokens = self._text
         if path is not None:
             return text.GemmaEncoder(path, device=str(self._device), dtype=self._dtype, tokens=tokens)
         return text.StandInEncoder(self._width, loaders.text_hidden_states(self._source), tokens)
 
     def release_text(self) -> None:
-        """Frees the text half, which on the real model is the larger one."""
+        """Frees the text encoder and the connectors, which on the real model are larger than the VAEs."""
         for name in ("text_encoder", "connectors"):
             self.__dict__.pop(name, None)
         if self._device.type == "cuda":
@@ -94,8 +94,9 @@ class Encoders:
 
     @torch.no_grad()
     def clip(self, media: Media, reference: Path | None, reference_s: float, fps: float) -> EncodedClip:
-        """Video latents; audio latents cut to 25 per second; a voice window for other clips; a given reference."""
-        tensors = {VIDEO: self._pictures(media.pixels)}
+        """Encodes the video; the audio, cut to 25 latents per second; a voice window, which other clips use as their
+        reference; and the file `reference`, if the clip has one."""
+        tensors = {VIDEO: self._encode_pixels(media.pixels)}
         loudness = _SILENT_DB
         if media.waveform is not None:
             seconds = media.pixels.shape[0] / fps
@@ -110,11 +111,11 @@ class Encoders:
 
     @torch.no_grad()
     def beside(self, bucket: Bucket, clip: Clip, fps: float, scale: int) -> dict[str, Tensor]:
-        """The control video's latents and the masks that a clip brings, by their names in the shards."""
+        """A clip's control video latents and masks, as far as it has them, by their tensor names in the shards."""
         tensors: dict[str, Tensor] = {}
         if "reference_video" in clip.files:
             pixels = extras.control(clip.files["reference_video"], bucket, fps, scale)
-            tensors[CONTROL] = self._pictures(pixels)
+            tensors[CONTROL] = self._encode_pixels(pixels)
         if "mask" in clip.files:
             tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], bucket, fps).contiguous()
         if clip.audio_mask:
@@ -122,8 +123,8 @@ class Encoders:
             tensors[AUDIO_MASK] = extras.audio_mask(clip.audio_mask, latents, clip.key)
         return tensors
 
-    def _pictures(self, pixels: Tensor) -> Tensor:
-        """(F, H, W, 3) uint8 -> latents (C, F', H', W')."""
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (F, H, W, 3) uint8 -> latents (C, F', H', W') in `latent_dtype`, on the CPU."""
         scaled = pixels.permute(3, 0, 1, 2)[None].to(self.video_vae.device).float() / 127.5 - 1
         return codecs.encode_video(self.video_vae, scaled)[0].to(self.latent_dtype).cpu().contiguous()
 
@@ -137,14 +138,15 @@ class Encoders:
 
     @torch.no_grad()
     def sound(self, waveform: Tensor, rate: int) -> Tensor:
-        """(channels, samples) -> (c, T, 16), float32 on the CPU.
+        """Waveform (channels, samples) -> audio latents (c, T, 16), float32 on the CPU.
 
-        T may be one more than inference generates for the same duration; `clip` cuts it off.
+        T may exceed the number of latents that inference generates for the same duration by one; `clip` cuts the
+        last latent off.
         """
         return codecs.encode_audio(self.audio_vae, waveform[None], rate)[0].float().cpu()
 
     def reference(self, path: Path, seconds: float) -> Tensor:
-        """The loudest `seconds` of a file as reference latents; DataError when it is shorter."""
+        """Reference latents of the loudest `seconds` of a file. DataError when the file's sound is shorter."""
         waveform, rate = read_audio(path)
         window = None if waveform is None else loudest_window(waveform, rate, seconds)
         if window is None:
@@ -155,7 +157,7 @@ class Encoders:
 
 
 def encoder_fingerprints(source: TensorSource, text_encoder: str | None, tokens: int) -> dict[str, str]:
-    """What prepared tensors depend on, by name; cheap enough to compare at the start of every run."""
+    """Fingerprints of the encoders that prepared tensors depend on, by name; cheap enough to compute at every start."""
     projection = ("text_embedding_projection.", "model.diffusion_model.video_embeddings_connector.")
     name = "stand-in" if text_encoder is None else text.gemma_fingerprint(text_encoder)
     return {
@@ -173,7 +175,7 @@ def rms_db(waveform: Tensor) -> float:
 
 
 def loudest_window(waveform: Tensor, rate: int, seconds: float) -> Tensor | None:
-    """The loudest `seconds` of (channels, samples): a voice, not a pause. None if the waveform is shorter."""
+    """The loudest `seconds` of a waveform (channels, samples), to get speech, not a pause. None if it is shorter."""
     length, step = round(seconds * rate), max(1, round(_WINDOW_STEP_S * rate))
     if waveform.shape[1] < length:
         return None

@@ -1,7 +1,7 @@
-"""What a clip may bring beside its picture and sound: a control video, and masks of what is given clean.
+"""Optional inputs of a clip besides picture and sound: a control video, and masks of the latents kept clean.
 
-Owns how pixels and seconds become places of the latent grid. A place counts as given only if all of
-it is: half a latent cannot be.
+Owns the mapping from pixels and seconds to the latent grid. A latent is kept clean only if the mask
+covers it completely, because a part of a latent cannot be clean.
 """
 
 from __future__ import annotations
@@ -23,33 +23,39 @@ _WHITE = 128
 
 
 def control(path: Path, bucket: Bucket, fps: float, scale: int) -> Tensor:
-    """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket."""
+    """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket.
+
+    DataError when that size is not on the latent grid.
+    """
     width, height, frames = bucket.width, bucket.height, bucket.frames
     if width % (PIXELS_PER_LATENT * scale) or height % (PIXELS_PER_LATENT * scale):
         raise DataError(
-            f"{path}: {width}x{height} divided by data.reference_scale={scale} is off the grid of "
+            f"{path}: {width}x{height} divided by data.reference_scale={scale} is not a multiple of "
             f"{PIXELS_PER_LATENT} pixels"
         )
     return read_clip(path, [Bucket(width // scale, height // scale, frames)], fps).pixels
 
 
 def video_mask(path: Path, bucket: Bucket, fps: float) -> Tensor:
-    """(F, H, W) of latent places, 1 where the whole place is white in the mask's video: it is given clean."""
+    """Mask (F, H, W) on the latent grid: 1 (kept clean) where the mask video is white over the whole latent, else 0."""
     white = (read_clip(path, [bucket], fps).pixels.float().mean(dim=-1) >= _WHITE).float()
-    places = 1 - F.max_pool2d(1 - white[:, None], PIXELS_PER_LATENT)[:, 0]
-    # The first latent frame holds one picture, every later one eight.
-    later = places[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).amin(dim=1) if len(places) > 1 else places[1:]
-    return torch.cat([places[:1], later])
+    cells = 1 - F.max_pool2d(1 - white[:, None], PIXELS_PER_LATENT)[:, 0]
+    # The first latent frame covers one pixel frame, every later one eight.
+    later = cells[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).amin(dim=1) if len(cells) > 1 else cells[1:]
+    return torch.cat([cells[:1], later])
 
 
 def audio_mask(spans: str, latents: int, where: str) -> Tensor:
-    """(T,) from `start-end` spans in seconds, separated by commas or semicolons: 1 where a latent lies in one."""
+    """Mask (T,): 1 where a latent lies inside a span of `spans`, else 0.
+
+    Spans are `start-end` in seconds, separated by commas or semicolons. `where` names the clip in a DataError.
+    """
     bounds = positions.audio(latents)[0]
     mask = torch.zeros(latents)
     for text in (part for part in re.split(r"[;,]", spans) if part.strip()):
         match = _SPAN.fullmatch(text)
         if match is None or float(match[1]) >= float(match[2]):
-            raise DataError(f"{where}: audio_mask {text!r} is not start-end in seconds, as 0.5-1.2")
+            raise DataError(f"{where}: audio_mask {text!r} is not start-end in seconds, such as 0.5-1.2")
         start, end = float(match[1]), float(match[2])
         inside = (bounds[:, 0] >= start - 1e-6) & (bounds[:, 1] <= end + 1e-6)
         mask[inside] = 1

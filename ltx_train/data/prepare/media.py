@@ -1,7 +1,7 @@
-"""Decoding with PyAV: a file to frames on a fixed grid and a waveform aligned with them.
+"""Decodes media files with PyAV into frames at a fixed rate and a waveform aligned with them.
 
-Owns time: frames are picked by their timestamps, so variable frame rates and odd start times come
-out right. Knows buckets, not models.
+Owns timing. Frames are picked by their timestamps, so files with variable frame rates or odd start
+times decode correctly. It knows buckets, not models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _TOLERANCE_FRAMES = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """pixels (F, H, W, 3) uint8; waveform (channels, samples) float32 of exactly the same duration, or None."""
+    """A decoded clip.
+
+    pixels: (F, H, W, 3) uint8. waveform: (channels, samples) float32 of exactly the same duration, or None without
+    sound. rate: samples per second of the waveform.
+    """
 
     pixels: Tensor
     waveform: Tensor | None
@@ -36,7 +40,7 @@ class Media:
 
 
 def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
-    """The first frames of a clip on the bucket's grid, with its sound. DataError says what is wrong with the file."""
+    """Decodes the first frames of a clip at its bucket's size, with the sound. DataError names the fault of a file."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -52,10 +56,10 @@ def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
 
 
 def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> tuple[Tensor | None, int]:
-    """Waveform (channels, samples) float32 at its own rate from `start` on, and the rate; None without sound.
+    """Returns the waveform (channels, samples) float32 from `start` on, and its rate in Hz; (None, 0) without sound.
 
-    With `seconds` it is cut or padded with silence to exactly that length. A decoder's own delay is
-    honoured through timestamps.
+    The rate is the file's own. With `seconds`, the waveform is cut or padded with silence to exactly that length.
+    The timestamps of the frames account for a decoder's delay.
     """
     with av.open(str(path)) as container:
         if not container.streams.audio:
@@ -80,12 +84,15 @@ def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> 
 def choose_bucket(
     path: Path, buckets: list[Bucket], seconds: float, *, fps: float, width: int, height: int
 ) -> Bucket:  # fmt: skip
-    """Among the buckets the clip is long enough for: nearest aspect ratio, then most frames, then most pixels."""
+    """Returns the best of the buckets for which the clip is long enough; DataError when there is none.
+
+    The best bucket has the nearest aspect ratio, then the most frames, then the most pixels.
+    """
     available = seconds * fps + _TOLERANCE_FRAMES
     fitting = [b for b in buckets if b.frames <= available]
     if not fitting:
         shortest = min(b.frames for b in buckets)
-        raise DataError(f"{path} lasts {seconds:.2f} s, the shortest bucket needs {shortest} frames at {fps:g} fps")
+        raise DataError(f"{path} lasts {seconds:.2f} s, but the shortest bucket needs {shortest} frames at {fps:g} fps")
     ratio = math.log(width / height)
     return min(
         fitting, key=lambda b: (round(abs(math.log(b.width / b.height) - ratio), 6), -b.frames, -b.width * b.height)
@@ -93,7 +100,7 @@ def choose_bucket(
 
 
 def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
-    """Resizes to cover the bucket (bicubic), crops the centre; upright whatever the recorder's rotation was."""
+    """Resizes a frame to cover the bucket (bicubic) and crops the centre. Undoes the recorder's rotation."""
     turn = round(getattr(frame, "rotation", 0) / 90) % 4
     target = (height, width) if turn % 2 else (width, height)
     scale = max(target[0] / frame.width, target[1] / frame.height)
@@ -104,7 +111,7 @@ def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
 
 
 def _frames(container: Any, stream: Any, bucket: Bucket, fps: float, path: Path) -> tuple[Tensor, float]:
-    """The frame shown at i / fps for every i, and the time of the first frame."""
+    """Returns the frame shown at i / fps for every output frame i, and the time of the file's first frame."""
     width, height, count = bucket.width, bucket.height, bucket.frames
     stream.thread_type = "AUTO"
     pictures: list[Picture] = []
@@ -137,7 +144,7 @@ def _seconds(container: Any, stream: Any) -> float:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:
         return container.duration / av.time_base
-    raise DataError("the file does not say how long it is: remux it (ffmpeg -i in -c copy out.mp4)")
+    raise DataError("the file declares no duration: remux it (ffmpeg -i in -c copy out.mp4)")
 
 
 def _aligned(waveform: Tensor, rate: int, offset: float, seconds: float | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Encoded items to WebDataset tar shards and the index that addresses their bytes.
+"""Packs encoded items into WebDataset tar shards, and addresses their bytes for the index.
 
-Owns the shard layout: one `<key>.safetensors` and one `<key>.json` member per sample, sorted keys,
-fixed times, so equal input gives equal bytes.
+Owns the shard layout: each sample has one `<key>.safetensors` and one `<key>.json` member. Keys are
+sorted and file times are fixed, so equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ReadItem = Callable[[Record], bytes]
 def write_shards(
     records: Iterable[Record], read_item: ReadItem, folder: Path, per_shard: int
 ) -> tuple[list[Shard], list[Record]]:
-    """Writes the shards of every split and returns them with the records' final places.
+    """Writes the shards of every split. Returns the shards, and the records with the location of their bytes.
 
-    A shard's name carries its content, so readers of an older index keep reading their own files.
+    A shard's name contains a digest of its content, so readers of an older index keep reading the older files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
@@ -35,16 +35,16 @@ def write_shards(
         by_split.setdefault(record.split, []).append(record)
     for split, members in sorted(by_split.items()):
         for number in range(0, len(members), per_shard):
-            shard, done = _write_shard(
+            shard, packed = _write_shard(
                 members[number : number + per_shard], read_item, folder, split, number // per_shard
             )
             shards.append(shard)
-            placed += done
+            placed += packed
     return shards, placed
 
 
 def prune(folder: Path, keep: Sequence[Shard]) -> None:
-    """Removes shards that the committed index does not name."""
+    """Removes shards that are not in `keep`, the shards of the written index."""
     names = {shard.name for shard in keep}
     for path in folder.glob("*.tar*"):
         if path.name not in names:

@@ -1,4 +1,4 @@
-"""What a data set is: a folder with CAPTIONS.json, or a CSV, JSON or JSONL table.
+"""Reads the list of clips of a data set: a folder with CAPTIONS.json, or a CSV, JSON or JSONL table.
 
 Owns the column names and the keys of samples. It opens no media.
 """
@@ -21,7 +21,7 @@ from ltx_train.rng import key_seed
 _COLUMNS = (
     "video", "caption", "speaker", "reference_audio", "reference_video", "mask", "audio_mask", "split",
 )  # fmt: skip
-_FURTHER = re.compile(r"caption_[2-9]")
+_CAPTION_COLUMN = re.compile(r"caption_[2-9]")
 _FILES = ("reference_audio", "reference_video", "mask")
 _ALIASES = {"file": "video", "media_path": "video", "identity": "speaker"}
 _SPLITS = ("", "train", "heldout")
@@ -29,10 +29,10 @@ _SPLITS = ("", "train", "heldout")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """One row: where the media lie, what is said of them. split '' leaves the choice to `prepare`.
+    """One row of a data set: media, captions, speaker and split. With an empty `split`, `prepare` chooses the split.
 
-    captions: further ones. files: by column, reference_audio, reference_video (a control) and mask (white: given
-    clean). audio_mask: spans in seconds that are given clean.
+    captions: captions after the first. files: paths by column: reference_audio, reference_video (a control video) and
+    mask (a video, white where the clip is kept clean). audio_mask: spans in seconds that are kept clean.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Clip:
 
 
 def read_source(source: str | Path) -> list[Clip]:
-    """All clips, sorted by key. DataError names a missing file, an unknown column, a double or missing entry."""
+    """Reads all clips, sorted by key. DataError names a missing file, an unknown column, a duplicate or empty entry."""
     path = Path(source).expanduser()
     table = path / "CAPTIONS.json" if path.is_dir() else path
     if not table.is_file():
@@ -55,9 +55,9 @@ def read_source(source: str | Path) -> list[Clip]:
     if not rows:
         raise DataError(f"{table} lists no clips")
     clips = [_clip(row, number, table) for number, row in enumerate(rows, start=1)]
-    doubles = [key for key, count in Counter(c.key for c in clips).items() if count > 1]
-    if doubles:
-        raise DataError(f"{table} lists a clip more than once: {', '.join(sorted(doubles)[:5])}")
+    duplicates = [key for key, count in Counter(c.key for c in clips).items() if count > 1]
+    if duplicates:
+        raise DataError(f"{table} lists a clip more than once: {', '.join(sorted(duplicates)[:5])}")
     missing = [str(c.video) for c in clips if not c.video.is_file()]
     missing += [str(path) for c in clips for path in c.files.values() if not path.is_file()]
     if missing:
@@ -82,12 +82,12 @@ def _clip(row: Mapping[str, Any], number: int, table: Path) -> Clip:
     where = f"{table}, entry {number}"
     captions = _captions(row)
     row = {**row, "caption": captions[0]} if captions else row
-    named = {name: value for name, value in row.items() if not _FURTHER.fullmatch(name)}
-    values = {_column(name, where): str(value).strip() for name, value in named.items() if value not in (None, "")}
+    cells = {name: value for name, value in row.items() if not _CAPTION_COLUMN.fullmatch(name)}
+    values = {_column(name, where): str(value).strip() for name, value in cells.items() if value not in (None, "")}
     if "video" not in values or "caption" not in values:
-        raise DataError(f"{where}: needs the columns video (or file) and caption, has {', '.join(sorted(row))}")
+        raise DataError(f"{where}: needs the columns video (or file) and caption, but has {', '.join(sorted(row))}")
     if values.get("split", "") not in _SPLITS:
-        raise DataError(f"{where}: split is {values['split']!r}, must be train or heldout")
+        raise DataError(f"{where}: split is {values['split']!r}, but must be train or heldout")
     return Clip(
         key=sample_key(values["video"]),
         video=table.parent / values["video"],
@@ -103,29 +103,29 @@ def _clip(row: Mapping[str, Any], number: int, table: Path) -> Clip:
 def _captions(row: Mapping[str, Any]) -> list[str]:
     """The captions of a row: a list (JSON), or the columns caption, caption_2, caption_3 ..."""
     first = row.get("caption")
-    listed = list(first) if isinstance(first, list) else [first]
-    listed += [row[name] for name in sorted(row) if _FURTHER.fullmatch(name)]
-    return [str(text).strip() for text in listed if text not in (None, "")]
+    captions = list(first) if isinstance(first, list) else [first]
+    captions += [row[name] for name in sorted(row) if _CAPTION_COLUMN.fullmatch(name)]
+    return [str(text).strip() for text in captions if text not in (None, "")]
 
 
 def _column(name: str, where: str) -> str:
-    plain = _ALIASES.get(name, name)
-    if plain in _COLUMNS:
-        return plain
-    near = difflib.get_close_matches(name, [*_COLUMNS, *_ALIASES], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    column = _ALIASES.get(name, name)
+    if column in _COLUMNS:
+        return column
+    matches = difflib.get_close_matches(name, [*_COLUMNS, *_ALIASES], n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     raise DataError(f"{where}: unknown column {name!r}{hint} (known: {', '.join(_COLUMNS)})")
 
 
 def sample_key(relative: str) -> str:
-    """A tar-safe name: WebDataset cuts keys at the first dot, so dots and separators become underscores."""
+    """A tar-safe key. WebDataset cuts keys at the first dot, so dots and path separators become underscores."""
     return re.sub(r"[./\\\s]+", "_", str(Path(relative).with_suffix("")).strip("./"))
 
 
 def split_by_identity(clips: Iterable[Clip], share: float, seed: int) -> dict[str, str]:
-    """key -> train or heldout. Whole identities are held out, so no speaker stands in both splits.
+    """Maps each clip's key to train or heldout. Whole identities are held out, so no speaker is in both splits.
 
-    An explicit split of a row applies to its speaker; DataError when a speaker's rows disagree.
+    The explicit split of a row applies to all clips of its speaker. DataError when a speaker's rows disagree.
     """
     clips = list(clips)
     fixed: dict[str, str] = {}
@@ -141,5 +141,5 @@ def split_by_identity(clips: Iterable[Clip], share: float, seed: int) -> dict[st
 
 
 def _rank(name: str, seed: int) -> int:
-    # Keyed by name: adding a speaker does not move the others between the splits' order.
+    # The rank depends on the name and the seed alone: adding a speaker does not reorder the others.
     return key_seed(seed, "split", name)

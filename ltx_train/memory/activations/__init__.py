@@ -1,0 +1,1 @@
+"""Block inputs that wait in host memory between forward and backward."""

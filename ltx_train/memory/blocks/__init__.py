@@ -1,0 +1,1 @@
+"""How a block runs: what it keeps, recomputation, compilation, CUDA graphs, cast adapters."""

@@ -1,0 +1,271 @@
+"""The command line before a command runs: what it answers to mistakes, what it shows, what it takes folders and lists
+for."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltx_train import config
+from ltx_train.config import help as helping
+from ltx_train.config import suggest
+from ltx_train.config.command_table import COMMANDS
+from ltx_train.config.folders import from_folder
+from ltx_train.config.multirun import as_search, split_lists, top_level_values
+from ltx_train.config.settings import all_settings, known_names
+from ltx_train.contracts import ConfigError, Exit
+from ltx_train.jobs import processes
+from tests.conftest import REPOSITORY, TINY, command
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        ("fit optim.lr=abc", ["optim.lr=abc: a number is expected, as optim.lr=0.0001"]),
+        ("fit optim.steps=1.5", ["optim.steps=1.5: a whole number is expected, as optim.steps=1000"]),
+        ("fit eval.dropped=maybe", ["eval.dropped=maybe: true or false is expected"]),
+        ("fit memory.budget_gib=much", ["a number or null is expected"]),
+        ("fit data.buckets=64x64x33", ["a list in brackets is expected: write data.buckets=[64x64x33]"]),
+        ("bench optim.lr=1e-4,1e-3", ["one value is expected", "ltx-train fit -m optim.lr=1e-4,1e-3"]),
+        ("fit -m", ["-m searches over comma lists"]),
+        ("fit -m optim=adamw,prodigy", ["a search is over single settings"]),
+        ("trian", ["there is no command 'trian'; did you mean 'fit'?"]),
+        ("generate", ["did you mean 'sample'?"]),
+        ("prepar", ["did you mean 'prepare'?"]),
+        ("experiment=audio_reference optim.lr=1", ["the command is missing: ltx-train fit experiment=audio_reference"]),
+        ("fit --nonsense", ["unrecognized arguments: --nonsense"]),
+        ("fit runs/nowhere", ["'runs/nowhere' is neither an override (key=value) nor a folder"]),
+        ("fit tests", ["tests has no config.yaml", "runs/<experiment>/<id>"]),
+        ("help nonsense", ["there is no help on 'nonsense'", "memory"]),
+        ("completion tcsh", ["bash, zsh, fish"]),
+        ("fit --cfg hydra", ["only `--cfg job` is known"]),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_expected_and_the_mend(
+    line: str, answers: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*line.split()) == Exit.CONFIG
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for answer in answers:
+        assert answer in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning_rate", "optim.lr"), ("optim.learning_rate", "optim.lr"), ("max_train_steps", "optim.steps"),
+        ("train_batch_size", "optim.batch_size"), ("gradient_accumulation_steps", "optim.global_batch"),
+        ("lora_rank", "adapter.rank"), ("network_dim", "adapter.rank"), ("lora-alpha", "adapter.alpha"),
+        ("resolution", "data.buckets"), ("num_frames", "data.buckets"), ("trigger_word", "data.trigger"),
+        ("seed", "run.seed"), ("output_dir", "run.root"), ("blocks_to_swap", "memory.stream_blocks"),
+        ("num_gpus", "strategy.devices"), ("mixed_precision", "model.dtype"), ("prompt", "sample.prompt"),
+        ("optm.lr", "optim.lr"), ("stream_blocks", "memory.stream_blocks"),
+    ],
+)  # fmt: skip
+def test_names_of_other_trainers_are_understood(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("fit", f"{typed}=1") == Exit.CONFIG
+    assert f"did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_every_synonym_leads_to_a_setting_or_a_group() -> None:
+    assert set(suggest._SYNONYMS.values()) <= set(known_names())
+    assert set(suggest._COMMANDS.values()) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_the_settings_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of its groups, each setting with its default and its one line; nothing of other groups."""
+    assert command(name, "--help") == Exit.DONE
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"ltx-train {name}: {COMMANDS[name].summary}")
+    for setting in all_settings().values():
+        is_listed = setting.group in COMMANDS[name].groups or setting.name in (
+            {"fit": ["mixture"], "evaluate": ["checkpoints"]}.get(name, [])
+        )
+        assert (f"\n  {setting.name}=" in shown) == is_listed, setting.name
+        assert not is_listed or setting.declared.help in shown
+    assert ("every setting of fit" in shown) == COMMANDS[name].reads_fit
+
+
+def test_every_setting_is_declared_with_its_help() -> None:
+    for setting in all_settings().values():
+        assert 5 < len(setting.declared.help) < 100, setting.name
+        if setting.declared.choices and not setting.name.startswith("mode."):
+            assert setting.default in setting.declared.choices, setting.name
+
+
+def test_the_page_of_settings_is_current() -> None:
+    assert (REPOSITORY / "docs" / "settings.md").read_text() == helping.settings_page(), "run: make settings"
+
+
+def test_a_group_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("help", "optim") == Exit.DONE
+    shown = capsys.readouterr().out
+    assert "optim=NAME takes adamw, adamw8bit, paged_adamw8bit, prodigy" in shown
+    assert "optim.lr=0.0001" in shown
+    assert "memory." not in shown
+
+
+def test_bash_completes_commands_settings_and_choices() -> None:
+    script = """
+        source <(python -m ltx_train completion bash)
+        at() { COMP_LINE="$1"; COMP_POINT=${#1}; COMPREPLY=(); _ltx_train 2>/dev/null; echo "${COMPREPLY[*]}"; }
+        at "ltx-train pre"; at "ltx-train fit optim.l"; at "ltx-train fit a=1 memory.keep=att"
+        at "ltx-train fit adapter=cross"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script.replace("python", sys.executable)], capture_output=True, text=True, check=True,
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["prepare", "optim.lr=", "attention", "cross_modal"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_setting_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("completion", shell) == Exit.DONE
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in all_settings())
+    assert "experiment=voice_reference_22b" in shown
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m ltx_train fit --help | head -1"],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def seconds_of(*arguments: str) -> float:
+    """Processor time of a command line, best of three: other tests run beside this one."""
+    times: list[float] = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "ltx_train", *arguments], cwd=REPOSITORY, capture_output=True, check=False
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(times)
+
+
+@pytest.mark.slow
+def test_help_and_refusals_import_nothing_heavy() -> None:
+    """Help without Hydra, a wrong path without torch."""
+    assert seconds_of("prepare", "--help") < 0.4
+    assert seconds_of("fit", "model.path=nowhere.safetensors") < 1.2
+    code = (
+        "import sys; from ltx_train.__main__ import run\n"
+        "run(['fit', 'model.path=nowhere']); run(['prepare', '--help'])\n"
+        "print([name for name in ('torch', 'numpy', 'lightning', 'diffusers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4,1e-3", ["1e-4", "1e-3"]), ("[a,b]", ["[a,b]"]), ("[a],[b,c]", ["[a]", "[b,c]"]),
+        ("'a, b'", ["'a, b'"]), ("{a: 1, b: 2},{}", ["{a: 1, b: 2}", "{}"]), ("1", ["1"]), ("", [""]),
+    ],
+)  # fmt: skip
+def test_commas_within_brackets_or_quotes_separate_nothing(text: str, values: list[str]) -> None:
+    assert top_level_values(text) == values
+
+
+def test_comma_lists_are_a_grid_search() -> None:
+    words = [
+        "experiment=audio_reference",
+        "optim.lr=1e-4,3e-4",
+        "adapter.rank=8,16",
+        "data.buckets=[64x64x33,32x32x33]",
+    ]
+    plain, lists = split_lists("fit", words, multirun=True)
+    assert plain == [words[0], words[3]]
+    made = as_search(config.compose_config(plain), lists)
+    assert made.sweep.space == ["optim.lr=choice(1e-4, 3e-4)", "adapter.rank=choice(8, 16)"]
+    assert (made.sweep.sampler, made.sweep.prune) == ("grid", False)
+    again = as_search(config.compose_config(plain), lists)
+    other = as_search(config.compose_config(plain), {"optim.lr": ["1e-4", "5e-4"], "adapter.rank": ["8", "16"]})
+    assert again.sweep.name == made.sweep.name != other.sweep.name
+    named = as_search(config.compose_config([*plain, "sweep.name=mine"]), lists)
+    assert named.sweep.name == "mine"
+
+
+@pytest.mark.parametrize("flag", [["-m"], []])
+def test_fit_with_comma_lists_runs_the_search(flag: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, list[str]]] = []
+
+    def run(name: str, made: config.Config) -> int:
+        ran.append((name, made.sweep.space))
+        return 0
+
+    monkeypatch.setattr(processes, "run_command", run)
+    arguments = ("experiment=audio_reference", f"model.path={TINY}", "optim.lr=1e-4,3e-4")
+    assert command("fit", *flag, *arguments) == 0
+    assert ran == [("sweep", ["optim.lr=choice(1e-4, 3e-4)"])]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a woman says: hello, world", "naïve ü, 漢字", "it's 5 o'clock", "[brackets] {braces}"]
+)
+def test_free_text_needs_no_second_quotes(prompt: str, tmp_path: Path) -> None:
+    made = config.compose_config([f"sample.prompt={prompt}", "run.id=007"])
+    assert (made.sample.prompt, made.run.id) == (prompt, "007")
+    (tmp_path / "config.yaml").write_text(config.dump(made))
+    again = config.from_file(tmp_path / "config.yaml", [f"sample.prompt={prompt}!", "run.id=008"])
+    assert (again.sample.prompt, again.run.id) == (f"{prompt}!", "008")
+    quoted = config.compose_config([f'sample.negative_prompt="{prompt}"'] if '"' not in prompt else [])
+    assert quoted.sample.negative_prompt == prompt
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run's folder as `fit` leaves it, without the tensors."""
+    folder = tmp_path / "runs" / "voices" / "first"
+    (folder / "adapters").mkdir(parents=True)
+    for step in (100, 200):
+        (folder / "adapters" / f"step-{step:06d}.safetensors").touch()
+    (folder / "adapters" / "best.safetensors").symlink_to("step-000100.safetensors")
+    made = config.compose_config(["experiment=audio_reference", "run.root=/elsewhere", "optim.lr=0.5"])
+    (folder / "config.yaml").write_text(config.dump(made))
+    return folder
+
+
+def test_a_run_folder_names_the_run_and_its_files(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = run_folder / "adapters"
+    made = from_folder(str(run_folder), "evaluate", ["eval.max_samples=3"])
+    assert (made.run.root, made.run.experiment, made.run.id) == (str(run_folder.parent.parent), "voices", "first")
+    assert (made.optim.lr, made.eval.max_samples) == (0.5, 3)
+    assert from_folder(str(run_folder), "export", []).export.run == str(run_folder)
+    inspected = from_folder(str(run_folder), "inspect", []).inspect
+    assert (inspected.run, inspected.file) == (str(run_folder), str(adapters / "step-000200.safetensors"))
+    assert from_folder(str(run_folder), "sample", []).sample.adapter == str(adapters / "best.safetensors")
+    assert from_folder(str(run_folder), "sample", ["sample.adapter=mine"]).sample.adapter == "mine"
+    monkeypatch.chdir(run_folder.parent)
+    assert from_folder("first", "fit", []).run.experiment == "voices"
+
+
+def test_a_run_folder_that_cannot_be_sampled_is_refused(run_folder: Path) -> None:
+    for path in (run_folder / "adapters").iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="has no adapter yet"):
+        from_folder(str(run_folder), "sample", [])
+    full = config.compose_config(["experiment=tiny_base"])
+    (run_folder / "config.yaml").write_text(config.dump(full))
+    with pytest.raises(ConfigError, match="trained all weights: `ltx-train export"):
+        from_folder(str(run_folder), "sample", [])
+
+
+def test_a_prepared_folder_is_found_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "index.json").touch()
+    (tmp_path / "config.yaml").write_text(config.dump(config.compose_config(["data.root=moved", "run.id=x"])))
+    made = from_folder(str(tmp_path), "fit", [])
+    assert (made.data.root, made.run.id) == (str(tmp_path), "x")
