@@ -1,4 +1,4 @@
-"""When things happen in a run, in optimizer steps."""
+"""The optimizer steps at which a run logs, measures and saves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """An interval of 0 means at the end alone. dead_after: from this step on, adapter layers that have not moved are
-    reported."""
+    """Intervals in optimizer steps; evaluate_every and save_every of 0 mean only after the last step. dead_after: from
+    this step on, the run reports adapter layers whose weights have not changed."""
 
     steps: int
     log_every: int
@@ -17,7 +17,7 @@ class Cadence:
     dead_after: int = 20
 
     def logs(self, step: int) -> bool:
-        """Whether a row of training numbers is written after this step."""
+        """Whether a row of training metrics is written after this step."""
         return step % self.log_every == 0 or self.is_last(step)
 
     def measures(self, step: int) -> bool:

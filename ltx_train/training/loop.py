@@ -1,6 +1,6 @@
-"""Runs a task to its last step: what happens at the edge of every optimizer step, in which order.
+"""The training loop: runs a task to its last step and does the work between two optimizer steps.
 
-Owns the Lightning Trainer and the order log -> evaluate -> save -> stop. Everything it calls is an argument.
+Owns the Lightning Trainer and the order log -> evaluate -> save -> stop. The callers pass in all parts of a run.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Evaluate = Callable[[int], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """What the loop reports to.
+    """The services that the loop calls.
 
-    metrics: on rank 0 alone. profiler: of the first steps. restarts: how often `supervise` has started the run here.
+    metrics: set on rank 0 only. profiler: records the first steps. restarts: starts by `supervise` before this one.
 
-    prepares_saves: the first step is followed by allocating memory for saves (sliced states).
+    prepares_saves: whether the loop allocates host memory for saves after the first step (sliced states).
     """
 
     metrics: Metrics | None
@@ -52,7 +52,7 @@ class Outside:
 
 
 class Edge(Callback):
-    """The work at the edge of a step, the same on every rank; rank 0 writes and prints."""
+    """The work between two optimizer steps. Every rank runs it; only rank 0 writes and prints."""
 
     def __init__(
         self, cadence: Cadence, state: RunState, rows: TrainingRows, outside: Outside, *, preemption: Preemption,
@@ -61,12 +61,12 @@ class Edge(Callback):
         self._cadence, self._state, self._rows, self._outside = cadence, state, rows, outside
         self._preemption, self._ranks = preemption, ranks
         self._progress: ConsoleProgress | None = None
-        self._seen = state.step.first_step
+        self._last_step = state.step.first_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._outside.writer.begin(self._seen)
+        self._outside.writer.begin(self._last_step)
         if self._ranks.leads:
-            self._progress = ConsoleProgress(self._cadence.steps, self._seen)
+            self._progress = ConsoleProgress(self._cadence.steps, self._last_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._state.monitor.data_arrived()
@@ -77,8 +77,8 @@ class Edge(Callback):
         self._state.clock.end(step.flops)
         for result in step.results:
             monitor.add(result)
-        if step.step != self._seen:
-            self._seen = step.step
+        if step.step != self._last_step:
+            self._last_step = step.step
             trainer.should_stop = self._at_edge(step.step)
         monitor.batch_done()
 
@@ -89,20 +89,20 @@ class Edge(Callback):
         self._close()
 
     def _at_edge(self, step: int) -> bool:
-        """log -> evaluate -> save -> stop; whether training ends here."""
+        """Logs, evaluates and saves after a step, in this order. Returns whether training ends here."""
         cadence, writer = self._cadence, self._outside.writer
-        # Measuring and saving may take longer than a step may.
+        # Measuring and saving have a longer time limit than a step.
         self._outside.watchdog.beat(patient=True)
         self._state.monitor.step_done()
-        # Signals reach ranks one by one. The agreement makes all ranks stop at the same edge.
+        # A signal reaches the ranks at different times. The agreement makes all of them stop after the same step.
         stop = self._ranks.any(self._preemption.requested)
-        row = self._logged() if cadence.logs(step) else {}
-        measured = self._measured(step)
-        better = self._state.early_stop.record(step, measured)
+        row = self._training_row() if cadence.logs(step) else {}
+        heldout = self._evaluate(step)
+        better = self._state.early_stop.record(step, heldout)
         ended = self._state.early_stop.reason is not None
         if step == self._state.step.first_step + 1 and self._outside.prepares_saves:
             writer.prepare(self._state)
-        self._report(step, {**row, **measured})
+        self._report(step, {**row, **heldout})
         final = cadence.is_last(step) or stop or ended
         if cadence.saves(step) or better or final:
             writer.save(self._state, must=final)
@@ -113,7 +113,7 @@ class Edge(Callback):
         self._outside.watchdog.beat()
         return final
 
-    def _logged(self) -> dict[str, float]:
+    def _training_row(self) -> dict[str, float]:
         row, writer = self._rows.row(), self._outside.writer
         counts = {
             "run/restarts": self._outside.restarts, "run/failed_saves": writer.failed,
@@ -121,7 +121,7 @@ class Edge(Callback):
         }  # fmt: skip
         return row | {name: value for name, value in counts.items() if value}
 
-    def _measured(self, step: int) -> Mapping[str, float]:
+    def _evaluate(self, step: int) -> Mapping[str, float]:
         if self._outside.evaluate is None or not self._cadence.measures(step):
             return {}
         return self._outside.evaluate(step)
@@ -142,13 +142,13 @@ class Edge(Callback):
 def run_to_end(
     task: Task, data: ShardData, state: RunState, cadence: Cadence, outside: Outside, *, folder: Path, ranks: Ranks
 ) -> Exit:  # fmt: skip
-    """Trains to the last step, or until early stopping; DONE, or PREEMPTED after a signal and a save."""
+    """Trains to the last step or until early stopping. Returns DONE, or PREEMPTED after a signal and a save."""
     device: torch.device = state.step.recipe.device
     preemption = Preemption()
     rows = TrainingRows(state, task.transformer, cadence, ranks)
     edge = Edge(cadence, state, rows, outside, preemption=preemption, ranks=ranks)
-    _quiet()
-    # One device per process and our own collectives: Lightning must not look for other processes by itself.
+    _silence_lightning()
+    # One process per device with this project's collectives: Lightning must not search for other processes.
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=[device.index] if device.type == "cuda" else 1,
         strategy="auto", plugins=[LightningEnvironment()], max_epochs=1, callbacks=[preemption, edge], logger=False,
@@ -169,7 +169,7 @@ def run_to_end(
     return Exit.DONE if is_complete or reason else Exit.PREEMPTED
 
 
-def _quiet() -> None:
-    """Lightning's hints about workers and devices are no news to a user of this command."""
+def _silence_lightning() -> None:
+    """Silences Lightning's hints about workers and devices, which a user of this command cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,7 +1,7 @@
-"""Signals to a flag that the loop reads at the edge of a step.
+"""Turns signals into a flag that the loop reads after every optimizer step.
 
 Owns the handlers of SIGINT, SIGTERM and SIGUSR1 from the start of training to the end of the process.
-Nothing is saved inside a handler: a handler may interrupt anything.
+A handler saves nothing itself, because it may interrupt any code.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def stop_before_training() -> None:
-    """Until `Preemption.install`: there is nothing to save yet, so a notice ends the process as Ctrl-C does."""
+    """Makes every signal end the process like Ctrl-C until `Preemption.install`: there is nothing to save yet."""
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
 
 class Preemption(Callback):
-    """`requested` turns true on the first signal; a second Ctrl-C stops at once, unless the run is saved already.
+    """The first signal sets `requested`. A second Ctrl-C stops at once, unless the run is saved already.
 
-    `install` before the trainer starts and again when training does: Lightning puts its own handlers over ours
-    in between, and at its end puts back what it found.
+    The handlers are installed before the trainer starts and again when training starts, because Lightning replaces
+    them in between. When Lightning ends, it restores the handlers that it replaced.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class Preemption(Callback):
         self.install()
 
     def saved(self) -> None:
-        """The run is saved and ends with 75: further notices must not change the exit code."""
+        """Call after the last save. The run ends with exit code 75, which further signals must not change."""
         self._is_saved = True
 
     def leave(self) -> None:
-        """The trainer is gone. A Python handler would be taken away while the interpreter ends, and a late notice
-        would then end the process with the wrong code; an ignored signal stays ignored."""
+        """Call when the trainer has ended. A saved run ignores signals from here on: the interpreter removes Python
+        handlers while it exits, and a late signal would then end the process with the wrong exit code."""
         for number in _SIGNALS if self._is_saved else ():
             signal.signal(number, signal.SIG_IGN)
 

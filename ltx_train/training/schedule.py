@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """kind: constant, linear or cosine from lr to final_lr over `steps`, after `warmup` linear steps from 0."""
+    """kind: constant, linear or cosine from lr to final_lr until `steps`, after a linear warm-up of `warmup` steps."""
 
     kind: str
     lr: float
@@ -17,7 +17,7 @@ class Schedule:
     steps: int
 
     def at(self, step: int) -> float:
-        """The learning rate of optimizer step `step` (from 0). It has no state, so resuming cannot shift it."""
+        """The learning rate of optimizer step `step` (from 0). A schedule has no state, so resuming cannot shift it."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.kind == "constant":

@@ -1,4 +1,4 @@
-"""What a run carries from step to step beside weights and optimizer, and what a checkpoint notes of it."""
+"""The state of a run between steps beside weights and optimizer, and its part in the notes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunState:
     base: str
 
     def notes(self, ranks: Ranks) -> Mapping[str, Any]:
-        """JSON values for a checkpoint. Collective."""
+        """Returns the state as JSON values for a checkpoint. Collective."""
         recipe = self.step.recipe
         return {
             "base": self.base, "monitor": self.monitor.state(ranks), "balance": recipe.balance.state(),
@@ -35,7 +35,7 @@ class RunState:
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
-        """Continues from a checkpoint: weights, optimizer and notes."""
+        """Restores weights, optimizer and notes from a checkpoint."""
         recipe, notes = self.step.recipe, checkpoint.notes
         recipe.updates.restore(checkpoint.weights, checkpoint.optimizer)
         self.monitor.restore(notes["monitor"], ranks)

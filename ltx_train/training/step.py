@@ -1,8 +1,7 @@
-"""One optimizer step: draw, assemble, move, forward and backward, average, update. The same for `fit`, `bench` and the
-GPU tests.
+"""One optimizer step: draw, assemble, copy to the device, forward and backward, average gradients, update.
 
-Owns the order of these and the state between micro-batches. Knows nothing of files, signals or reports. `Task` is the
-Lightning module around it.
+`fit`, `bench` and the GPU tests share it. Owns the order of these operations and the state between micro-batches.
+Knows no files, signals or reports. `Task` is the Lightning module around it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ltx_train.updates.protocol import Updates
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: modes with their weights, noise levels, token weights, and the seed of all draws."""
+    """The training objective: modes with their weights, noise levels, token weights, and the seed of all draws."""
 
     modes: Weighted
     sigma: SigmaDistribution
@@ -43,13 +42,13 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecipe:
-    """Everything that an optimizer step is made of.
+    """The parts and settings of an optimizer step.
 
-    backward: forward and backward of a micro-batch (`diffusion.objective.backward` of a model, or its CUDA graphs);
-    release: gives back the device memory that it holds between steps. set_dropout_keys: one key per sample of the
-    next micro-batch. micro_batches: of this rank per optimizer step. lockstep: ranks communicate within a pass, so all
-    run the same passes. detailed: steps whose gradient norm is logged by part of the block. flops: model FLOPs of a
-    micro-batch.
+    backward: runs forward and backward of a micro-batch (`diffusion.objective.backward` of a model, or its CUDA
+    graphs). release: frees the device memory that `backward` holds between steps. set_dropout_keys: takes one key per
+    sample of the next micro-batch. micro_batches: their number per rank and optimizer step. lockstep: ranks
+    communicate within a pass, so every rank runs the same passes. detailed: whether the gradient norm of a step is
+    logged for each part of the block. flops: returns the model FLOPs of a micro-batch.
     """
 
     objective: Objective
@@ -71,28 +70,31 @@ class StepRecipe:
 
 
 class OptimizerStep:
-    """Takes micro-batches; every `micro_batches`-th completes an optimizer step. first_step: steps done before."""
+    """Accumulates the gradients of `micro_batches` micro-batches, then updates the weights.
+
+    first_step: optimizer steps that the run did before this process.
+    """
 
     def __init__(self, recipe: StepRecipe, first_step: int) -> None:
         self.recipe, self.first_step = recipe, first_step
         self.guard = NonFiniteGuard(recipe.ranks.rank)
-        # Of the newest micro-batch.
+        # Results of the newest micro-batch.
         self.results: list[StepResult] = []
         self.flops = 0.0
-        # Of the newest optimizer step.
+        # Gradient norms of the newest optimizer step: total, and by part of the block.
         self.grad_norm: Tensor | None = None
         self.grad_norms: dict[str, Tensor] = {}
         self._keys: tuple[str, ...] = ()
-        self._taken = self._done = 0
+        self._accumulated = self._done = 0
 
     @property
     def step(self) -> int:
-        """Optimizer steps done in this run's whole life."""
+        """Optimizer steps of the run so far, including those before a restart."""
         return self.first_step + self._done
 
     def micro_batch(self, batch: Batch) -> None:
-        """One micro-batch on the CPU: a forward and a backward pass for each mode that its samples are in."""
-        # All but the newest norm: that one is still being computed, and reading it would stop the host.
+        """Runs a forward and a backward pass for each mode of a micro-batch. batch: on the CPU."""
+        # Skip the newest norm: the device is still computing it, and reading it would block the host.
         self.guard.check(pending=1)
         self._keys += batch.keys
         self.results, self.flops = [], 0.0
@@ -101,24 +103,25 @@ class OptimizerStep:
             if share:
                 self.recipe.balance.add(result)
                 self.results.append(result)
-        self._taken += 1
-        if self._taken == self.recipe.micro_batches:
+        self._accumulated += 1
+        if self._accumulated == self.recipe.micro_batches:
             self._update()
 
     def _passes(self, batch: Batch) -> list[tuple[Mode, Batch, float]]:
-        """The batch by mode, with each part's share of the gradient.
+        """Splits a batch by mode. Returns each mode with its samples and their share of the gradient.
 
         In lockstep, a rank without samples in a mode runs one of its samples with share 0.
         """
         goal, recipe = self.recipe.objective, self.recipe
-        own = [(m, part, len(part.keys) / len(batch.keys)) for m, part in mixture.parts(batch, goal.modes, goal.seed)]
+        parts = mixture.parts(batch, goal.modes, goal.seed)
+        passes = [(mode, part, len(part.keys) / len(batch.keys)) for mode, part in parts]
         if not recipe.lockstep or len(goal.modes) == 1:
-            return own
-        by_mode = [next((one for one in own if one[0] is mode), None) for _, mode in goal.modes]
-        everyone = recipe.ranks.gather([one is not None for one in by_mode])
-        idle = [(mode, mixture.select(batch, [0]), 0.0) for _, mode in goal.modes]
-        needed = [any(present) for present in zip(*everyone, strict=True)]
-        return [one or other for one, other, runs in zip(by_mode, idle, needed, strict=True) if runs]
+            return passes
+        by_mode = [next((entry for entry in passes if entry[0] is mode), None) for _, mode in goal.modes]
+        of_all_ranks = recipe.ranks.gather([entry is not None for entry in by_mode])
+        fillers = [(mode, mixture.select(batch, [0]), 0.0) for _, mode in goal.modes]
+        runs = [any(present) for present in zip(*of_all_ranks, strict=True)]
+        return [entry or filler for entry, filler, is_run in zip(by_mode, fillers, runs, strict=True) if is_run]
 
     def _backward(self, mode: Mode, batch: Batch, share: float) -> StepResult:
         goal, recipe = self.recipe.objective, self.recipe
@@ -133,13 +136,13 @@ class OptimizerStep:
         return result
 
     def _update(self) -> None:
-        """One optimizer step on the gradients of all micro-batches and ranks."""
+        """Updates the weights with the gradients of all micro-batches and ranks."""
         recipe, updates = self.recipe, self.recipe.updates
         updates.average()
         if recipe.detailed(self.step + 1):
             self.grad_norms = updates.norms()
         for group in updates.optimizer.param_groups:
-            # A function of the step alone: a continued run needs no state of a scheduler.
+            # The learning rate depends on the step alone, so a resumed run needs no scheduler state.
             group["lr"] = recipe.schedule.at(self.step)
         limit = None if recipe.spikes is None else recipe.spikes.limit()
         self.grad_norm = updates.step(recipe.clip, limit)
@@ -150,7 +153,7 @@ class OptimizerStep:
         self._done += 1
         if recipe.average is not None:
             recipe.average.update(self.step)
-        self._taken, self._keys = 0, ()
+        self._accumulated, self._keys = 0, ()
 
 
 class Task(LightningModule):

@@ -1,7 +1,6 @@
-"""Ends a process that makes no progress, after writing down where every thread stands.
+"""Ends a process that makes no progress, after writing the stack of every thread to a file.
 
-A rank that waits for a stopped or lost one waits in a collective for as long as it is allowed to;
-this is what notices.
+When a rank hangs or dies, the other ranks wait in a collective until its timeout. The watchdog detects this.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from ltx_train.contracts import Exit
 
 
 class Watchdog:
-    """`with Watchdog(...) as dog:` and `dog.beat()` at every sign of progress; exits 76 without one for `limit`.
+    """A context manager that ends the process with exit code 76 when no `beat` comes within the time limit.
 
-    start_s holds until the first beat (loading, compiling) and while `patient` (validation, saving), step_s
-    afterwards. 0 switches it off.
+    The limit is start_s until the first beat (loading, compiling) and after a patient one (validation, saving),
+    otherwise step_s. Either of them set to 0 turns the watchdog off.
     """
 
     def __init__(self, folder: Path, rank: int, *, start_s: float, step_s: float) -> None:
@@ -42,7 +41,7 @@ class Watchdog:
         self._done.set()
 
     def beat(self, *, patient: bool = False) -> None:
-        """Progress; `patient`: what comes next may take as long as the start."""
+        """Reports progress. patient: the work until the next beat may take start_s."""
         self._last = time.monotonic()
         self._limit = self._start_s if patient else self._step_s
 
@@ -57,7 +56,7 @@ class Watchdog:
         with self._path.open("w") as file:
             faulthandler.dump_traceback(file)
         print(
-            f"ltx-train: rank {self._rank} made no progress for {waited:.0f} s; where it stands is in {self._path}",
+            f"ltx-train: rank {self._rank} made no progress for {waited:.0f} s; its stacks are in {self._path}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(Exit.HUNG)

@@ -1,6 +1,6 @@
-"""Checkpoints written while training goes on: a snapshot now, the disk in a thread.
+"""Writes checkpoints during training: takes a snapshot at once and writes it to disk in a thread.
 
-Owns the save in flight: one at a time. Its outcome is read before the next one starts.
+Owns the only save in flight. Its outcome is read before the next save starts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Publish = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class Saver:
-    """Commits checkpoints into `folder`, then publishes their weights, both in the order of `start`. A rank that does
-    not lead writes its slice of the state."""
+    """Commits checkpoints into `folder`, then publishes their weights, both in the order of `start`. A rank
+    other than 0 writes only its slice of the state."""
 
     def __init__(self, folder: Path, keep: int, publish: Publish, *, leads: bool = True) -> None:
         self._folder, self._keep, self._publish, self._leads = folder, keep, publish, leads
@@ -32,34 +32,33 @@ class Saver:
         self._preparing: Future[None] | None = None
         self._snapshot = Snapshot()
 
-    def prepare(self, own: StateSlice) -> Future[None]:
+    def prepare(self, state_slice: StateSlice) -> Future[None]:
         """Allocates host memory for a sliced state in the background."""
-        self._preparing = self._thread.submit(self._snapshot.prepare, own.tensors, ("slice",))
+        self._preparing = self._thread.submit(self._snapshot.prepare, state_slice.tensors, ("slice",))
         return self._preparing
 
     def start(self, live: Checkpoint, protected: int | None = None) -> None:
-        """Copies the state to host memory and returns. `wait` must have been called since the last start.
+        """Copies the state to host memory, starts to write it and returns. Call `wait` between two starts.
 
-        protected: a step whose checkpoint is not pruned, the best so far.
+        protected: the step of the best checkpoint so far, which is not pruned.
 
-        Order: the copy blocks the current stream's host thread, so the snapshot is the state of this step although the
-        next step begins before the disk is done. The snapshot's memory is reused, which is why only one save may be in
-        flight.
+        The copy blocks the host thread of the current stream, so the snapshot holds the state of this step although
+        the next step begins before the write ends. Only one save may be in flight, because its memory is reused.
         """
         assert self._running is None
         if self._preparing is not None:
             self._preparing.result()
             self._preparing = None
-        copied = self._snapshot.of
-        own = live.slice and replace(live.slice, tensors=copied(live.slice.tensors, ("slice",)))
-        still = replace(
-            live, weights=copied(live.weights, ("weights",)), optimizer=copied(live.optimizer, ("optimizer",)),
-            average=copied(live.average, ("average",)), slice=own,
+        copy_of = self._snapshot.of
+        state_slice = live.slice and replace(live.slice, tensors=copy_of(live.slice.tensors, ("slice",)))
+        frozen = replace(
+            live, weights=copy_of(live.weights, ("weights",)), optimizer=copy_of(live.optimizer, ("optimizer",)),
+            average=copy_of(live.average, ("average",)), slice=state_slice,
         )  # fmt: skip
-        self._running = self._thread.submit(self._write, still, protected)
+        self._running = self._thread.submit(self._write, frozen, protected)
 
     def wait(self) -> None:
-        """Waits for the save in flight; raises what it raised."""
+        """Waits for the save in flight and raises its exception, if any."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -82,25 +81,25 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    def of(self, value: Any, place: tuple[Any, ...]) -> Any:
-        """The same structure with every tensor copied to host memory. The copy of the same place before is
-        overwritten."""
+    def of(self, value: Any, location: tuple[Any, ...]) -> Any:
+        """Returns the same structure with every tensor copied to host memory. Overwrites the previous copy at the same
+        location."""
         if isinstance(value, Tensor):
-            return self._buffer(value, place).copy_(value.detach())
+            return self._buffer(value, location).copy_(value.detach())
         if isinstance(value, Mapping):
-            return {key: self.of(item, (*place, key)) for key, item in value.items()}
+            return {key: self.of(item, (*location, key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.of(item, (*place, number)) for number, item in enumerate(value)]
+            return [self.of(item, (*location, number)) for number, item in enumerate(value)]
         return value
 
-    def prepare(self, tensors: Mapping[str, Mapping[str, Tensor]], place: tuple[Any, ...]) -> None:
-        """Allocates buffers in advance. They are written to, because the system provides pages at the first write."""
+    def prepare(self, tensors: Mapping[str, Mapping[str, Tensor]], location: tuple[Any, ...]) -> None:
+        """Allocates buffers in advance and writes to them: the system provides pages only at the first write."""
         for name, kinds in tensors.items():
             for kind, tensor in kinds.items():
-                self._buffer(tensor, (*place, name, kind)).zero_()
+                self._buffer(tensor, (*location, name, kind)).zero_()
 
-    def _buffer(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
-        kept = self._buffers.get(place)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return kept
+    def _buffer(self, tensor: Tensor, location: tuple[Any, ...]) -> Tensor:
+        buffer = self._buffers.get(location)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[location] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return buffer

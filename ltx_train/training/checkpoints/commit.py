@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent: temporary folder, fsync, manifest, rename, then prune.
+"""Checkpoints that are either complete or absent: temporary folder, fsync, manifest, rename, then prune.
 
 Owns `checkpoints/step-N/`: trained weights and optimizer moments as safetensors, the rest as JSON. No pickle is read or
-written. The ranks of a sliced state write a file each, and rank 0 commits the folder.
+written. Each rank of a sliced state writes its own file, and rank 0 commits the folder.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _PATIENCE_S = 1800.0
 class Checkpoint:
     """step: optimizer steps done. weights: by plain name. optimizer: as `optimizer.state_dict()`. notes: JSON values.
 
-    average: the moving average of the weights, empty when there is none. slice: this rank's slice of weights and
-    optimizer, which are empty then. name: of the temporary folder, the same on all ranks.
+    average: the moving average of the weights, empty when there is none. slice: this rank's slice of a sliced state;
+    `weights` and `optimizer` are empty then. name: suffix of the temporary folder, the same on all ranks.
     """
 
     step: int
@@ -54,14 +54,14 @@ class Checkpoint:
 
     @property
     def published(self) -> Mapping[str, Tensor]:
-        """The weights that are measured and exported."""
+        """The weights to measure and export: the moving average if there is one."""
         return self.average or self.weights
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None = None) -> Path:
-    """Commits a checkpoint and removes the oldest committed ones beyond `keep`, the protected step never.
+    """Commits a checkpoint, then removes the oldest committed ones beyond `keep`, except the protected step.
 
-    DataError when the disk refuses; nothing half written stays and earlier checkpoints are untouched.
+    Raises DataError when a write fails; then no partial checkpoint stays, and earlier checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = _temporary(folder, checkpoint)
@@ -71,10 +71,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
         known = _other_files(temporary, checkpoint.slice) if checkpoint.slice is not None else {}
         _write_manifest(temporary, known)
         if final.exists():
-            # Only now that the new one is whole: a kill in between costs this step, no other.
+            # Only now that the new checkpoint is complete: a kill before the rename loses this step, no other.
             shutil.rmtree(final)
         os.rename(temporary, final)
-        # A rename lasts once the folder that holds the name is flushed.
+        # The rename is durable once the parent folder is flushed.
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,32 +86,34 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
 
 
 def contribute(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the slice of a rank other than 0, and a mark with its digest or its error, which rank 0 waits for."""
-    own, temporary = checkpoint.slice, _temporary(folder, checkpoint)
-    assert own is not None
-    done: dict[str, Any] = {}
+    """Writes the slice of a rank other than 0, then a mark file with its digest or error. Rank 0 waits for the mark."""
+    state_slice, temporary = checkpoint.slice, _temporary(folder, checkpoint)
+    assert state_slice is not None
+    entry: dict[str, Any] = {}
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        slice_files.write(temporary, own)
-        _sync(temporary / own.file)
-        done = _entry(temporary / own.file)
+        slice_files.write(temporary, state_slice)
+        _sync(temporary / state_slice.file)
+        entry = _entry(temporary / state_slice.file)
     except (OSError, SafetensorError) as error:
-        done = {"error": str(error)}
+        entry = {"error": str(error)}
     with contextlib.suppress(OSError):
-        mark = temporary / f"{own.file}{_PENDING}"
-        # Renamed when written: rank 0 must not read half of it.
-        mark.write_text(json.dumps(done))
-        mark.rename(temporary / f"{own.file}{_DONE}")
+        mark = temporary / f"{state_slice.file}{_PENDING}"
+        # Renamed after the write, so that rank 0 never reads a partial mark.
+        mark.write_text(json.dumps(entry))
+        mark.rename(temporary / f"{state_slice.file}{_DONE}")
 
 
 def committed(folder: Path) -> list[Path]:
-    """Whole checkpoints by step; folders without a matching manifest do not count."""
-    return sorted(path for path in folder.glob("step-*") if ".tmp-" not in path.name and _is_whole(path))
+    """Complete checkpoints, sorted by step. Folders without a matching manifest do not count."""
+    return sorted(path for path in folder.glob("step-*") if ".tmp-" not in path.name and _is_complete(path))
 
 
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Compares every byte of a checkpoint, or of every `parts`-th file of it, with its manifest; DataError names what
-    differs."""
+    """Compares the digests of a checkpoint's files with its manifest; DataError names the file that differs.
+
+    part, parts: check every `parts`-th file, starting with number `part`.
+    """
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["schema"] != SCHEMA:
         raise DataError(f"{path} was written by another release (schema {manifest['schema']}, this one reads {SCHEMA})")
@@ -121,12 +123,12 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def notes(path: Path) -> Mapping[str, Any]:
-    """The notes of a checkpoint, without its tensors."""
+    """Reads the notes of a checkpoint, without its tensors."""
     return json.loads((path / _STATE).read_text())["notes"]
 
 
 def load(path: Path, *, verified: bool = False) -> Checkpoint:
-    """Reads a checkpoint that `verify` finds whole. Tensors of a sliced one are read at each access."""
+    """Reads a checkpoint, after `verify` unless verified. Tensors of a sliced one are read from disk at each access."""
     if not verified:
         verify(path)
     state = json.loads((path / _STATE).read_text())
@@ -163,12 +165,12 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / _STATE).write_text(json.dumps({**state, "optimizer": optimizer}, indent=1))
 
 
-def _other_files(folder: Path, own: StateSlice) -> dict[str, Any]:
-    """Manifest entries of the other ranks' files, once they are written; OSError when one cannot be written."""
+def _other_files(folder: Path, state_slice: StateSlice) -> dict[str, Any]:
+    """Waits for the files of the other ranks and returns their manifest entries; OSError when a rank fails or hangs."""
     entries: dict[str, Any] = {}
     deadline = time.monotonic() + _PATIENCE_S
-    for rank in range(1, own.world):
-        name = replace(own, rank=rank).file
+    for rank in range(1, state_slice.world):
+        name = replace(state_slice, rank=rank).file
         mark = folder / f"{name}{_DONE}"
         while not mark.is_file():
             if time.monotonic() > deadline:
@@ -182,7 +184,7 @@ def _other_files(folder: Path, own: StateSlice) -> dict[str, Any]:
 
 
 def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested optimizer state to `index/key/...` names; bitsandbytes nests one level deeper than torch."""
+    """Yields nested optimizer state by `index/key/...` names. bitsandbytes nests one level deeper than torch."""
     for key, value in state.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
@@ -191,20 +193,20 @@ def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _nested(*flats: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Inverse of `_flat`; the first part is the parameter's number."""
+    """Inverse of `_flat`. The first part of a name is the parameter's index."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in (pair for flat in flats for pair in flat.items()):
         index, *path, leaf = name.split("/")
-        place = state.setdefault(int(index), {})
+        node = state.setdefault(int(index), {})
         for part in path:
-            place = place.setdefault(part, {})
-        place[leaf] = value
+            node = node.setdefault(part, {})
+        node[leaf] = value
     return state
 
 
 def _write_manifest(folder: Path, known: Mapping[str, Any]) -> None:
-    """The manifest is the commit mark: written and flushed after everything it lists. known: entries of files that
-    others have flushed."""
+    """Writes the manifest, which commits the checkpoint, and flushes it after all files that it lists. known: entries
+    of files that other ranks have flushed."""
     files: dict[str, Any] = dict(known)
     for path in sorted(folder.iterdir()):
         if path.name not in known:
@@ -224,7 +226,7 @@ def _temporary(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / f"step-{checkpoint.step:06d}.tmp-{checkpoint.name}"
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())

@@ -1,7 +1,7 @@
-"""A run's folder mirrored to an object store, so that another machine can go on with it.
+"""Mirrors a run's folder to an object store, so that another machine can continue the run.
 
-Owns the order of transfers: a checkpoint's manifest goes last, so that a half upload does not count, and
-what is fetched is compared with its manifest before it counts here.
+Owns the order of transfers. The manifest of a checkpoint is uploaded last, so that a partial upload does not count.
+A downloaded checkpoint is compared with its manifest before it counts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import MANIFEST
 
 _CHECKPOINTS = "checkpoints"
-# What a run needs besides its checkpoints to be the same run elsewhere.
+# Files that another machine needs to continue the run, besides checkpoints.
 _FILES = ("config.yaml", "metrics.jsonl", "heldout.jsonl")
 
 
 class RunStore:
-    """`url` is anything fsspec knows (s3://, gs://, file://); the run is a folder in it."""
+    """The run's folder in an object store. url: the store, any URL of fsspec (s3://, gs://, file://)."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self._folder = folder
@@ -37,17 +37,17 @@ class RunStore:
         self._system: Any = system
 
     def push(self, keep: int) -> list[str]:
-        """Uploads committed checkpoints that are not there yet, then metrics; returns their names.
+        """Uploads committed checkpoints that the store lacks, then metrics and adapters. Returns the uploaded names.
 
-        Older ones beyond `keep` are removed afterwards, but for what is kept here and the best one.
+        Afterwards removes older checkpoints beyond `keep` from the store, except the local ones and the best one.
         """
-        there = set(self._committed())
-        here = commit.committed(self._folder / _CHECKPOINTS)
-        sent: list[str] = []
-        for path in here:
-            if path.name not in there:
+        stored = set(self._committed())
+        local = commit.committed(self._folder / _CHECKPOINTS)
+        uploaded: list[str] = []
+        for path in local:
+            if path.name not in stored:
                 self._send(path)
-                sent.append(path.name)
+                uploaded.append(path.name)
         for name in _FILES:
             if (self._folder / name).is_file():
                 self._put(self._folder / name, f"{self._root}/{name}")
@@ -55,26 +55,26 @@ class RunStore:
             target = f"{self._root}/adapters/{path.name}"
             if not self._system.exists(target):
                 self._put(path, target)
-        wanted = {path.name for path in here} | _best(here)
-        for name in [n for n in self._committed()[:-keep] if n not in wanted]:
+        retained = {path.name for path in local} | _best(local)
+        for name in [n for n in self._committed()[:-keep] if n not in retained]:
             self._system.rm(f"{self._root}/{_CHECKPOINTS}/{name}", recursive=True)
-        return sent
+        return uploaded
 
     def pull(self) -> str | None:
-        """Fetches the newest whole checkpoint if it is newer than what is here; its name, or None."""
-        here = commit.committed(self._folder / _CHECKPOINTS)
+        """Downloads the newest complete checkpoint if it is newer than the local ones. Returns its name, or None."""
+        local = commit.committed(self._folder / _CHECKPOINTS)
         for name in reversed(self._committed()):
-            if here and name <= here[-1].name:
+            if local and name <= local[-1].name:
                 return None
             if self._fetch(name):
                 return name
         return None
 
     def _committed(self) -> list[str]:
-        """Names of checkpoints whose manifest is there, by step."""
+        """Names of the stored checkpoints that have a manifest, sorted by step."""
         self._system.invalidate_cache()
-        found = self._system.glob(f"{self._root}/{_CHECKPOINTS}/step-*/{MANIFEST}")
-        return sorted(path.rsplit("/", 2)[-2] for path in found)
+        manifests = self._system.glob(f"{self._root}/{_CHECKPOINTS}/step-*/{MANIFEST}")
+        return sorted(path.rsplit("/", 2)[-2] for path in manifests)
 
     def _send(self, path: Path) -> None:
         target = f"{self._root}/{_CHECKPOINTS}/{path.name}"
@@ -87,7 +87,7 @@ class RunStore:
         self._system.put_file(str(path), target)
 
     def _fetch(self, name: str) -> bool:
-        """False when what came is not what its manifest says."""
+        """Downloads a checkpoint and the run's files. Returns False when the checkpoint does not match its manifest."""
         final = self._folder / _CHECKPOINTS / name
         temporary = final.with_name(f"{name}.tmp-{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
@@ -107,7 +107,7 @@ class RunStore:
         return True
 
 
-def _best(here: Sequence[Path]) -> set[str]:
-    """The name of the best checkpoint as far as the newest one here knows; it may have been made elsewhere."""
-    step = commit.notes(here[-1]).get("selection", {}).get("step") if here else None
+def _best(local: Sequence[Path]) -> set[str]:
+    """Name of the best checkpoint by the notes of the newest local one. Another machine may have written it."""
+    step = commit.notes(local[-1]).get("selection", {}).get("step") if local else None
     return set() if step is None else {f"step-{step:06d}"}

@@ -1,6 +1,6 @@
-"""The run's saves: snapshot of the whole state, a failure count over ranks, and a warning about slow disks.
+"""The saves of a run: a snapshot of the complete state, a failure count over ranks, and a warning about slow disks.
 
-Owns what happens around a background save. `background` writes it, `commit` decides when it counts.
+Owns the steps around a background save. `background` writes the snapshot, `commit` makes it a valid checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _WAIT_S, _WAIT_SHARE = 1.0, 0.05
 
 
 class CheckpointWriter:
-    """folder: of all checkpoints. failures: failed saves in a row that end the run. save_every: the configured
-    interval, for the advice."""
+    """folder: holds all checkpoints. failures: number of failed saves in a row that ends the run. save_every: the
+    configured interval in steps, for the warning."""
 
     def __init__(
         self, folder: Path, *, keep: int, failures: int, save_every: int, publish: Publish, ranks: Ranks
@@ -33,21 +33,21 @@ class CheckpointWriter:
         self._saved = -1
         self._began = time.perf_counter()
         self._is_warned = False
-        # Failed saves in a row, and how long the newest save blocked training.
+        # Failed saves in a row, and the seconds for which the newest save blocked training.
         self.failed, self.blocked_s = 0, 0.0
 
     def begin(self, first_step: int) -> None:
-        """first_step: the step that is saved already."""
+        """Call before the first step. first_step: the step at which the run starts, which needs no save."""
         self._saved = first_step
 
     def prepare(self, state: RunState) -> None:
-        """Allocates host memory for a sliced state; call it once the optimizer has its moments."""
-        own = state.step.recipe.updates.state().slice
-        assert own is not None
-        self._saver.prepare(own)
+        """Allocates host memory for a sliced state. Call after the first step, when the optimizer has its moments."""
+        state_slice = state.step.recipe.updates.state().slice
+        assert state_slice is not None
+        self._saver.prepare(state_slice)
 
     def save(self, state: RunState, *, must: bool) -> None:
-        """Starts to save the step. With `must` the save is waited for and its failure ends the run. Collective."""
+        """Starts to save the current step. must: waits for the save and raises when it fails. Collective."""
         step = state.step
         if step.step == self._saved:
             return
@@ -66,7 +66,7 @@ class CheckpointWriter:
             self._wait(must=True)
 
     def _live(self, state: RunState) -> Checkpoint:
-        """The state as it is on the device."""
+        """The current state, with its tensors on the device."""
         recipe = state.step.recipe
         trained = recipe.updates.state()
         live = Checkpoint(
@@ -85,13 +85,13 @@ class CheckpointWriter:
         self._is_warned = True
         print(
             f"ltx-train: training waited {waited:.0f} s for the previous save, which took longer than the "
-            f"{since:.0f} s between them: raise checkpoint.interval ({self._save_every}) or use a faster disk",
+            f"{since:.0f} s between two saves: raise checkpoint.interval ({self._save_every}) or use a faster disk",
             file=sys.stderr,
         )
 
     def _wait(self, *, must: bool) -> None:
-        """Waits for the save in flight, on every rank. A failure is reported and the run goes on, unless it was one
-        too many in a row."""
+        """Waits for the save in flight, on every rank. Reports a failure and continues, unless `must` is set or too
+        many saves in a row have failed."""
         if self._saved < 0:
             return
         try:

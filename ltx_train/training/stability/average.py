@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained weights: what is measured and published instead of the last step's.
+"""The exponential moving average of the trained weights, measured and published instead of the last step's weights.
 
 Owns a float32 copy of every trained tensor and its exchange with the model.
 """
@@ -15,14 +15,14 @@ _RAMP = 10
 
 
 class Average:
-    """decay is reached gradually, min(decay, (1 + step) / (10 + step)): early on there is little worth keeping."""
+    """The effective decay is min(decay, (1 + step) / (10 + step)), because early weights are not worth averaging."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = parameters, decay
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, step: int) -> None:
-        """After optimizer step `step` (from 1)."""
+        """Updates the average after optimizer step `step` (from 1)."""
         decay = min(self._decay, (1 + step) / (_RAMP + step))
         torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in self._parameters.values()], 1 - decay)
 
@@ -32,7 +32,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """The model with the averaged weights, within the context."""
+        """A context in which the model has the averaged weights."""
         self._exchange()
         try:
             yield
@@ -42,6 +42,6 @@ class Average:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
-            kept = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(self.tensors[name])
-            self.tensors[name].copy_(kept)
+            self.tensors[name].copy_(current)

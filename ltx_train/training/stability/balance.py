@@ -1,6 +1,6 @@
-"""How much each modality's loss counts: the configured weights, or these divided by what the losses lately were.
+"""The loss weight of each modality: the configured weight, optionally divided by a moving average of the loss.
 
-Owns the moving averages, which are the same on every rank and go into checkpoints.
+Owns the moving averages, which are the same on every rank and part of checkpoints.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from ltx_train.distributed.ranks import Ranks
 
 
 class Balance:
-    """decay None keeps the configured weights. Otherwise weight_m = configured_m * mean(averages) / average_m, so
-    that both modalities pull alike however many tokens they have; nothing waits for the device."""
+    """decay: of the moving averages; None keeps the configured weights.
+
+    With a decay, weight_m = configured_m * mean(averages) / average_m, so that both modalities contribute alike
+    whatever their number of tokens. Computing the weights does not wait for the device.
+    """
 
     def __init__(
         self, *, video: float, audio: float, levels: str, decay: float | None, device: torch.device
     ) -> None:  # fmt: skip
-        self._given = torch.tensor([video, audio], device=device)
+        self._configured = torch.tensor([video, audio], device=device)
         self._plain = Weights(video, audio, levels)
         self._decay = decay
         self._averages = torch.full((2,), float("nan"), device=device)
@@ -31,14 +34,14 @@ class Balance:
 
     @property
     def weights(self) -> Weights:
-        """For the next micro-batch."""
+        """The loss weights of the next micro-batch."""
         if self._decay is None:
             return self._plain
         effective = self._effective()
         return Weights(effective[0], effective[1], self._plain.levels)
 
     def add(self, result: StepResult) -> None:
-        """One micro-batch's plain losses."""
+        """Adds the unweighted losses of a micro-batch."""
         if self._decay is None:
             return
         for number, loss in enumerate((result.video, result.audio)):
@@ -47,19 +50,19 @@ class Balance:
                 self._sums[number + 2] += len(loss)
 
     def step(self, ranks: Ranks) -> None:
-        """The end of an optimizer step: averages follow the means over all micro-batches and ranks."""
+        """Updates the moving averages after an optimizer step with the means over all micro-batches and ranks."""
         if self._decay is None:
             return
         ranks.average([self._sums])
         means = self._sums[:2] / self._sums[2:]
         started = torch.where(self._averages.isnan(), means, self._averages)
         moved = torch.lerp(means, started, self._decay)
-        # A modality that this step did not have, or whose loss was not finite, keeps its average.
+        # A modality that was absent from this step, or whose loss was not finite, keeps its average.
         self._averages = torch.where(means.isfinite(), moved, self._averages)
         self._sums = torch.zeros_like(self._sums)
 
     def row(self) -> dict[str, float]:
-        """Effective weights by their documented names; empty when they are the configured ones."""
+        """The effective weights by metric name; empty when the configured weights apply."""
         if self._decay is None:
             return {}
         return dict(zip(("train/weight_video", "train/weight_audio"), self._effective().tolist(), strict=True))
@@ -74,5 +77,5 @@ class Balance:
 
     def _effective(self) -> Tensor:
         known = self._averages.isfinite() & (self._averages > 0)
-        middle = torch.nanmean(torch.where(known, self._averages, torch.nan))
-        return torch.where(known, self._given * middle / self._averages, self._given)
+        mean = torch.nanmean(torch.where(known, self._averages, torch.nan))
+        return torch.where(known, self._configured * mean / self._averages, self._configured)

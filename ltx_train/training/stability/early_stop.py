@@ -1,6 +1,6 @@
-"""The best measured step, and when training ends for lack of a better one.
+"""Tracks the best measured step, and ends training when the held-out loss stops improving.
 
-Owns the comparison of held-out losses over a run's whole life; its state goes into checkpoints.
+Owns the comparison of held-out losses over the complete run; its state is part of checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ LOSS = "val/loss"
 
 
 class EarlyStop:
-    """patience: measurements in a row without a better loss that end the run; 0: never."""
+    """patience: number of measurements in a row without a better loss that ends the run; 0 never ends it."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
@@ -21,7 +21,7 @@ class EarlyStop:
         self._stale = 0
 
     def record(self, step: int, values: Mapping[str, float]) -> bool:
-        """Takes one measurement; whether it is the best so far."""
+        """Records a measurement. Returns whether its loss is the best so far."""
         if LOSS not in values:
             return False
         if values[LOSS] < self._best:
@@ -32,7 +32,7 @@ class EarlyStop:
 
     @property
     def reason(self) -> str | None:
-        """Why training ends, None while it goes on."""
+        """Why training ends; None while it continues."""
         if not self._patience or self._stale < self._patience:
             return None
         return f"no better held-out loss in {self._stale} measurements since step {self.best_step}"

@@ -1,6 +1,6 @@
 """Counts steps whose gradient was not finite or a spike, and ends the run when there are too many.
 
-The optimizer skips such a step on the device (`updates.optimizers.step_within`); this is the host's account of it.
+The optimizer skips such a step on the device (`updates.optimizers.step_within`); this module counts it on the host.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ class NonFiniteGuard:
         self.skipped = 0
 
     def record(self, step: int, keys: tuple[str, ...], norm: Tensor, limit: Tensor | None = None) -> None:
-        """The norm of an optimizer step (from 1), the keys of this rank's samples, and the limit of the norm."""
+        """Queues the gradient norm of a step (from 1) and its limit. keys: this rank's samples in the step."""
         self._waiting.append((step, keys, AsyncScalar(norm), None if limit is None else AsyncScalar(limit)))
 
     def check(self, pending: int = 0) -> None:
-        """Counts bad norms, all but the newest `pending`; DivergedError after five bad steps in a row, or when more
-        than one percent of the last thousand steps were bad."""
+        """Counts bad norms, except the newest `pending` ones. Raises DivergedError after five bad steps in a row, or
+        when more than one percent of the last thousand steps were bad."""
         while len(self._waiting) > pending:
             step, keys, norm, limit = self._waiting.pop(0)
-            most = math.inf if limit is None else limit.value()
-            bad = not math.isfinite(norm.value()) or norm.value() > most
+            bound = math.inf if limit is None else limit.value()
+            bad = not math.isfinite(norm.value()) or norm.value() > bound
             self._recent.append(bad)
             self._streak = self._streak + 1 if bad else 0
             self.skipped += bad
             if bad:
-                self._report(step, keys, norm.value(), most)
+                self._report(step, keys, norm.value(), bound)
 
-    def _report(self, step: int, keys: tuple[str, ...], norm: float, most: float) -> None:
+    def _report(self, step: int, keys: tuple[str, ...], norm: float, bound: float) -> None:
         samples = f"rank {self._rank} had samples {', '.join(keys)}"
         spike = math.isfinite(norm)
-        what = f"has norm {norm:.4g}, a spike above {most:.4g}" if spike else "is not finite"
+        problem = f"has norm {norm:.4g}, a spike above {bound:.4g}" if spike else "is not finite"
         if self._streak >= _STREAK or sum(self._recent) > _SHARE * _WINDOW:
             raise DivergedError(
-                f"the gradient of step {step} {what}, {self._streak} in a row and {sum(self._recent)} of the "
+                f"the gradient of step {step} {problem}, {self._streak} in a row and {sum(self._recent)} of the "
                 f"last {len(self._recent)} ({samples}): lower optim.lr or check these clips; "
-                "no such step has changed the weights, the last checkpoint is unharmed"
+                "none of these steps changed the weights, and the last checkpoint is intact"
             )
-        print(f"ltx-train: the gradient of step {step} {what}: skipped ({samples})", file=sys.stderr)
+        print(f"ltx-train: the gradient of step {step} {problem}: skipped ({samples})", file=sys.stderr)

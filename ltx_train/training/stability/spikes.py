@@ -1,7 +1,7 @@
-"""What the norm of a gradient usually is, and how far above that it may be before a step is left out.
+"""The running mean of the gradient norm, and the limit above which a step is skipped as a spike.
 
-Owns the running mean. It lives on the device, so that judging a step waits for nothing; norms are equal on all
-ranks, and so is what follows from them.
+Owns the running mean. It stays on the device, so that the host does not wait for the decision to skip a step. Norms
+are equal on all ranks, and so are the limits.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# So many accepted steps come before the first judgement, and so many the mean looks back over.
-_SETTLED, _MEMORY = 20, 100
+# Number of accepted steps before the first limit applies, and number of steps that the mean covers.
+_WARMUP, _WINDOW = 20, 100
 
 
 class Spikes:
-    """factor: a norm above so many times the mean of those accepted before is one."""
+    """factor: a norm above `factor` times the mean of the accepted norms is a spike."""
 
     def __init__(self, factor: float, device: torch.device) -> None:
         self._factor = factor
         self._mean, self._count = torch.zeros(2, device=device).unbind()
 
     def limit(self) -> Tensor:
-        """The largest norm that the next step may have: a float32 scalar on the device."""
-        return torch.where(self._count < _SETTLED, torch.inf, self._factor * self._mean)
+        """The largest accepted norm of the next step: a float32 scalar on the device, infinite at first."""
+        return torch.where(self._count < _WARMUP, torch.inf, self._factor * self._mean)
 
     def record(self, norm: Tensor, limit: Tensor) -> None:
-        """A step's norm and what its limit was."""
+        """Adds the norm of a step to the mean, if it is finite and within its limit."""
         accepted = torch.isfinite(norm) & (norm <= limit)
         count = self._count + accepted
-        step = (norm - self._mean) / count.clamp(1, _MEMORY)
+        step = (norm - self._mean) / count.clamp(1, _WINDOW)
         self._mean = torch.where(accepted, self._mean + step, self._mean)
         self._count = count
 

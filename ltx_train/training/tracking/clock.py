@@ -1,7 +1,7 @@
-"""What a run's time went into: steps that count against everything else, and arithmetic against the hardware's.
+"""The efficiency of a run: model FLOPs utilization (MFU) and goodput.
 
-Owns two shares: model FLOP/s over the device's rate, and productive seconds over the seconds since the
-run was first started anywhere. Its state goes into checkpoints, so that repeated steps do not count twice.
+Owns two ratios: model FLOP/s over the device's peak rate, and productive seconds over the seconds since the first
+start of the run on any machine. Its state is part of checkpoints, so that repeated steps do not count twice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 
 class Clock:
-    """peak_flops: what the device could do per second; None: not known, and no share of it is reported."""
+    """peak_flops: the device's peak FLOP/s; None when it is not known, and MFU is not reported."""
 
     def __init__(self, peak_flops: float | None) -> None:
         self._peak = peak_flops
@@ -20,11 +20,11 @@ class Clock:
         self._began: float | None = None
 
     def begin(self) -> None:
-        """A micro-batch is there and is being trained on."""
+        """Call when training on a micro-batch begins."""
         self._began = time.perf_counter()
 
     def end(self, flops: float) -> None:
-        """It is done; flops: the model's own arithmetic for it, recomputation not counted."""
+        """Call when the micro-batch is done. flops: its model FLOPs, without recomputation."""
         if self._began is None:
             return
         seconds = time.perf_counter() - self._began
@@ -34,12 +34,12 @@ class Clock:
         self._began = None
 
     def row(self) -> dict[str, float]:
-        """SlicedParameters by their documented names: of the time since the last row, and of the run's whole life."""
-        found = {"run/goodput": min(1.0, self._productive / max(1e-9, time.time() - self._started))}
+        """Both ratios by metric name: MFU of the time since the last row, goodput of the complete run."""
+        values = {"run/goodput": min(1.0, self._productive / max(1e-9, time.time() - self._started))}
         if self._peak and self._interval:
-            found["perf/mfu"] = self._flops / self._interval / self._peak
+            values["perf/mfu"] = self._flops / self._interval / self._peak
         self._interval = self._flops = 0.0
-        return found
+        return values
 
     def state(self) -> dict[str, float]:
         return {"started": self._started, "productive_s": self._productive}

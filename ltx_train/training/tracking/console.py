@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes: a progress bar on a terminal, a line per interval elsewhere."""
+"""Prints the progress of a run: a progress bar on a terminal, one line per logged row elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ltx_train.training.tracking.sinks import Values
 
 
 class ConsoleProgress:
-    """A Rich bar on a terminal, one plain line per interval elsewhere."""
+    """A Rich progress bar on a terminal, one plain line per logged row elsewhere."""
 
     def __init__(self, total: int, first_step: int) -> None:
         self._bar = self._task = None

@@ -1,7 +1,7 @@
-"""Where numbers go: metrics.jsonl always, and whatever sinks there are.
+"""Writes metrics to metrics.jsonl and to all sinks of the run.
 
-Owns the metrics file and its continuation after an interruption. Knows names and numbers, not how
-they are made.
+Owns the metrics file and its continuation after an interruption. Knows the names and values of metrics, not how they
+are computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ltx_train.training.tracking.sinks import Sink, Values
 
 
 class Metrics:
-    """Writes rows of named numbers per optimizer step, and hands them to the sinks."""
+    """Writes rows of named numbers per optimizer step to the file and to the sinks."""
 
     def __init__(self, folder: Path, first_step: int, sinks: Sequence[Sink] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,19 +24,19 @@ class Metrics:
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Values) -> None:
-        """One row; the file is flushed, so that a killed run keeps it."""
+        """Writes a row and flushes the file, so that a killed run keeps the row."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for sink in self._sinks:
             sink.write(step, values)
 
     def page(self, path: Path) -> None:
-        """A report, for the sinks that show pages."""
+        """Passes a report page to the sinks."""
         for sink in self._sinks:
             sink.page(path)
 
     def media(self, step: int, path: Path, caption: str) -> None:
-        """A generated clip, for the sinks that show clips."""
+        """Passes a generated clip to the sinks."""
         for sink in self._sinks:
             sink.media(step, path, caption)
 
@@ -47,7 +47,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """All rows of a metrics file; a last line cut by a crash is ignored."""
+    """Reads all rows of a metrics file, without a last line that a crash has cut off."""
     rows: list[dict[str, float]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -58,7 +58,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def _drop_later_rows(path: Path, step: int) -> None:
-    """Removes rows of steps that will be done again, so that a continued curve has each step once."""
+    """Removes the rows after `step`, whose steps the resumed run repeats, so that its curve has each step once."""
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= step]
     if path.is_file():

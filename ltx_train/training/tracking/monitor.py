@@ -1,7 +1,7 @@
-"""What a training interval looked like: losses per modality and noise level, norms, times, memory.
+"""Training metrics of a logging interval: losses per modality and noise level, times, memory.
 
-Owns accumulation between two logged rows. Its state goes into a checkpoint, so that a row that
-spans an interruption has the same value as without one.
+Owns the accumulation between two logged rows. Its state is part of checkpoints, so that a row that spans an
+interruption has the same losses as without one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Monitor:
         self._waited = 0.0
 
     def add(self, result: StepResult) -> None:
-        """One micro-batch, or the part of it that is in one mode."""
+        """Adds the result of a micro-batch, or of its samples in one mode."""
         total = torch.zeros_like(result.sigma)
         for name, loss in (("video", result.video), ("audio", result.audio)):
-            # Where modes are mixed, samples without a modality have no number for it.
+            # In a mixture of modes, samples without a modality have no loss for it.
             self._keep(name, torch.full_like(total, torch.nan) if loss is None else loss)
             if loss is not None:
                 total = total + self._weights[name] * loss.detach()
@@ -43,7 +43,7 @@ class Monitor:
         self._keep("sigma", result.sigma)
 
     def data_arrived(self) -> None:
-        """Called when a batch is there; the time since the last step's end was spent waiting for it."""
+        """Call when a batch has arrived: the run has waited for it since the end of the previous batch."""
         self._waited += time.perf_counter() - self._edge
 
     def step_done(self) -> None:
@@ -53,9 +53,9 @@ class Monitor:
         self._edge = time.perf_counter()
 
     def row(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Averages since the last row over all ranks, by their documented names (docs/architecture.md)."""
+        """Averages over all ranks since the last row, by metric name (docs/architecture.md)."""
         values = {name: torch.tensor(parts).double() for name, parts in self._gathered(ranks).items()}
-        # Skipped steps have no number to average; the guard counts them.
+        # Losses that are not finite belong to skipped steps, which the guard counts.
         finite = torch.isfinite(values["total"])
         values = {name: numbers[finite] for name, numbers in values.items()}
         row = {"train/loss": float(values["total"].mean())}
@@ -78,30 +78,30 @@ class Monitor:
         return {"parts": self._gathered(ranks), "steps": self._steps}
 
     def restore(self, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
-        """The leading rank goes on with what all had collected."""
+        """Restores the interval. Rank 0 takes over the values of all ranks."""
         self._steps = state["steps"]
         if not ranks.leads:
             return
         self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
 
     def _gathered(self, ranks: Ranks) -> dict[str, list[float]]:
-        own = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
-        everyone = ranks.gather(own)
-        names = sorted({name for parts in everyone for name in parts})
-        return {name: [value for parts in everyone for value in parts.get(name, [])] for name in names}
+        local = {name: torch.cat([t.cpu() for t in tensors]).tolist() for name, tensors in self._parts.items()}
+        of_all_ranks = ranks.gather(local)
+        names = sorted({name for parts in of_all_ranks for name in parts})
+        return {name: [value for parts in of_all_ranks for value in parts.get(name, [])] for name in names}
 
     def _keep(self, name: str, values: Tensor) -> None:
         self._parts.setdefault(name, []).append(values.detach())
 
 
 def _by_level(sigma: Tensor, total: Tensor) -> dict[str, float]:
-    """The loss in four slices of the noise level, and the histogram of the levels in ten."""
+    """The mean loss in four ranges of the noise level, and the histogram of noise levels in ten ranges."""
     row: dict[str, float] = {}
-    place = (sigma * _BUCKETS).long().clamp(0, _BUCKETS - 1)
+    indices = (sigma * _BUCKETS).long().clamp(0, _BUCKETS - 1)
     for bucket in range(_BUCKETS):
-        if bool((place == bucket).any()):
+        if bool((indices == bucket).any()):
             name = f"train/loss_sigma/{bucket / _BUCKETS:.2f}-{(bucket + 1) / _BUCKETS:.2f}"
-            row[name] = float(total[place == bucket].mean())
+            row[name] = float(total[indices == bucket].mean())
     counts = torch.bincount((sigma * _BINS).long().clamp(0, _BINS - 1), minlength=_BINS).double()
     shares = (counts / max(1, len(sigma))).tolist()
     return row | {f"train/sigma_share/{i / _BINS:.1f}-{(i + 1) / _BINS:.1f}": share for i, share in enumerate(shares)}

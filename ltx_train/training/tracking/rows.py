@@ -1,4 +1,4 @@
-"""The row of training numbers at a logged step, by their documented names (docs/metrics.md)."""
+"""The row of training metrics at a logged step, by metric name (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ltx_train.training.state import RunState
 
 
 class TrainingRows:
-    """Collects numbers of the interval since the last row."""
+    """Collects the metrics of the interval since the last row."""
 
     def __init__(self, state: RunState, transformer: Transformer, cadence: Cadence, ranks: Ranks) -> None:
         self._state, self._transformer, self._cadence, self._ranks = state, transformer, cadence, ranks
@@ -22,7 +22,7 @@ class TrainingRows:
         self._is_dead_reported = False
 
     def row(self) -> dict[str, float]:
-        """Finite numbers alone. Collective."""
+        """Returns the row without values that are not finite. Collective."""
         step = self._state.step
         recipe = step.recipe
         assert step.grad_norm is not None
@@ -41,7 +41,7 @@ class TrainingRows:
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def _adapter(self) -> dict[str, float]:
-        """How far the adapter has moved, and which of its layers never did."""
+        """The norm ratios of the adapter and the number of its unchanged layers. Prints the latter once."""
         ratios = adapter.norm_ratios(self._transformer)
         row = {f"train/adapter_norm_ratio/{group}".rstrip("/"): ratio for group, ratio in ratios.items()}
         if self._state.step.step < self._cadence.dead_after:

@@ -1,7 +1,7 @@
 """Trackers beside metrics.jsonl: W&B, CSV, TensorBoard.
 
-Owns how each of them is fed and continued; knows names and numbers only. A tracker that fails may
-cost its own record, never a step.
+Owns the writing to each tracker and its continuation. Knows only the names and values of metrics. A tracker that
+fails may lose its own record, but never stops training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INIT_TIMEOUT_S = 8
 
 
 class Sink(Protocol):
-    """What rows, pages and clips are handed to."""
+    """A tracker: receives rows, pages and clips."""
 
     def write(self, step: int, values: Values) -> None: ...
 
@@ -34,7 +34,7 @@ class Sink(Protocol):
 
 
 class Csv:
-    """metrics.csv, one column per name: rewritten from metrics.jsonl when a new name comes up."""
+    """metrics.csv, one column per name: rewritten from metrics.jsonl when a new name appears."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._rows = folder / "metrics.csv", folder / "metrics.jsonl"
@@ -66,7 +66,7 @@ class Csv:
 
 
 class TensorBoard:
-    """tensorboard/ in the run's folder; steps that are done again replace the ones before."""
+    """Writes tensorboard/ in the run's folder. The rows of repeated steps replace the earlier ones."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # imports tensorboard, for runs that use it
@@ -110,8 +110,8 @@ class WandB:
 
 
 def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> Any:
-    """UserError when W&B refuses the key; a server that does not answer costs its timeout and nothing else."""
-    # Its service would report its own errors to its makers, and to the terminal that this fails.
+    """Starts a W&B run, offline when the server does not answer within the timeout; UserError for a refused key."""
+    # By default W&B reports its own errors to its vendor and prints a failed start to the terminal.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -126,11 +126,11 @@ def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any
     except (wandb.Error, OSError, ValueError) as error:
         if _is_refusal(error):
             raise UserError(
-                "logger=wandb: W&B does not accept the API key; run `wandb login`, set WANDB_API_KEY, or take "
+                "logger=wandb: W&B does not accept the API key; run `wandb login`, set WANDB_API_KEY, or use "
                 "logger=wandb_offline"
             ) from error
         print(
-            f"ltx-train: W&B is not reachable ({_one_line(error)}); recording offline, `wandb sync {folder}/wandb`",
+            f"ltx-train: W&B is not reachable ({_one_line(error)}); recording offline, later `wandb sync {folder}/wandb`",
             file=sys.stderr,
         )
         wandb.teardown()  # the failed start still holds the run's id
