@@ -1,7 +1,7 @@
-"""The plain path that `bench.baseline=true` measures beside ours: diffusers' model, eager, every block checkpointed.
+"""The baseline of `bench.baseline=true`: diffusers' model, run eagerly, with every block checkpointed.
 
 Per-token timesteps, peft's own LoRA layers, optimum-quanto's own int8 layers; random weights of the configured
-sizes. A yardstick, not a trainer.
+sizes. It serves for comparison only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ltx_train.model.transformer import Section
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Step time and memory, under the names of a bench record."""
+    """Measures step time and memory. Returns them under the names of a bench record."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     diffusers_logging.set_verbosity_error()
     plain = setup(resolve.without_graphs(config))

@@ -1,4 +1,4 @@
-"""`evaluate checkpoints=...`: many adapters and the base under the same noise, in one page."""
+"""`evaluate checkpoints=...`: measures many adapters and the base with the same noise, on one page."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Candidate:
 
 
 def compare(config: Config) -> tuple[Path, Path]:
-    """The page, and the file of the adapter with the lowest held-out loss.
+    """Measures all candidates. Returns the page, and the file of the adapter with the lowest held-out loss.
 
-    The base is an arm of every adapter. The page lies beside the first run, or the first file.
+    The base is an arm of every adapter. The page is in the folder of the first run, or of the first file.
     """
     listed = candidates(config.checkpoints)
     folder = _folder(listed[0].path)
-    setup = forward_only(configuration.continued(_of_run(config, folder), None, 1))
+    setup = forward_only(configuration.continued(_with_run_settings(config, folder), None, 1))
     config = setup.config
     root, index = open_heldout(config)
     transformer = model_builder.open_frozen(setup)
@@ -84,9 +84,9 @@ def compare(config: Config) -> tuple[Path, Path]:
 
 
 def candidates(checkpoints: Any) -> list[Candidate]:
-    """LoRA files of run folders, of folders of runs, of patterns, or named one by one.
+    """Lists LoRA files from run folders, folders of runs, patterns and file names.
 
-    ConfigError names what holds none.
+    ConfigError names an entry without LoRA files.
     """
     listed: Sequence[str] = [checkpoints] if isinstance(checkpoints, str) else [str(entry) for entry in checkpoints]
     by_file: dict[Path, Candidate] = {}
@@ -101,12 +101,12 @@ def candidates(checkpoints: Any) -> list[Candidate]:
     return list(by_file.values())
 
 
-def _files(place: Path) -> Iterator[Path]:
-    if place.is_file():
-        yield place
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
         return
     for pattern in ("adapters/step-*.safetensors", "*/adapters/step-*.safetensors", "step-*.safetensors"):
-        yield from (p for p in place.glob(pattern) if p.name != BEST and ".tmp-" not in p.name)
+        yield from (p for p in path.glob(pattern) if p.name != BEST and ".tmp-" not in p.name)
 
 
 def _candidate(path: Path) -> Candidate:
@@ -121,24 +121,24 @@ def _folder(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "adapters" else path.parent
 
 
-def _of_run(config: Config, folder: Path) -> Config:
-    """The run's own model, mode, data and loss. The command line says where they are if they have moved."""
+def _with_run_settings(config: Config, folder: Path) -> Config:
+    """The configuration with model, mode, data and loss of the run. Moved paths come from the command line."""
     saved = folder / "config.yaml"
     if not saved.is_file():
         if not config.data.root:
-            raise ConfigError(f"{folder} is no run's folder: say with experiment=..., data.root=... what to measure on")
+            raise ConfigError(f"{folder} is no run's folder: choose the data with experiment=..., data.root=...")
         return config
-    own = configuration.load(saved)
-    is_there = Path(own.data.root).is_dir() or not config.data.root
-    data = own.data if is_there else replace(own.data, root=config.data.root)
-    is_known = own.model.path is None or Path(own.model.path).is_file()
-    model = own.model if is_known else replace(own.model, path=config.model.path)
-    return replace(config, model=model, mode=own.mode, data=data, loss=own.loss, sigma=own.sigma, run=own.run)
+    run = configuration.load(saved)
+    is_there = Path(run.data.root).is_dir() or not config.data.root
+    data = run.data if is_there else replace(run.data, root=config.data.root)
+    is_known = run.model.path is None or Path(run.model.path).is_file()
+    model = run.model if is_known else replace(run.model, path=config.model.path)
+    return replace(config, model=model, mode=run.mode, data=data, loss=run.loss, sigma=run.sigma, run=run.run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Arms:
-    """One loaded base, and what is measured and generated with each adapter on it."""
+    """Measures and generates with the base and with each adapter on it. The base is loaded once."""
 
     setup: Setup
     transformer: Transformer
@@ -153,15 +153,15 @@ class _Arms:
         )
 
     def adapter(self, candidate: Candidate, base: Subject) -> Subject:
-        """DataError when the adapter was trained on another base."""
+        """Raises DataError when the adapter was trained on another base."""
         tensors, metadata = lora_file.read_lora(candidate.path)
         trained_on, config = metadata.get("base_fingerprint"), self.setup.config
         if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
             raise DataError(f"{candidate.path} was trained on another base than {config.model.path}: compare it apart")
         export.bind(self.transformer, tensors)
         try:
-            off = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
-            rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *off]
+            base_rows = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
+            rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *base_rows]
             masses = self.measurement.masses(self.transformer)
             name = candidate.path.stem if candidate.step is None else f"step-{candidate.step:06d}"
             clips = self.previews.generate(self.transformer, self._samples(name))

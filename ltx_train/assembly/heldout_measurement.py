@@ -1,4 +1,4 @@
-"""Held-out measurement for `fit` and `evaluate`: the same clips, levels, noise and names."""
+"""Held-out measurement for `fit` and `evaluate`: the same clips, noise levels, noise and metric names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ltx_train.training.tracking.metrics import read_rows
 
 @dataclass
 class Measurement:
-    """The held-out measurement of one run on one rank. The base is measured once: its numbers cannot change."""
+    """The held-out measurement of a run on one rank. The base is measured once, because its numbers cannot change."""
 
     setup: Setup
     root: Path
@@ -36,32 +36,32 @@ class Measurement:
         self._share = (ranks.rank, ranks.world) if self._apart else (0, 1)
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
-        """The rows of the whole held-out split, on every rank."""
+        """Measures the complete held-out split. Returns its rows on every rank."""
         with_base = with_base and self._base is None and not self.setup.sharing.full
-        own = heldout.measure(
+        local = heldout.measure(
             transformer, str(self.root), self.index, self._settings, device=self.setup.device,
             with_base=with_base, share=self._share,
         )  # fmt: skip
-        everyone = [row for rows in self.setup.ranks.gather(own) for row in rows] if self._apart else own
+        of_all_ranks = [row for rows in self.setup.ranks.gather(local) for row in rows] if self._apart else local
         if with_base:
-            self._base = [row for row in everyone if row.arm == BASE]
-            return everyone
-        return everyone + (self._base or [])
+            self._base = [row for row in of_all_ranks if row.arm == BASE]
+            return of_all_ranks
+        return of_all_ranks + (self._base or [])
 
     def masses(self, transformer: Transformer) -> list[Mass]:
-        """Attention on the references at the lowest, middle and highest of the main levels."""
+        """Measures attention on the references at the lowest, middle and highest of the main noise levels."""
         if not self.setup.config.eval.attention:
             return []
         levels = self.grid.main
         picked = sorted({levels[0], levels[len(levels) // 2], levels[-1]})
-        own = attention_mass.measure(
+        local = attention_mass.measure(
             transformer, str(self.root), self.index, self._settings, levels=picked, device=self.setup.device,
             share=self._share,
         )  # fmt: skip
-        return [mass for masses in self.setup.ranks.gather(own) for mass in masses] if self._apart else own
+        return [mass for masses in self.setup.ranks.gather(local) for mass in masses] if self._apart else local
 
     def likeness(self) -> float | None:
-        """How alike references and their own targets are beyond chance; None without references."""
+        """Similarity of references to their own targets beyond chance; None without references."""
         settings = self._settings
         if not settings.mode.references:
             return None
@@ -77,11 +77,10 @@ def evaluator(
     setup: Setup, folder: Path, root: Path, index: Index, *, transformer: Transformer,
     published: Callable[[], AbstractContextManager[None]] = nullcontext, show: Callable[[int], None] | None = None,
 ) -> Callable[[int], Mapping[str, float]] | None:  # fmt: skip
-    """A function that measures a step, or None when nothing is to be measured. It writes every identity's loss into the
-    run's folder.
+    """Returns a function that measures a step, or None when the run has no measurements. The function also writes the
+    loss of every identity into the run's folder.
 
-    published: a context in which the model has the weights that would be published. show: generates clips of them, on
-    rank 0.
+    published: a context in which the model has the weights to publish. show: generates clips with them, on rank 0.
     """
     if setup.config.eval.interval == 0 or not index.split(HELDOUT):
         return None

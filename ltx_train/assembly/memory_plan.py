@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ltx_train.assembly import mends, model_source, resolve
+from ltx_train.assembly import from_config, mends, model_source, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep
@@ -16,6 +16,8 @@ from ltx_train.memory.planning import search
 from ltx_train.memory.planning.cards import GIB, Card, card_by_name, card_of_device
 from ltx_train.memory.planning.footprint import TrainedWeights, sizes
 from ltx_train.memory.planning.search import MemoryPlan, PlanConstraints, StepNeed
+from ltx_train.model import adapter
+from ltx_train.model.transformer import Transformer
 
 # Share of host memory that weights and activations may take; the rest is left to the machine.
 _HOST_SHARE = 0.9
@@ -98,9 +100,7 @@ def here(config: Config) -> Room | None:
 def need(config: Config) -> StepNeed:
     """Sizes from the meta device; the largest bucket's tokens."""
     skeleton = model_source.skeleton(config)
-    return StepNeed(
-        size=sizes(skeleton), work=resolve.workload(config), trained=resolve.trained_weights(config, skeleton)
-    )
+    return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained_weights(config, skeleton))
 
 
 def refusal(config: Config, room: Room) -> str:
@@ -134,3 +134,26 @@ def out_of_memory(config: Config, plan: MemoryPlan | None) -> str:
     ]
     cheapest = mends.cheapest(config, lambda changed: plan_for(changed, tighter))
     return "\n".join([*lines, *(f"  {mend}" for mend in cheapest)])
+
+
+def trained_weights(config: Config, skeleton: Transformer) -> TrainedWeights:
+    """What is optimized, from a transformer on the meta device."""
+    shared = resolve.sharing(config)
+    if shared.full:
+        count = sum(p.numel() for p in skeleton.parameters())
+    else:
+        lora = from_config.lora(config)
+        names = set(adapter.matched_modules(skeleton, lora.targets, lora.modes))
+        layers = [(name, module) for name, module in skeleton.named_modules() if name in names]
+        count = sum(lora.rank_of(name) * adapter.inputs_and_outputs(layer) for name, layer in layers)
+    return TrainedWeights(
+        parameters=count, moment_bytes=resolve.optimizer(config).moment_bytes, accumulate=_accumulated(config, shared),
+        full=shared.full, averaged=config.adapter.ema > 0, stage=shared.update_stage, slices=shared.update_slices,
+        offloaded=shared.offload is not None, in_files=shared.offload not in (None, "cpu"),
+    )  # fmt: skip
+
+
+def _accumulated(config: Config, shared: resolve.Sharing) -> int:
+    """Micro-batches of an optimizer step as far as known before the processes are started."""
+    readers = max(1, shared.local_world // shared.sequence)
+    return max(1, (config.optim.global_batch or 1) // (config.optim.batch_size * readers))

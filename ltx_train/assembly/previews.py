@@ -1,4 +1,4 @@
-"""Generated clips of held-out samples: their own caption, references and given parts, noise for the rest."""
+"""Clips generated from held-out samples: their caption, references and conditions, and noise for the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ltx_train.sampling.guidance import Guidance
 
 
 class Previews:
-    """The same clips under the same noise, whatever adapter is on."""
+    """Generates the same clips from the same noise for every adapter."""
 
     def __init__(self, setup: Setup, root: Path, index: Index) -> None:
         config = setup.config
@@ -33,28 +33,28 @@ class Previews:
         self._decoder: media.Decoder | None = None
 
     def generate(self, transformer: Transformer, folder: Path) -> list[Clip]:
-        """One mp4 per held-out clip."""
+        """Generates one mp4 in `folder` per held-out clip."""
         clips: list[Clip] = []
         with heldout.undisturbed(transformer):
             for record, batch in self._samples:
                 path = folder / f"{record.key}.mp4"
-                self._one(transformer, batch, path, record.fps)
+                self._generate_clip(transformer, batch, path, record.fps)
                 clips.append(Clip(f"{record.speaker}: {record.caption}", path))
         return clips
 
     def references(self, folder: Path) -> list[Clip]:
-        """The references of the clips, decoded."""
+        """Decodes the references of the clips to mp4 files in `folder`."""
         clips: list[Clip] = []
         for record, batch in self._samples:
             for condition in self._config.mode.references:
                 latent = batch.references[condition.name][0]
                 parts = (latent, None) if condition.stream is ModalityName.video else (None, latent)
                 path = folder / f"{record.key}-{condition.name.replace('/', '-')}.mp4"
-                media.write_mp4(path, *media.decode(self._opened(), *parts), record.fps)
+                media.write_mp4(path, *media.decode(self._open_decoder(), *parts), record.fps)
                 clips.append(Clip(f"{record.speaker}: {condition.name}", path))
         return clips
 
-    def _one(self, transformer: Transformer, batch: Batch, path: Path, fps: float) -> None:
+    def _generate_clip(self, transformer: Transformer, batch: Batch, path: Path, fps: float) -> None:
         mode, s = self._config.mode, self._config.sample
         draws = conditions.draw(batch, mode, sigma.SigmaDistribution(), s.seed, sigma=1.0)
         inputs = conditions.assemble(transfer.batch_to(batch, self._device), references.always_open(mode), draws)
@@ -68,9 +68,9 @@ class Previews:
             clip = codecs.video_grid(video[:, : batch.video_latent[0, 0].numel()], sizes[0], sizes[1], sizes[2])[0]
         if audio is not None and batch.audio_latent is not None:
             sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
-        media.write_mp4(path, *media.decode(self._opened(), clip, sound), fps)
+        media.write_mp4(path, *media.decode(self._open_decoder(), clip, sound), fps)
 
-    def _opened(self) -> media.Decoder:
+    def _open_decoder(self) -> media.Decoder:
         if self._decoder is None:
             source = model_source.weights(self._config)
             self._decoder = media.open_decoder(source, self._device, from_config.dtype(self._config))

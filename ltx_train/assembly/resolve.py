@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from ltx_train.distributed.ranks import Ranks
-    from ltx_train.memory.planning.footprint import MemoryChoice, TrainedWeights, Workload
+    from ltx_train.memory.planning.footprint import MemoryChoice, Workload
     from ltx_train.memory.planning.search import PlanConstraints
-    from ltx_train.model.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,33 +214,6 @@ def tokens_in_mode(mode: Mode, stream: ModalityName, target: int, reference: int
         return 0
     scales = [(c.spatial_scale or 1) ** 2 * c.temporal_scale for c in mode.references if c.stream is stream]
     return target + sum(reference // scale for scale in scales)
-
-
-def trained_weights(config: Config, skeleton: Transformer) -> TrainedWeights:
-    """What is optimized, from a transformer on the meta device."""
-    from ltx_train.assembly import from_config
-    from ltx_train.memory.planning.footprint import TrainedWeights
-    from ltx_train.model import adapter
-
-    shared = sharing(config)
-    if shared.full:
-        count = sum(p.numel() for p in skeleton.parameters())
-    else:
-        lora = from_config.lora(config)
-        names = set(adapter.matched_modules(skeleton, lora.targets, lora.modes))
-        layers = [(name, module) for name, module in skeleton.named_modules() if name in names]
-        count = sum(lora.rank_of(name) * adapter.inputs_and_outputs(layer) for name, layer in layers)
-    return TrainedWeights(
-        parameters=count, moment_bytes=optimizer(config).moment_bytes, accumulate=_accumulated(config, shared),
-        full=shared.full, averaged=config.adapter.ema > 0, stage=shared.update_stage, slices=shared.update_slices,
-        offloaded=shared.offload is not None, in_files=shared.offload not in (None, "cpu"),
-    )  # fmt: skip
-
-
-def _accumulated(config: Config, shared: Sharing) -> int:
-    """Micro-batches of an optimizer step as far as known before the processes are started."""
-    readers = max(1, shared.local_world // shared.sequence)
-    return max(1, (config.optim.global_batch or 1) // (config.optim.batch_size * readers))
 
 
 def plan_constraints(config: Config, host_gib: float | None) -> PlanConstraints:

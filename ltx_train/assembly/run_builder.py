@@ -39,9 +39,9 @@ from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.cadence import Cadence
 from ltx_train.training.checkpoints import commit
-from ltx_train.training.checkpoints.writer import CheckpointWriter
 from ltx_train.training.debugging import profiled, use_deterministic_kernels
 from ltx_train.training.loop import Outside, run_to_end
+from ltx_train.training.saving import CheckpointWriter
 from ltx_train.training.stability.average import Average
 from ltx_train.training.stability.balance import Balance
 from ltx_train.training.stability.early_stop import EarlyStop

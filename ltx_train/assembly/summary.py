@@ -1,4 +1,4 @@
-"""The panel before the first step: what will be trained, on what, from where."""
+"""The panel that `fit` prints before the first step: model, trained weights, data, memory and start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ltx_train.model.transformer import Transformer
 
 
 def show(setup: Setup, transformer: Transformer, index: Index, folder: Path, step: int) -> None:
-    """Prints the panel to the terminal. step: where the run begins."""
+    """Prints the panel to the terminal. step: the step at which the run begins."""
     table = Table.grid(padding=(0, 2))
     for name, text in _lines(setup, transformer, index, folder, step):
         table.add_row(f"[bold]{name}", text)
@@ -37,7 +37,7 @@ def show(setup: Setup, transformer: Transformer, index: Index, folder: Path, ste
 
 
 def layers(config: Config, transformer: Transformer) -> Table:
-    """How many linear layers of each part of a block are trained, frozen, or out of the loss's reach."""
+    """A table of linear layers by part of a block: trained, frozen, or without a loss that reaches them."""
     modes = [mode for _, mode in configuration.training_modes(config)]
     count = len(transformer.transformer_blocks)
     counts: dict[str, Counter[str]] = {}
@@ -83,7 +83,7 @@ def _lines(
 
 
 def _measuring(config: Config, index: Index) -> str:
-    """The cost of a held-out measurement, which is easily more than the training between two of them."""
+    """The cost of a held-out measurement, which easily exceeds the cost of training between two measurements."""
     if config.eval.interval == 0 or not index.split(HELDOUT):
         return "nothing is held out" if config.eval.interval else "off (eval.interval=0)"
     settings = from_config.measurement_settings(config, from_config.grid(config, index))
@@ -141,7 +141,7 @@ def memory(setup: Setup, transformer: Transformer, trained: int) -> str:
 
 
 def _gathering(transformer: Transformer) -> str:
-    """How sliced blocks are gathered."""
+    """Describes how sliced blocks are gathered; empty when no block is sliced."""
     stream = model_builder.stream_of(transformer)
     store = None if stream is None else stream.store
     if not isinstance(store, PeerStore):

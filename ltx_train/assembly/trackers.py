@@ -1,4 +1,4 @@
-"""The trackers that a configuration asks for."""
+"""Creates the trackers of a configuration."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _LIBRARIES = ("ltx-train", "torch", "diffusers", "peft", "lightning", "optimum-q
 
 
 def sinks(config: Config, folder: Path, first_step: int) -> list[Sink]:
-    """W&B first: it is the one that may refuse."""
-    made: list[Sink] = []
+    """Creates all configured trackers, W&B first: it may refuse the API key."""
+    trackers: list[Sink] = []
     if config.logger.wandb != "disabled":
-        described = {**asdict(config), "system": _system()}
-        made.append(WandB(folder, config.logger.wandb, config.logger.project, described))
+        facts = {**asdict(config), "system": _system()}
+        trackers.append(WandB(folder, config.logger.wandb, config.logger.project, facts))
     if "csv" in config.logger.also:
-        made.append(Csv(folder))
+        trackers.append(Csv(folder))
     if "tensorboard" in config.logger.also:
-        made.append(TensorBoard(folder, first_step))
-    return made
+        trackers.append(TensorBoard(folder, first_step))
+    return trackers
 
 
 def _system() -> dict[str, Any]:
-    """Versions and devices: what numbers depend on beside the configuration."""
+    """Library versions and devices, on which results depend beside the configuration."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = {name: _version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), "cuda": torch.version.cuda, "devices": devices, **versions}

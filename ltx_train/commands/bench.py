@@ -24,8 +24,8 @@ from ltx_train.memory.planning.footprint import model_flops
 
 
 def run(config: Config) -> int:
-    """Prints one record; bench.out collects the records of several calls in one list. Several devices step together,
-    each in a process of its own (`jobs.processes`)."""
+    """Prints one record, and appends it to the list in bench.out. Several devices step together, each in its own
+    process (`jobs.processes`)."""
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single")
@@ -69,8 +69,8 @@ def _report(setup: Setup, record: dict[str, Any]) -> None:
 
 
 def _peer(config: Config) -> dict[str, Any]:
-    """The plain path in a process of its own, which gives its memory back before ours is measured."""
-    from ltx_train.assembly import baseline  # imports diffusers' pipelines, for those who compare
+    """Measures the baseline in a separate process, whose memory is free again before the trainer is measured."""
+    from ltx_train.assembly import baseline  # imports diffusers' pipelines, which only a comparison needs
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         measured = pool.submit(baseline.measure, config).result()
@@ -81,7 +81,7 @@ def _peer(config: Config) -> dict[str, Any]:
 
 
 def _rates(setup: Setup, seconds: float) -> dict[str, Any]:
-    """Tokens per second, and the share of the card's dense bf16 rate that the model's FLOPs take (MFU)."""
+    """Tokens per second, and the model's FLOP/s as a share of the card's dense bf16 rate (MFU)."""
     needed = memory_plan.need(setup.config)
     work = needed.work
     samples = setup.sharing.readers * work.batch

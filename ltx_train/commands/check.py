@@ -16,7 +16,7 @@ from ltx_train.sampling import media
 
 
 def run(config: Config) -> int:
-    """Exit code 78 on any error, 0 otherwise (warnings included)."""
+    """Prints counts and findings. Returns 78 on any error, otherwise 0, even with warnings."""
     root, index, stale = from_config.prepared(config)
     _print_counts(index)
     findings = audit(root, index, from_config.data_requirements(config), stale)
@@ -43,7 +43,7 @@ def _print_counts(index: Index) -> None:
 
 
 def _write_previews(config: Config, root: Path, index: Index) -> Path:
-    """Decoded latents, which are what the model will see; they differ from the clips."""
+    """Decodes latents of some clips to mp4 files. They show the data that the model sees, which differs from clips."""
     folder = root / "previews"
     decoder = media.open_decoder(model_source.weights(config), resolve.device(config), from_config.dtype(config))
     reader = Reader(root, index, seed=0)

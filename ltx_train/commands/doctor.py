@@ -1,4 +1,4 @@
-"""`ltx-train doctor`: what this machine can do for a run, each finding with its mend."""
+"""`ltx-train doctor`: checks whether this machine can train, and names a fix for every problem."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ltx_train.jobs import processes
 from ltx_train.memory.planning.cards import GIB
 
 _PROBE_BYTES = 256 * 2**20
-# A notice of 30 seconds, of which 25 are used: what a disk has to take for a save in that time.
+# Longest duration of a save that a 30-second notice allows.
 _NOTICE_S = 25.0
 _MEETING_S = 60.0
 _LIBRARIES = ("torch", "lightning", "diffusers", "peft", "transformers", "optimum-quanto", "bitsandbytes", "wandb")
@@ -37,7 +37,7 @@ _LIBRARIES = ("torch", "lightning", "diffusers", "peft", "transformers", "optimu
 
 @dataclass(frozen=True)
 class Finding:
-    """level: pass, warn or fail; mend: what to do about it, empty for a pass."""
+    """level: pass, warn or fail. mend: the fix for the user to make, empty for a pass."""
 
     name: str
     level: str
@@ -46,8 +46,8 @@ class Finding:
 
 
 def run(config: Config) -> int:
-    """Prints all findings; exit code 77 when one of them is a fail."""
-    findings = [finding for check in _CHECKS for finding in _checked(check, config)]
+    """Prints all findings. Returns exit code 77 when one of them has level fail."""
+    findings = [finding for check in _CHECKS for finding in _run_check(check, config)]
     if config.doctor.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -58,8 +58,8 @@ def run(config: Config) -> int:
     return Exit.CONFIG if any(finding.level == "fail" for finding in findings) else Exit.DONE
 
 
-def _checked(check: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
-    """A check that breaks is a finding too."""
+def _run_check(check: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
+    """Yields the findings of a check. An error in the check is a finding too."""
     try:
         yield from check(config)
     except (UserError, OSError, RuntimeError, ImportError) as error:
@@ -73,7 +73,7 @@ def _libraries(_config: Config) -> Iterator[Finding]:
 
 def _gpus(_config: Config) -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        mend = "check the driver (nvidia-smi), or take strategy.device=cpu for the tiny model"
+        mend = "check the driver (nvidia-smi), or set strategy.device=cpu for the tiny model"
         yield Finding("gpu", "warn", f"no GPU is visible to torch {torch.__version__}", mend)
         return
     for number in range(torch.cuda.device_count()):
@@ -87,13 +87,13 @@ def _gpus(_config: Config) -> Iterator[Finding]:
 
 
 def _links() -> Iterator[Finding]:
-    """Host-to-device bandwidth, which streaming lives on, and direct access between devices."""
+    """Host-to-device bandwidth, which limits streaming, and direct access between devices."""
     size = _PROBE_BYTES
-    host, there = torch.empty(size, dtype=torch.uint8).pin_memory(), torch.empty(size, dtype=torch.uint8, device="cuda")
-    there.copy_(host)
+    host, gpu = torch.empty(size, dtype=torch.uint8).pin_memory(), torch.empty(size, dtype=torch.uint8, device="cuda")
+    gpu.copy_(host)
     torch.cuda.synchronize()
     started = time.perf_counter()
-    there.copy_(host, non_blocking=True)
+    gpu.copy_(host, non_blocking=True)
     torch.cuda.synchronize()
     speed = size / (time.perf_counter() - started) / 1e9
     slow = speed < 10
@@ -109,7 +109,7 @@ def _links() -> Iterator[Finding]:
 
 
 def _ranks(config: Config) -> Iterator[Finding]:
-    """Whether the processes of a run on several devices find each other, and how fast they add up 64 MiB."""
+    """Whether the processes of a run on several devices can connect, and how long an all-reduce of 64 MiB takes."""
     count = resolve.launch(config).processes
     if count == 1:
         return
@@ -118,28 +118,28 @@ def _ranks(config: Config) -> Iterator[Finding]:
         code = processes.run_processes(partial(_all_reduce, answer), config, count)
         if code != 0 or not answer.is_file():
             mend = "the error is above; NCCL_DEBUG=INFO makes NCCL print more"
-            yield Finding("all-reduce", "fail", f"{count} processes did not add up a tensor", mend)
+            yield Finding("all-reduce", "fail", f"{count} processes did not complete an all-reduce", mend)
             return
         yield Finding("all-reduce", "pass", f"{count} processes: {answer.read_text()}")
 
 
 def _all_reduce(answer: Path, config: Config) -> int:
-    """In each of the processes."""
+    """Runs in every process: times an all-reduce. Rank 0 writes the result to `answer`."""
     ranks = ranks_from_environment(os.environ)
     device = resolve.device(config, ranks)
     with process_group(ranks, device, _MEETING_S):
-        exchange, taken = ranks.exchange(), list[float]()
+        exchange, seconds = ranks.exchange(), list[float]()
         for _ in range(3):
             values = torch.full((_PROBE_BYTES // 16,), float(ranks.rank + 1), device=device)
             ranks.any(False)
             started = time.perf_counter()
             exchange.all_reduce(values)
             total = float(values[-1])
-            taken.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
             if total != ranks.world * (ranks.world + 1) / 2:
                 raise UserError(f"rank {ranks.rank}: an all-reduce over {ranks.world} processes gave {total:g}")
         if ranks.leads:
-            answer.write_text(f"64 MiB in {1000 * min(taken):.1f} ms")
+            answer.write_text(f"64 MiB in {1000 * min(seconds):.1f} ms")
     return Exit.DONE
 
 
@@ -149,7 +149,7 @@ def _memory(_config: Config) -> Iterator[Finding]:
     text = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.1f} GiB"
     low = torch.cuda.is_available() and limit != resource.RLIM_INFINITY and limit < 20 * GIB and os.getuid() != 0
     mend = "streamed weights are page-locked: raise `ulimit -l`" if low else ""
-    yield Finding("host memory", "warn" if low else "pass", f"{total:.0f} GiB, of which may be locked: {text}", mend)
+    yield Finding("host memory", "warn" if low else "pass", f"{total:.0f} GiB; limit of locked memory: {text}", mend)
 
 
 def _plan(config: Config) -> Iterator[Finding]:
@@ -171,7 +171,7 @@ def _plan(config: Config) -> Iterator[Finding]:
 
 
 def _disk(config: Config) -> Iterator[Finding]:
-    """Free space against what is kept, and how fast a save is on it."""
+    """Whether the disk has space for the kept checkpoints, and how long a save takes on it."""
     root = from_config.run_dir(config)
     while not root.exists():
         root = root.parent
@@ -179,18 +179,18 @@ def _disk(config: Config) -> Iterator[Finding]:
     save = trained.parameters * resolve.optimizer(config).saved_bytes
     free, needed = shutil.disk_usage(root).free, save * (config.checkpoint.keep + 1)
     short = free < needed
-    mend = "free some, lower checkpoint.keep or set run.root" if short else ""
+    mend = "free some space, lower checkpoint.keep or set run.root" if short else ""
     text = f"{free / GIB:.0f} GiB free in {root}, {needed / GIB:.1f} needed for {config.checkpoint.keep} checkpoints"
     yield Finding("disk space", "fail" if short else "pass", text, mend)
     speed = _write_speed(root, min(_PROBE_BYTES, free // 4))
     seconds = save / speed
     text = f"{speed / 1e6:.0f} MB/s written and flushed: a save of {save / GIB:.2f} GiB takes {seconds:.1f} s"
-    mend = _regime(config, seconds)
+    mend = _save_advice(config, seconds)
     yield Finding("disk speed", "warn" if mend else "pass", text, mend)
 
 
-def _regime(config: Config, seconds: float) -> str:
-    """The advice for saves of this duration, empty when they are fast enough."""
+def _save_advice(config: Config, seconds: float) -> str:
+    """Advice for saves that take `seconds`, empty when they are fast enough."""
     room = memory_plan.here(config) if config.data.buckets else None
     plan = None if room is None else memory_plan.plan_for(config, room)
     step_s = 0.0 if plan is None else plan.footprint.step_s
@@ -201,7 +201,7 @@ def _regime(config: Config, seconds: float) -> str:
 
 
 def _write_speed(folder: Path, size: int) -> float:
-    """Bytes per second, flushed."""
+    """Measures bytes per second, including the flush."""
     block = os.urandom(2**20)
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()

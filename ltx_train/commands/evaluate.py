@@ -23,14 +23,14 @@ from ltx_train.training.tracking.metrics import Metrics, read_rows
 
 
 def run(config: Config) -> int:
-    """The same numbers go to the page, to metrics.jsonl and to W&B."""
+    """Writes the same numbers to the page, to metrics.jsonl and to W&B."""
     if config.checkpoints is not None:
         page, first = comparison.compare(config)
         close(page, f"ltx-train sample ... sample.adapter={first}")
         return Exit.DONE
     folder = from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
-    # In the arithmetic of the run, which its strategy decides where all weights are trained.
+    # Use the precision of the run. When all weights are trained, the strategy of the run decides it.
     continued = configuration.continued(config, trained_with, 1)
     setup = forward_only(resolve.with_strategy_of(continued, trained_with))
     config = setup.config
@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     rows, masses = measurement.rows(transformer), measurement.masses(transformer)
     clips = previews.generate(transformer, folder / "samples" / f"step-{checkpoint.step:06d}")
     subject = Subject(name=f"step {checkpoint.step}", step=checkpoint.step, rows=rows, masses=masses, clips=clips)
-    found = verdicts.of_rows(rows, measurement.grid, measurement.likeness()) + course(folder)
+    conclusions = verdicts.of_rows(rows, measurement.grid, measurement.likeness()) + course(folder)
     values = summary(rows, measurement.grid) | attention_mass.summary(masses)
     page = folder / "report.html"
     metrics = read_rows(folder / "metrics.jsonl")
@@ -51,19 +51,19 @@ def run(config: Config) -> int:
         page,
         Report(
             title=f"{folder.parent.name}/{folder.name}", facts=_facts(config, checkpoint, folder), metrics=metrics,
-            subjects=[subject], grid=measurement.grid, verdicts=found, ranking=listed,
+            subjects=[subject], grid=measurement.grid, verdicts=conclusions, ranking=listed,
             references=previews.references(folder / "samples" / "references"),
         ),
     )  # fmt: skip
     _record(config, folder, values, page, subject)
-    print("\n".join(verdict.text for verdict in found))
+    print("\n".join(verdict.text for verdict in conclusions))
     close(page, f"ltx-train export {folder}")
     return Exit.DONE
 
 
 def _record(config: Config, folder: Path, values: dict[str, float], page: Path, subject: Subject) -> None:
     step = subject.step or 0
-    # Metrics removes rows behind its first step, and rows of later steps must stay.
+    # `Metrics` removes rows after its first step, but rows of later steps must stay.
     newest = max((int(row["step"]) for row in read_rows(folder / "metrics.jsonl")), default=step)
     last = max(step, newest)
     metrics = Metrics(folder, last, trackers.sinks(config, folder, last))

@@ -14,7 +14,7 @@ from ltx_train.model.loaders import TRANSFORMER_PREFIX
 
 
 def run(config: Config) -> int:
-    """LoRA runs give a LoRA that ComfyUI loads, full runs a single-file checkpoint in the original layout."""
+    """Writes a LoRA that ComfyUI loads, or for a full fine-tune a single-file checkpoint in the original layout."""
     folder = Path(config.export.run) if config.export.run else from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
     source, kind = model_source.weights(trained_with), resolve.trained_kind(trained_with)
@@ -22,11 +22,11 @@ def run(config: Config) -> int:
     out = Path(config.export.out) if config.export.out else default
     if resolve.trains_all_weights(trained_with):
         export.write_full(out, source, checkpoint.weights, from_config.dtype(trained_with))
-        following = f"ltx-train sample ... model.path={out}"
+        next_command = f"ltx-train sample ... model.path={out}"
     else:
         base = checkpoint.notes.get("base", source.fingerprint(TRANSFORMER_PREFIX))
         publishing.write_lora(trained_with, out, checkpoint.step, checkpoint.published, base=base)
-        following = f"ltx-train inspect {folder} inspect.file={out}"
+        next_command = f"ltx-train inspect {folder} inspect.file={out}"
     print(f"{kind} weights of step {checkpoint.step}")
-    close(out, following)
+    close(out, next_command)
     return Exit.DONE

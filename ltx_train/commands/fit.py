@@ -30,7 +30,7 @@ from ltx_train.training.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settled:
-    """What rank 0 decides for all ranks. finished: why there is nothing left to train, None otherwise."""
+    """The decisions of rank 0 for all ranks. finished: why there is nothing left to train, None otherwise."""
 
     config: Config
     plan: MemoryPlan | None
@@ -39,7 +39,8 @@ class _Settled:
 
 
 def run(config: Config) -> int:
-    """DONE, or PREEMPTED after a signal and a save; on several devices in a process of each (`jobs.processes`)."""
+    """Returns DONE, or PREEMPTED after a signal and a save. Each of several devices has its own process
+    (`jobs.processes`)."""
     ranks = ranks_from_environment(os.environ)
     resolve.sharing(config, ranks)
     stop_before_training()
@@ -51,7 +52,7 @@ def run(config: Config) -> int:
 def _run(config: Config, ranks: Ranks) -> int:
     folder = from_config.run_dir(config)
     with ExitStack() as stack:
-        # `lead` broadcasts what its work returns. A lock cannot be sent, so the work enters it and returns nothing.
+        # `lead` broadcasts the result of its function. A lock cannot be sent, so `_enter` returns nothing.
         ranks.lead(lambda: _enter(stack, FolderLock(folder)))
         decided = ranks.lead(lambda: _settle(config, folder, ranks.world))
         if decided.finished is not None:
@@ -79,7 +80,7 @@ def _enter(stack: ExitStack, lock: FolderLock) -> None:
 
 
 def _settle(config: Config, folder: Path, world: int) -> _Settled:
-    """Decides everything that the configuration leaves open. Everything that can be refused is refused here, before
+    """Decides all settings that the configuration leaves open. Every check that can refuse a run happens here, before
     weights are loaded."""
     root, index = open_checked(config)
     saved = folder / "config.yaml"
@@ -91,7 +92,7 @@ def _settle(config: Config, folder: Path, world: int) -> _Settled:
     if before is not None:
         for line in configuration.refuse_drift(before, config, folder):
             print(f"changed since the run was started: {line}")
-        print(_resuming(folder, checkpoints[-1]))
+        print(_resume_message(folder, checkpoints[-1]))
     folder.mkdir(parents=True, exist_ok=True)
     saved.write_text(configuration.dump(config))
     start = RunStart(folder=folder, root=root, index=index, checkpoint=checkpoints[-1] if checkpoints else None)
@@ -105,11 +106,11 @@ def _finished(config: Config, start: RunStart) -> str | None:
     if start.step >= config.optim.steps:
         return f"{start.step} of {config.optim.steps} steps are done"
     ended = commit.notes(start.checkpoint).get("ended")
-    return f"step {start.step}, {ended}; eval.patience=0 would go on" if ended and config.eval.patience else None
+    return f"step {start.step}, {ended}; eval.patience=0 continues it" if ended and config.eval.patience else None
 
 
-def _resuming(folder: Path, checkpoint: Path) -> str:
-    """Which checkpoint is continued, and how many logged steps are repeated."""
+def _resume_message(folder: Path, checkpoint: Path) -> str:
+    """Names the checkpoint that is continued and the number of logged steps that are repeated."""
     step = int(checkpoint.name.removeprefix("step-"))
     rows = read_rows(folder / "metrics.jsonl")
     lost = max(0, int(rows[-1]["step"]) - step) if rows else 0
@@ -117,7 +118,7 @@ def _resuming(folder: Path, checkpoint: Path) -> str:
 
 
 def _conclude(folder: Path) -> None:
-    """Prints the verdicts on the run's course and its ranked checkpoints, and links the best one."""
+    """Prints the verdicts on the run's metrics and its ranked checkpoints, and links the best one."""
     metrics = read_rows(folder / "metrics.jsonl")
     measured = [row for row in metrics if "val/loss" in row]
     for verdict in [*heldout_measurement.course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]:
@@ -127,5 +128,5 @@ def _conclude(folder: Path) -> None:
     if entries:
         print(ranking.table(entries))
         best = ranking.link(entries, folder)
-    made = best or publishing.newest_adapter(folder) or commit.committed(folder / "checkpoints")[-1]
-    close(made, f"ltx-train {'evaluate' if measured else 'export'} {folder}")
+    result = best or publishing.newest_adapter(folder) or commit.committed(folder / "checkpoints")[-1]
+    close(result, f"ltx-train {'evaluate' if measured else 'export'} {folder}")

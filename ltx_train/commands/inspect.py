@@ -1,4 +1,4 @@
-"""`ltx-train inspect`: proves that a LoRA file binds to a base and reproduces the trained adapter."""
+"""`ltx-train inspect`: checks that a LoRA file binds to a base and reproduces the trained adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-5
 
 
 def run(config: Config) -> int:
-    """Exit code 78 with the list when a key does not bind, the base is another, or the outputs differ."""
+    """Raises DataError (exit code 78) when keys do not bind, the base is a different one, or the outputs differ."""
     assert config.inspect.file is not None  # config.require has refused it
     tensors, metadata = lora_file.read_lora(config.inspect.file)
     source = model_source.weights(config)
@@ -38,7 +38,7 @@ def run(config: Config) -> int:
     _refuse_other_base(metadata, source)
     if config.inspect.run is not None:
         difference = _difference(config, source, tensors)
-        print(f"  base + LoRA against the trainer's own output: max. abs. difference {difference:.2e} (float32)")
+        print(f"  base + LoRA against the trainer's output: max. abs. difference {difference:.2e} (float32)")
         if not difference <= _TOLERANCE:
             raise DataError(
                 f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})"
@@ -56,7 +56,7 @@ def _refuse_other_base(metadata: dict[str, str], source: TensorSource) -> None:
 
 
 def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor]) -> float:
-    """Largest difference between the file merged into the base and the trained adapter, on one keyed input."""
+    """Largest output difference between the base with the file merged in and with the trained adapter, on one input."""
     trained_with, checkpoint = open_run(Path(config.inspect.run or ""), config.export.step)
     trainer = load_transformer(source, dtype=torch.float32)
     adapter.attach(trainer, from_config.lora(trained_with), trained_with.run.seed)
@@ -71,17 +71,17 @@ def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.T
 def _rounded(
     weights: Mapping[str, torch.Tensor], exported: Mapping[str, torch.Tensor], config: Config
 ) -> dict[str, torch.Tensor]:
-    """The trained weights as exact as the file's dtype can hold them, so that only binding and scale are judged."""
-    lora, kept = from_config.lora(config), dict[str, torch.Tensor]()
+    """Rounds the trained weights to the file's dtype, so that the comparison covers only binding and scale."""
+    lora, rounded = from_config.lora(config), dict[str, torch.Tensor]()
     dtype = next(iter(exported.values())).dtype
     for name, tensor in weights.items():
         factor = lora.scale_of(lora_file.module_of(name)) if ".lora_B." in name else 1.0
-        kept[name] = (tensor.float() * factor).to(dtype).float() / factor
-    return kept
+        rounded[name] = (tensor.float() * factor).to(dtype).float() / factor
+    return rounded
 
 
 def _probe(transformer: Transformer) -> Pair:
-    """The transformer's output on a small keyed input of both modalities."""
+    """The transformer's output on a small input of both modalities with keyed noise."""
     config = transformer.config
     video = _modality(positions.video(2, 2, 2, 24.0), config["in_channels"], config["cross_attention_dim"], "video")
     audio = _modality(positions.audio(9), config["audio_in_channels"], config["audio_cross_attention_dim"], "audio")

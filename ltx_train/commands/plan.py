@@ -1,4 +1,4 @@
-"""`ltx-train plan`: what will fit, before anything is loaded; for this machine's GPU or any card by name."""
+"""`ltx-train plan`: predicts what fits before anything is loaded, on this machine's GPU or any card by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ltx_train.memory.planning.search import MemoryPlan
 
 
 def run(config: Config) -> int:
-    """One card in detail, or all known ones in a table; a UserError with mends when the card is too small."""
+    """Prints one card in detail, or a table of all known cards. UserError names fixes when the card is too small."""
     room = _room(config)
     if room is None:
         _overview(config)
@@ -77,7 +77,7 @@ def _detail(room: Room, plan: MemoryPlan) -> None:
 
 
 def overrides(choice: MemoryChoice) -> str:
-    """A choice as the overrides that fix it."""
+    """The command-line overrides that select a choice."""
     values = {
         "quantize": choice.quantize,
         "compute": choice.compute if choice.compute != "bf16" else None,

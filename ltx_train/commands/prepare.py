@@ -18,7 +18,7 @@ from ltx_train.jobs.folder_lock import FolderLock
 
 
 def run(config: Config) -> int:
-    """Encodes new clips; unchanged clips are taken from earlier work."""
+    """Encodes new and changed clips, and reuses the unchanged ones."""
     assert config.data.source is not None  # config.require has refused it
     clips = read_source(config.data.source)
     recipe = from_config.recipe(config)
@@ -32,7 +32,7 @@ def run(config: Config) -> int:
 
 
 def _keep_settings(config: Config, root: Path) -> None:
-    """The folder's config.yaml, with which `check` and `fit` need no other settings."""
+    """Writes the folder's config.yaml, so that `check` and `fit` need no other settings."""
     temporary = root / f"config.yaml.tmp-{os.getpid()}"
     temporary.write_text(configuration.dump(config))
     os.replace(temporary, root / "config.yaml")

@@ -1,4 +1,4 @@
-"""`ltx-train sample`: video with sound from text, a first frame, a reference voice or a given sound."""
+"""`ltx-train sample`: video with sound from text, a first frame, a reference voice or an audio file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ltx_train.sampling.media import Sound
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What is asked for as tensors. sound: the given audio in its original quality, which the file gets."""
+    """The tensors of a request. sound: the input audio in its original quality, for the output file."""
 
     mode: Mode
     batch: Batch
@@ -39,17 +39,17 @@ def run(config: Config) -> int:
     """Writes sample.out. The encoders are freed before the transformer is loaded."""
     bucket = parse_bucket(config.sample.bucket or config.data.buckets[0])
     fps = config.sample.fps or config.data.fps
-    given = _given(config, from_config.encoders(config), bucket, fps)
+    request = _request(config, from_config.encoders(config), bucket, fps)
     transformer = _transformer(config)
     video, audio = sampler.sample(
-        transformer, _start(config, given), sigma.inference_schedule(config.sample.steps), _guidance(config)
+        transformer, _start(config, request), sigma.inference_schedule(config.sample.steps), _guidance(config)
     )
     del transformer
-    _write(config, given, video, audio, fps)
+    _write(config, request, video, audio, fps)
     return Exit.DONE
 
 
-def _given(config: Config, encoders: Encoders, bucket: Bucket, fps: float) -> SampleRequest:
+def _request(config: Config, encoders: Encoders, bucket: Bucket, fps: float) -> SampleRequest:
     s, device = config.sample, resolve.device(config)
     channels = model_source.weights(config).config["transformer"]
     latents = bucket.audio_tokens(fps)
@@ -79,27 +79,27 @@ def _given(config: Config, encoders: Encoders, bucket: Bucket, fps: float) -> Sa
 
 
 def _mode(config: Config) -> Mode:
-    """The trained mode, with the conditions that the given files ask for."""
-    asked: list[Condition] = []
+    """The trained mode, with one condition for each input file."""
+    active: list[Condition] = []
     if config.sample.image is not None:
-        asked.append(Condition(kind=ConditionKind.first_frame, p=1.0))
+        active.append(Condition(kind=ConditionKind.first_frame, p=1.0))
     if config.sample.reference_audio is not None:
-        asked.append(_voice(config))
+        active.append(_voice(config))
     role = Role.freeze if config.sample.audio is not None else config.mode.audio
-    return Mode(config.mode.video, role, config.mode.sigma, asked)
+    return Mode(config.mode.video, role, config.mode.sigma, active)
 
 
 def _voice(config: Config) -> Condition:
-    """How a voice was given in training, now always."""
+    """The voice reference of the trained mode, with probability 1."""
     voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
     return replace(voices[0], p=1.0) if voices else Condition(kind=ConditionKind.reference)
 
 
-def _start(config: Config, given: SampleRequest) -> sampler.SamplerInputs:
-    draws = conditions.draw(given.batch, given.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
-    inputs = conditions.assemble(given.batch, references.always_open(given.mode), draws)
-    negative = given.negative
-    gates = references.gates(given.mode, given.batch)
+def _start(config: Config, request: SampleRequest) -> sampler.SamplerInputs:
+    draws = conditions.draw(request.batch, request.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
+    inputs = conditions.assemble(request.batch, references.always_open(request.mode), draws)
+    negative = request.negative
+    gates = references.gates(request.mode, request.batch)
     return sampler.SamplerInputs(
         video=inputs.video,
         audio=inputs.audio,
@@ -131,21 +131,21 @@ def _transformer(config: Config) -> Transformer:
     return transformer.eval()
 
 
-def _write(config: Config, given: SampleRequest, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
+def _write(config: Config, request: SampleRequest, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
     decoder = media.open_decoder(model_source.weights(config), resolve.device(config), from_config.dtype(config))
-    video_latent, audio_latent = given.batch.video_latent, given.batch.audio_latent
+    video_latent, audio_latent = request.batch.video_latent, request.batch.audio_latent
     clip = speech = None
     if video is not None and video_latent is not None:
         clip = codecs.video_grid(video, *video_latent.shape[2:])[0]
-    if audio is not None and audio_latent is not None and given.sound is None:
+    if audio is not None and audio_latent is not None and request.sound is None:
         speech = codecs.audio_grid(audio[:, : audio_latent.shape[2]], audio_latent.shape[1])[0]
     pixels, sound = media.decode(decoder, clip, speech)
-    media.write_mp4(Path(config.sample.out), pixels, given.sound or sound, fps)
+    media.write_mp4(Path(config.sample.out), pixels, request.sound or sound, fps)
     close(config.sample.out, "ltx-train sample ... sample.seed=43 (another one)")
 
 
 def _sound(path: str, seconds: float) -> Sound:
-    """A given sound, cut or padded to the video's length; it is also what the file gets."""
+    """The input audio, cut or padded to the length of the video. The output file gets it too."""
     waveform, rate = read_audio(Path(path), 0.0, seconds)
     if waveform is None:
         raise DataError(f"{path} has no sound")

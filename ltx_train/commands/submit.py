@@ -9,7 +9,7 @@ from ltx_train.jobs import slurm
 
 
 def run(config: Config) -> int:
-    """Prints the script and the job's number."""
+    """Prints the script, and the job's number if it is submitted."""
     script = slurm.write_script(config)
     print(script.read_text())
     if config.cluster.submit:

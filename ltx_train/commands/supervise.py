@@ -7,5 +7,5 @@ from ltx_train.jobs import supervisor
 
 
 def run(config: Config) -> int:
-    """The run's exit code; 75 when this machine has to go, and the same command continues on another."""
+    """Returns the run's exit code: 75 when the cloud reclaims this machine; then run the same command on another."""
     return supervisor.supervise(config)

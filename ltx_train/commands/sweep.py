@@ -9,7 +9,7 @@ from ltx_train.jobs.search import search
 
 
 def run(config: Config) -> int:
-    """DONE when all trials are done, PREEMPTED when one was stopped: the same command continues."""
+    """Returns DONE when all trials are done, PREEMPTED when one was stopped; the same command then continues."""
     outcome = search(config)
     if outcome.code is Exit.DONE and outcome.best is not None:
         close(outcome.folder / "report.html", f"ltx-train evaluate {outcome.best}")

@@ -1,4 +1,4 @@
-"""Rules of modes: which conditions go with which roles and which clips, before any data is read.
+"""Validates modes: which conditions fit which roles and buckets, before any data is read.
 
 Names and numbers only; no torch.
 """
@@ -28,14 +28,14 @@ class Clip:
 
 
 def training_modes(config: Config) -> list[tuple[float, Mode]]:
-    """The modes that training draws from, with their weights: the mixture, or the one mode."""
+    """The modes of training with their weights: those of the mixture, or the single mode."""
     return [(w, config.modes[name]) for name, w in config.mixture.items() if w] or [(1.0, config.mode)]
 
 
 def validate(config: Config) -> None:
-    """ConfigError names the mode, the condition and the mend."""
+    """Checks all modes. ConfigError names the mode, the condition and the fix."""
     if config.mixture and (min(config.mixture.values()) < 0 or sum(config.mixture.values()) == 0):
-        raise ConfigError(f"mixture={dict(config.mixture)}: weights are at least 0, and one of them is above 0")
+        raise ConfigError(f"mixture={dict(config.mixture)}: weights must be at least 0, and one of them is above 0")
     clips = list(_clips(config))
     for name, mode in {"mode": config.mode, **{f"modes.{k}": m for k, m in config.modes.items()}}.items():
         _validate_mode(name, mode, clips)
@@ -56,9 +56,9 @@ def _clips(config: Config) -> Iterator[Clip]:
 def _validate_mode(name: str, mode: Mode, clips: list[Clip]) -> None:
     where = f"{name}.conditions"
     names = [condition.name for condition in mode.conditions]
-    doubled = [n for n in names if names.count(n) > 1]
-    if doubled:
-        raise ConfigError(f"{where}: {doubled[0]} stands twice; each kind may stand once per modality and source")
+    duplicates = [n for n in names if names.count(n) > 1]
+    if duplicates:
+        raise ConfigError(f"{where}: {duplicates[0]} stands twice; each kind may stand once per modality and source")
     if Role.generate not in (mode.video, mode.audio):
         raise ConfigError(f"{name}: nothing is generated; set {name}.video or {name}.audio to generate")
     for condition in mode.conditions:
@@ -110,7 +110,7 @@ def _validate_on_clip(where: str, condition: Condition, clip: Clip) -> None:
 
 
 def _validate_spans(where: str, mode: Mode, clip: Clip) -> None:
-    """What a first frame, prefix and suffix can take together must leave something."""
+    """Refuses a prefix and suffix that can cover all latents of a clip together."""
     for stream in ModalityName:
         longest = {c.kind: c.latents[-1] for c in mode.conditions if c.kind in _SPANS and c.stream is stream}
         if longest and sum(longest.values()) >= clip.steps[stream]:

@@ -1,6 +1,6 @@
-"""Which linear layers an adapter trains: named sets, what a mode asks for, and patterns that can never learn.
+"""The linear layers that an adapter trains: named sets, the default set of a mode, and targets that cannot learn.
 
-Names only; no torch. The model has the last word on names that no block has (model/adapter.py).
+Names only; no torch. model/adapter.py checks the names that no block has against the model.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ _AUDIO = ("audio_attn1", "audio_attn2")
 _BRIDGES = ("audio_to_video_attn", "video_to_audio_attn")
 
 
-def _of(parts: tuple[str, ...], layers: tuple[str, ...]) -> tuple[str, ...]:
+def _paths(parts: tuple[str, ...], layers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{part}.{layer}" for part in parts for layer in layers)
 
 
-_AUDIO_STACK = (*_of(_AUDIO, _HEADS), *_of(("audio_ff",), _FEED))
-_CROSS_MODAL = (*_AUDIO_STACK, *_of(_BRIDGES, _HEADS))
-_ATTENTION_FF = (*_HEADS, *_of(("ff", "audio_ff"), _FEED))
+_AUDIO_STACK = (*_paths(_AUDIO, _HEADS), *_paths(("audio_ff",), _FEED))
+_CROSS_MODAL = (*_AUDIO_STACK, *_paths(_BRIDGES, _HEADS))
+_ATTENTION_FF = (*_HEADS, *_paths(("ff", "audio_ff"), _FEED))
 
 SETS: dict[str, tuple[str, ...]] = {
     "attention": _HEADS,
     "attention_ff": _ATTENTION_FF,
     "all": (*_ATTENTION_FF, "to_gate_logits"),
-    "video_only": _of(_VIDEO, _HEADS),
-    "video_ff": (*_of(_VIDEO, _HEADS), *_of(("ff",), _FEED)),
+    "video_only": _paths(_VIDEO, _HEADS),
+    "video_ff": (*_paths(_VIDEO, _HEADS), *_paths(("ff",), _FEED)),
     "audio_only": _AUDIO_STACK,
-    "video_to_audio": (*_AUDIO_STACK, *_of(("video_to_audio_attn",), _HEADS)),
+    "video_to_audio": (*_AUDIO_STACK, *_paths(("video_to_audio_attn",), _HEADS)),
     "cross_modal": _CROSS_MODAL,
     "id_lora": _CROSS_MODAL,
 }
 _BLOCK = (
-    *_of((*_VIDEO, *_AUDIO, *_BRIDGES), (*_HEADS, "to_gate_logits")),
-    *_of(("ff", "audio_ff"), _FEED),
+    *_paths((*_VIDEO, *_AUDIO, *_BRIDGES), (*_HEADS, "to_gate_logits")),
+    *_paths(("ff", "audio_ff"), _FEED),
 )
 
 
 _OUTSIDE = (
     "patchify_proj", "audio_patchify_proj", "proj_out", "audio_proj_out",
-    *_of(
+    *_paths(
         (
             "adaln_single", "audio_adaln_single", "prompt_adaln_single", "audio_prompt_adaln_single",
             "av_ca_video_scale_shift_adaln_single", "av_ca_audio_scale_shift_adaln_single",
@@ -59,20 +59,20 @@ _OUTSIDE = (
 
 
 def with_targets(config: Config) -> Config:
-    """The configuration with its targets as name endings: sets spelled out, or the mode's own set."""
+    """The configuration with its targets as name endings: named sets expanded, or the default set of the mode."""
     if config.adapter.kind == "full":
         return config
     return replace(config, adapter=replace(config.adapter, targets=list(chosen(config))))
 
 
 def chosen(config: Config) -> tuple[str, ...]:
-    """Name endings; each stands once."""
+    """The targets as name endings, without duplicates."""
     listed = list(config.adapter.targets) or [of_mode(config.mode)]
     return tuple(dict.fromkeys(ending for entry in listed for ending in SETS.get(entry, (entry,))))
 
 
 def of_mode(mode: Mode) -> str:
-    """The set that a mode is trained with when none is named."""
+    """The default set of a mode, used when the configuration names no target."""
     references = [c for c in mode.conditions if c.kind is ConditionKind.reference]
     if mode.audio is Role.absent:
         return "video_ff" if references else "video_only"
@@ -85,18 +85,18 @@ def of_mode(mode: Mode) -> str:
 
 
 def validate(config: Config) -> None:
-    """ConfigError for a target none of whose layers ever sees a loss, naming it."""
+    """ConfigError names a target without layers, or whose layers no loss reaches."""
     modes = [mode for _, mode in training_modes(config)]
     for target in config.adapter.targets:
         for ending in SETS.get(target, (target,)):
-            hit = [name for name in _BLOCK if name == ending or name.endswith(f".{ending}")]
-            if not hit and not _elsewhere(ending):
+            matches = [name for name in _BLOCK if name == ending or name.endswith(f".{ending}")]
+            if not matches and not _elsewhere(ending):
                 known = [*SETS, *_HEADS, *_BLOCK, *_OUTSIDE]
                 raise ConfigError(f"adapter.targets: no layer's name ends with {ending!r}{nearest(ending, known)}")
-            if hit and not any(_runs(name, mode) for name in hit for mode in modes):
+            if matches and not any(_runs(name, mode) for name in matches for mode in modes):
                 absent = "audio" if all(m.audio is Role.absent for m in modes) else "video"
                 raise ConfigError(
-                    f"adapter.targets: {target} names layers that mode.{absent}=absent gives no loss ({hit[0]}); "
+                    f"adapter.targets: {target} names layers that mode.{absent}=absent gives no loss ({matches[0]}); "
                     f"leave adapter.targets empty for this mode's own set, {of_mode(config.mode)}"
                 )
     for pattern in (*config.adapter.rank_pattern, *config.adapter.alpha_pattern):

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one message on stderr for a mistake that the user can mend."""
+"""Exit codes of commands, and one message on stderr for an error that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from ltx_train.contracts import Exit, UserError
 
-# A full or read-only disk is no fault of the program: one message, and committed checkpoints stay.
+# Errors of a full or read-only disk get one message without a traceback; committed checkpoints stay.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code of `work`. A user's mistake, a full disk and Ctrl-C end without a traceback."""
+    """Runs `work` and returns its exit code. A UserError, a full disk and Ctrl-C end without a traceback."""
     try:
         return work()
     except UserError as error:
@@ -27,7 +27,7 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        _report(f"{error}: mend that, then the same command continues")
+        _report(f"{error}: fix that, then the same command continues")
         return Exit.DATA
     except KeyboardInterrupt:
         _report("stopped")
@@ -35,7 +35,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _report(text: str) -> None:
-    """Another rank has already printed an error whose text is empty here (`distributed.ranks.AgreedError`)."""
+    """Prints an error; an empty text was printed by another rank already (`distributed.ranks.AgreedError`)."""
     rank = os.environ.get("RANK", "0")
     if text:
         print(f"ltx-train{'' if rank == '0' else f' rank {rank}'}: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One process per folder that is written to: an advisory lock that the kernel releases however the holder ends."""
+"""An advisory lock: only one process writes to a folder. The kernel releases it however the process ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ltx_train.contracts import UserError
 
 
 class FolderLock:
-    """`with FolderLock(folder):` refuses with the holder's host and process when the folder is in use."""
+    """A context manager. FolderInUseError names the holder's host and process when the folder is in use."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
@@ -39,4 +39,4 @@ class FolderLock:
 
 
 class FolderInUseError(UserError):
-    """Two jobs, one folder."""
+    """Another process uses the folder."""

@@ -1,7 +1,7 @@
-"""One process per device of this machine: started, signalled and ended together.
+"""Runs one process per device of this machine: starts, signals and ends them together.
 
-Owns the exit code of the whole: the first failure's, or the common one. On several machines srun or torchrun starts the
-processes instead. torchrun would turn every failure into 1; 75 and 76 are what a supervisor acts on.
+Owns their common exit code: that of the first failed process, otherwise 0. On several machines srun or torchrun starts
+the processes instead. torchrun would turn every failure into exit code 1, but a supervisor needs 75 and 76.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _DEATH_SIGNAL = 1
 
 
 def run_command(name: str, config: Config) -> int:
-    """Runs a command, in a process for each device where it is one that takes several.
+    """Runs a command, in one process per device if the command supports several devices.
 
-    Only the process that runs the command imports it: this one would spend seconds on libraries that it does not use.
+    Only a process that runs the command imports it: this one would spend seconds on libraries that it does not use.
     """
     allocator.use_expandable_segments(os.environ)
     is_started_already = environment.rank_variables(os.environ) is not None
@@ -56,17 +56,17 @@ def _run_here(name: str, config: Config) -> int:
 
 
 def _silence_libraries() -> None:
-    """bitsandbytes advertises optional kernels at import, which peft triggers in every command."""
+    """Silences bitsandbytes, which advertises optional kernels when peft imports it, in every command."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def run_processes(entry: Entry, config: Config, count: int) -> int:
-    """Runs `entry` in `count` processes; the exit code of the first that failed, else the common one."""
+    """Runs `entry` in `count` processes. Returns the exit code of the first that failed, otherwise 0."""
     context = get_context("spawn")
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    # Each process takes its part of the processors, or all of them would start a thread and a compiler for each one.
+    # Each process uses its share of the CPU cores; otherwise each would start a thread and a compiler for every core.
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         shared[name] = os.environ.get(name, str(min(32, max(1, (os.cpu_count() or 1) // count))))
     children: list[Any] = [context.Process(target=_child, args=(entry, config, os.getpid())) for _ in range(count)]
@@ -86,7 +86,7 @@ def run_processes(entry: Entry, config: Config, count: int) -> int:
 
 
 def spawn(entry: Entry, config: Config, variables: Mapping[str, str]) -> Any:
-    """One process running `entry` in a process group of its own, which dies with this one."""
+    """Starts a process that runs `entry` in its own process group. It dies with this process."""
     child = get_context("spawn").Process(target=_child, args=(entry, config, os.getpid()))
     with _environment(variables):
         child.start()
@@ -108,7 +108,7 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
 
 
 def _child(entry: Entry, config: Config, parent: int) -> None:
-    # Signals come through the parent: a terminal's Ctrl-C would otherwise reach every process twice.
+    # The parent forwards signals: in the parent's group, Ctrl-C on a terminal would reach every process twice.
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
     if os.getppid() != parent:
@@ -126,7 +126,7 @@ def _forwarding(children: list[Any]) -> Any:
 
 
 def _wait_for_all(children: list[BaseProcess]) -> int:
-    """Waits for all; once one has failed the others get some time to end by themselves."""
+    """Waits for all processes. Once one has failed, the others have some seconds to end before they are signalled."""
     failed_at, code = 0.0, 0
     while any(child.is_alive() for child in children):
         for child in children:

@@ -1,7 +1,7 @@
-"""Searches settings by held-out loss. Each trial is a run; a stopped search continues where it was.
+"""Searches settings by held-out loss. Each trial is a run; a stopped search can be continued.
 
-Owns what a trial is and when it is given up. optuna (its own release, not Hydra's plugin, which is pinned to an old
-one) proposes values and keeps the history in a SQLite file.
+Owns the definition of a trial and its pruning. optuna proposes values and keeps the history in a SQLite file. It is
+used directly, because Hydra's plugin is pinned to an old release of it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from ltx_train.training.tracking.metrics import read_rows
 _METRIC = "val/loss"
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
 _CHOICE = re.compile(r"choice\((.+)\)")
-# What a trial may end with; anything else ends the search.
+# Exit codes that fail a trial without ending the search.
 _GIVEN_UP = (Exit.DIVERGED,)
 Space = Mapping[str, optuna.distributions.BaseDistribution]
-# What a trial's SLURM job is remembered as, and how often trials are looked at.
-_JOB, _LOOK_S = "job", 0.3
+# Name of the attribute that stores the SLURM job of a trial, and seconds between two polls of the trials.
+_JOB, _POLL_S = "job", 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """code: DONE when all trials are done, PREEMPTED when one was stopped. folder: of the search. best: the run folder
-    of the best trial, None without one."""
+    of the best trial, None when no trial has a result."""
 
     code: Exit
     folder: Path
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def search(config: Config) -> Outcome:
-    """Runs the trials that are left; the same command continues a stopped search."""
+    """Runs the remaining trials. Running the same command again continues a stopped search."""
     lines = (line.partition("=") for line in config.sweep.space)
     space = {name.strip(): parse(name.strip(), text.strip()) for name, _, text in lines}
     if not space:
@@ -78,7 +78,7 @@ def search(config: Config) -> Outcome:
 
 @dataclass(kw_only=True)
 class _Live:
-    """A trial that is under way; reported: the steps whose held-out losses the study knows."""
+    """A running trial. reported: the steps whose held-out losses the study already has."""
 
     number: int
     trial: optuna.trial.Trial
@@ -89,11 +89,11 @@ class _Live:
 
 
 class _Search:
-    """The study and its trials under way, at most `sweep.parallel` of them."""
+    """The study and its running trials, at most `sweep.parallel` of them."""
 
     def __init__(self, config: Config, folder: Path, space: Space) -> None:
         self._config, self._folder, self._space = config, folder, space
-        self.study, self._wanted = _study(config, folder, space)
+        self.study, self._trial_count = _study(config, folder, space)
         self._live: dict[int, _Live] = {}
 
     @property
@@ -101,33 +101,33 @@ class _Search:
         return any(t.state is TrialState.COMPLETE for t in self.study.trials)
 
     def go_through(self) -> Exit:
-        """All trials; what the first that was stopped ended with."""
+        """Runs all trials. Returns DONE, or PREEMPTED when a trial was stopped."""
         ended = Exit.DONE
         while True:
             while ended is Exit.DONE and len(self._live) < self._config.sweep.parallel and self._start_next():
                 pass
             if not self._live:
                 return ended
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
             for slot, live in list(self._live.items()):
                 code = live.running.code
                 self._report(live)
                 if code is not None:
                     del self._live[slot]
-                    ended = _settled(self.study, live, code) or ended
+                    ended = _record_end(self.study, live, code) or ended
                     _publish(self._config, self.study, self._folder)
 
     def leave(self) -> None:
-        """Ends what would outlive the search without being of use to it."""
+        """Stops the trials that must not outlive the search, and waits for them."""
         for live in self._live.values():
             live.running.stop()
         for live in self._live.values():
             live.running.wait()
 
     def _start_next(self) -> bool:
-        """A trial that was interrupted, else a new one; False when there is none."""
+        """Starts an interrupted trial, otherwise a new one. Returns False when no trial is left."""
         number = _next(
-            self._config, self.study, self._space, self._wanted, {live.number for live in self._live.values()}
+            self._config, self.study, self._space, self._trial_count, {live.number for live in self._live.values()}
         )
         if number is None:
             return False
@@ -140,34 +140,34 @@ class _Search:
         if job is not None:
             handle.set_user_attr(_JOB, job)
         where = f"{folder}" if job is None else f"{folder}, job {job}"
-        print(f"trial {number} of {self._wanted}: {trial.params} in {where}", file=sys.stderr)
+        print(f"trial {number} of {self._trial_count}: {trial.params} in {where}", file=sys.stderr)
         self._live[slot] = _Live(
             number=number, trial=handle, running=running, folder=folder, reported=set(trial.intermediate_values)
         )
         return True
 
     def _report(self, live: _Live) -> None:
-        """Held-out losses as they are written; gives up a trial that falls behind the median of the others."""
+        """Reports new held-out losses to the study, and cancels a trial that falls behind the median of the others."""
         for row in read_rows(live.folder / "metrics.jsonl"):
             if _METRIC in row and int(row["step"]) not in live.reported:
                 live.reported.add(int(row["step"]))
                 live.trial.report(row[_METRIC], int(row["step"]))
-        wanted = self._config.sweep.prune and not live.pruned and live.running.code is None
-        if wanted and live.reported and live.trial.should_prune():
+        may_prune = self._config.sweep.prune and not live.pruned and live.running.code is None
+        if may_prune and live.reported and live.trial.should_prune():
             live.pruned = True
             live.running.give_up()
 
 
 def parse(name: str, text: str) -> optuna.distributions.BaseDistribution:
     """`log(1e-5, 1e-3)`, `uniform(0, 0.1)`, `int(4, 64)` or `choice(8, 16, 32)`; UserError otherwise."""
-    found, chosen = _RANGE.fullmatch(text), _CHOICE.fullmatch(text)
+    span, listed = _RANGE.fullmatch(text), _CHOICE.fullmatch(text)
     try:
-        if found and found[1] == "int":
-            return optuna.distributions.IntDistribution(int(found[2]), int(found[3]))
-        if found:
-            return optuna.distributions.FloatDistribution(float(found[2]), float(found[3]), log=found[1] == "log")
-        if chosen:
-            options = [_plain(word.strip()) for word in chosen[1].split(",")]
+        if span and span[1] == "int":
+            return optuna.distributions.IntDistribution(int(span[2]), int(span[3]))
+        if span:
+            return optuna.distributions.FloatDistribution(float(span[2]), float(span[3]), log=span[1] == "log")
+        if listed:
+            options = [_plain(word.strip()) for word in listed[1].split(",")]
             return optuna.distributions.CategoricalDistribution(options)
     except ValueError as error:
         raise UserError(f"sweep.space.{name}: {text!r}: {error}") from error
@@ -182,7 +182,7 @@ def _plain(word: str) -> Any:
 
 
 def _study(config: Config, folder: Path, space: Space) -> tuple[optuna.Study, int]:
-    """The study, new or as it was left, and how many trials it is to have."""
+    """Creates or reopens the study. Returns it with its total number of trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}", study_name=config.sweep.name, load_if_exists=True,
@@ -193,14 +193,14 @@ def _study(config: Config, folder: Path, space: Space) -> tuple[optuna.Study, in
         raise UserError(f"{folder} holds trials of another search space: set sweep.name to start a new search")
     if config.sweep.sampler != "grid":
         return study, config.sweep.trials
-    every = _combinations(space)
-    for values in every:
+    combinations = _combinations(space)
+    for values in combinations:
         study.enqueue_trial(values, skip_if_exists=True)
-    return study, len(every)
+    return study, len(combinations)
 
 
 def _combinations(space: Space) -> list[dict[str, Any]]:
-    """Of all choices; UserError where a setting has a range."""
+    """All combinations of the choices; UserError when a setting has a range."""
     options: list[tuple[Any, ...]] = []
     for name, distribution in space.items():
         if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
@@ -212,26 +212,26 @@ def _combinations(space: Space) -> list[dict[str, Any]]:
 
 
 def _next(
-    config: Config, study: optuna.Study, space: Space, wanted: int,
+    config: Config, study: optuna.Study, space: Space, trial_count: int,
     live: set[int],
 ) -> int | None:  # fmt: skip
-    """A trial that was interrupted, else a new one, else None."""
+    """The number of an interrupted trial, otherwise of a new one, or None when no trial is left."""
     waiting = [t.number for t in study.trials if t.state is TrialState.RUNNING and t.number not in live]
     if waiting:
         return waiting[0]
     begun = sum(t.state is not TrialState.WAITING for t in study.trials)
-    if begun >= wanted:
+    if begun >= trial_count:
         return None
-    # Keyed by the trial's number: a sampler that is seeded once proposes the same values again after a restart.
+    # Seeded by the trial's number: a sampler that is seeded once would propose the same values after a restart.
     seed = rng.key_seed(config.run.seed, "sweep", config.sweep.name, begun) % 2**32
     study.sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=min(4, wanted), constant_liar=config.sweep.parallel > 1
+        seed=seed, n_startup_trials=min(4, trial_count), constant_liar=config.sweep.parallel > 1
     )
     return study.ask(dict(space)).number
 
 
-def _settled(study: optuna.Study, live: _Live, code: int) -> Exit | None:
-    """Tells the study how a trial ended; PREEMPTED when it was stopped."""
+def _record_end(study: optuna.Study, live: _Live, code: int) -> Exit | None:
+    """Records in the study how a trial ended. Returns PREEMPTED when it was stopped, otherwise None."""
     values = [row[_METRIC] for row in read_rows(live.folder / "metrics.jsonl") if _METRIC in row]
     if live.pruned:
         study.tell(live.number, state=TrialState.PRUNED)
@@ -243,13 +243,13 @@ def _settled(study: optuna.Study, live: _Live, code: int) -> Exit | None:
         return Exit.PREEMPTED
     else:
         raise UserError(
-            f"trial {live.number} ended with exit code {code}: mend that, then the same command continues it"
+            f"trial {live.number} ended with exit code {code}: fix that, then the same command continues it"
         )
     return None
 
 
 def trial_config(config: Config, number: int, values: Mapping[str, Any]) -> Config:
-    """The configuration of one trial: its values, and a run id that its number alone decides."""
+    """The configuration of one trial: its values, and a run id that depends on its number alone."""
     try:
         return configuration.changed(config, {**values, "run.id": trial_id(config, number)})
     except ConfigError as error:
@@ -261,7 +261,7 @@ def trial_id(config: Config, number: int) -> str:
 
 
 def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
-    """The report, and the best trial as an experiment file."""
+    """Writes the report, and the best trial as an experiment file."""
     finished = [
         Trial(
             number=t.number,

@@ -1,4 +1,4 @@
-"""SLURM jobs: a script from launch/slurm/fit.sbatch, kept in the run's folder, and its submission."""
+"""Renders SLURM job scripts from launch/slurm/fit.sbatch into the run's folder, and submits them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEMPLATE = "slurm/fit.sbatch"
 
 
 def write_script(config: Config) -> Path:
-    """Writes <run>/submit.yaml, the settings that the job reads, and <run>/submit.sbatch; the script's path."""
+    """Writes <run>/submit.yaml, the settings of the job, and <run>/submit.sbatch. Returns the path of the script."""
     folder = from_config.run_dir(config).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     settings, script = folder / "submit.yaml", folder / "submit.sbatch"
@@ -29,17 +29,17 @@ def write_script(config: Config) -> Path:
 
 
 def submit(script: Path) -> str:
-    """The number of the submitted job; UserError when there is no sbatch or it refuses."""
+    """Submits the script and returns the job's number; UserError when sbatch is missing or fails."""
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not on the PATH: submit {script} on a login node, or set cluster.submit=false")
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    process = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise UserError(f"sbatch refused {script}: {process.stderr.strip()}")
+    return process.stdout.strip()
 
 
 def render(config: Config, settings: Path) -> str:
-    """The job script."""
+    """Returns the job script. settings: the configuration file that the job reads."""
     cluster = config.cluster
     folder = settings.parent
     python = shlex.quote(cluster.python or sys.executable)

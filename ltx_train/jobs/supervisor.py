@@ -1,7 +1,7 @@
-"""Keeps `fit` alive on a machine that may be taken away at any moment.
+"""Keeps `fit` running on a machine that the cloud may reclaim at any moment.
 
 Starts the run, polls the cloud for notices and forwards them, mirrors every committed checkpoint to an object store,
-restarts crashed runs as long as they make progress, and continues elsewhere from the store.
+restarts crashed runs as long as they make progress, and continues on another machine from the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ltx_train.jobs import notices, processes
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.mirror import RunStore
 
-# Exit codes that another start would not change.
+# Exit codes after which a restart cannot help.
 _FINAL = (Exit.DONE, Exit.CONFIG, Exit.DATA, Exit.DIVERGED)
 _LONGEST_WAIT_S = 300.0
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -31,14 +31,14 @@ _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @dataclass
 class _State:
-    """Changed by signal handlers and notices."""
+    """State that signal handlers and notices change."""
 
     stopping: bool = False
     child: Any = None
 
 
 def supervise(config: Config) -> int:
-    """The run's exit code; 75 when this machine has to go, and the same command continues on another."""
+    """Returns the run's exit code: 75 when the cloud reclaims this machine; then run the same command on another."""
     folder = from_config.run_dir(config)
     settings = config.supervise
     store = RunStore(settings.store, folder) if settings.store else None
@@ -60,7 +60,7 @@ def _restarting(config: Config, folder: Path, store: RunStore | None, state: _St
     restarts = idle = 0
     while True:
         before = _newest(folder)
-        code = _once(config, folder, store, state, restarts)
+        code = _run_once(config, folder, store, state, restarts)
         if code in _FINAL or state.stopping:
             return code
         idle = 0 if _newest(folder) > before else idle + 1
@@ -75,8 +75,8 @@ def _restarting(config: Config, folder: Path, store: RunStore | None, state: _St
             return Exit.PREEMPTED
 
 
-def _once(config: Config, folder: Path, store: RunStore | None, state: _State, restarts: int) -> int:
-    """One start of `fit`. Its checkpoints are mirrored while it runs and once more after its end."""
+def _run_once(config: Config, folder: Path, store: RunStore | None, state: _State, restarts: int) -> int:
+    """Starts `fit` once and returns its exit code. Mirrors its checkpoints while it runs and after its end."""
     poll = notices.source(config.supervise.notice, config.supervise.notice_url)
     child = processes.spawn(partial(processes.run_command, "fit"), config, {"LTX_TRAIN_RESTARTS": str(restarts)})
     state.child = child
@@ -98,13 +98,13 @@ def _once(config: Config, folder: Path, store: RunStore | None, state: _State, r
 
 
 def _mirror(config: Config, store: RunStore | None) -> None:
-    """Reports a store that cannot be reached and tries again later: it must not end a run whose disk is fine."""
+    """Uploads to the store. An unreachable store is only reported: it must not end a run whose disk is fine."""
     if store is None:
         return
     try:
         store.push(config.checkpoint.keep)
     except OSError as error:
-        print(f"ltx-train: {config.supervise.store} could not be written ({error}); tried again later", file=sys.stderr)
+        print(f"ltx-train: {config.supervise.store} could not be written ({error}); retrying later", file=sys.stderr)
 
 
 def _stopping(state: _State) -> Any:

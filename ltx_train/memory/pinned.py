@@ -1,4 +1,4 @@
-"""Page-locked host memory of exactly the size asked for."""
+"""Pinned (page-locked) host memory of an exact size."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def pinned(size: int, device: torch.device) -> Tensor:
-    """`size` bytes that `device` can read without a staging copy; plain memory when it is the CPU.
+    """Allocates `size` bytes that `device` can read without a staging copy; plain memory when the device is the CPU.
 
-    Locked for as long as the tensor itself lives; views of it do not count. torch's own pinned allocator rounds up to
-    a power of two. MemoryError when locking is refused.
+    The memory stays locked as long as the returned tensor lives; views do not keep it locked. torch's own pinned
+    allocator would round the size up to a power of two. Raises MemoryError when locking fails.
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type != "cuda" or size == 0:
@@ -22,6 +22,6 @@ def pinned(size: int, device: torch.device) -> Tensor:
     code = runtime.cudaHostRegister(memory.data_ptr(), size, 0)
     if int(code) != 0:
         raise MemoryError(f"{size / 2**30:.1f} GiB of host memory could not be page-locked: raise `ulimit -l`")
-    # Addresses that are freed while locked cannot be locked again when they come back.
+    # Memory freed while locked cannot be locked again when the allocator reuses its addresses.
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory

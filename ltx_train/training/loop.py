@@ -20,14 +20,14 @@ from ltx_train.contracts import Exit
 from ltx_train.data.module import ShardData
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.training.cadence import Cadence
-from ltx_train.training.checkpoints.writer import CheckpointWriter
 from ltx_train.training.debugging import StepProfiler
+from ltx_train.training.logged_row import TrainingRows
 from ltx_train.training.preemption import Preemption
+from ltx_train.training.saving import CheckpointWriter
 from ltx_train.training.state import RunState
 from ltx_train.training.step import Task
 from ltx_train.training.tracking.console import ConsoleProgress
 from ltx_train.training.tracking.metrics import Metrics
-from ltx_train.training.tracking.rows import TrainingRows
 from ltx_train.training.watchdog import Watchdog
 
 Evaluate = Callable[[int], Mapping[str, float]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ltx_train import config
-from ltx_train.assembly import from_config, resolve, summary
+from ltx_train.assembly import from_config, memory_plan, resolve, summary
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.config.settings import all_settings
@@ -90,7 +90,7 @@ def test_panel_plan_and_checkpoints_count_the_bytes_of_one_table(name: str) -> N
     assert summary.memory(run, model.requires_grad_(True), count) == (
         f"{count * (4 + 4 + moments) / 2**30:.2f} GiB masters, gradients and moments"
     )
-    assert resolve.trained_weights(run.config, model).moment_bytes == moments
+    assert memory_plan.trained_weights(run.config, model).moment_bytes == moments
     assert resolve.optimizer(run.config).saved_bytes == 4 + moments
 
 

@@ -1,8 +1,7 @@
-"""Inputs of recomputed blocks wait in pinned host memory between forward and backward.
+"""Offloads the inputs of recomputed blocks to pinned host memory between forward and backward.
 
-Owns the copies, and the storage of the tensors while they are away: the storage is emptied in place,
-so that whoever saved the tensor for backward finds its content again after `fetch`. Device to host is
-the direction that streamed weights leave idle.
+Owns the copies, and the storage of the offloaded tensors. The storage is emptied in place, so that a tensor saved for
+backward has its content again after `fetch`. Streamed weights use the other direction of the link, host to device.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ltx_train.memory.pinned import pinned
 
 @dataclass(kw_only=True)
 class _Away:
-    """A block's inputs on their way out, away, or on their way back."""
+    """A block's inputs while they are copied to the host, offloaded, or copied back."""
 
     tensors: list[Tensor]
     sizes: list[int]
@@ -30,7 +29,7 @@ class _Away:
 
 
 class InputOffload:
-    """`send` after a block's forward, `fetch` before its backward, in reverse order of the sending."""
+    """Call `send` after a block's forward and `fetch` before its backward, in the reverse order."""
 
     def __init__(self, indices: Sequence[int], device: torch.device) -> None:
         self._indices, self._device = frozenset(indices), device
@@ -43,8 +42,8 @@ class InputOffload:
         return index in self._indices
 
     def send(self, index: int, hidden: Sequence[Tensor]) -> None:
-        """Copies the tensors out; the storage of the block sent before is emptied now that its copy is done."""
-        # Not at once: emptying waits for the copy, which the block in between has hidden.
+        """Copies the tensors of a block to the host, and empties the storage of the block sent before."""
+        # Emptied one block later: emptying waits for the copy, and this block's forward has hidden the copy.
         for sent in list(self._away):
             self._empty(sent)
         tensors = [h.detach() for h in hidden]
@@ -58,7 +57,7 @@ class InputOffload:
             self._empty(index)
 
     def fetch(self, index: int) -> None:
-        """Makes the block's inputs current again and starts on those of the block that comes next in backward."""
+        """Restores the block's inputs and starts to copy those of the block that comes next in backward."""
         self._return(index)
         away = self._away.pop(index)
         if self._cuda:
@@ -68,11 +67,11 @@ class InputOffload:
             self._return(following)
 
     def fork(self) -> None:
-        """Brings the copy stream into the recording of a CUDA graph."""
+        """Adds the copy stream to the capture of a CUDA graph."""
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
 
     def join(self) -> None:
-        """The recording ends behind all copies."""
+        """Makes the capture wait for all copies before it ends."""
         torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
     def _empty(self, index: int) -> None:
@@ -90,7 +89,7 @@ class InputOffload:
         if away.returning:
             return
         away.returning = True
-        # The last block's inputs are wanted again before they were given up.
+        # Backward needs the last block's inputs before their storage is emptied.
         if not away.emptied:
             return
         for tensor, size in zip(away.tensors, away.sizes, strict=True):
@@ -102,14 +101,14 @@ class InputOffload:
         away.copied = self._recorded()
 
     def _host(self, index: int, size: int) -> Tensor:
-        """The block's host buffer, grown when a larger bucket comes."""
-        known = self._hosts.get(index)
-        if known is None or known.numel() < size:
+        """The block's host buffer, enlarged when a bucket needs more."""
+        buffer = self._hosts.get(index)
+        if buffer is None or buffer.numel() < size:
             self._hosts[index] = pinned(size, self._device)
         return self._hosts[index][:size]
 
     def _copying(self) -> Any:
-        """The copy stream, behind everything that the compute stream has been given."""
+        """A context with the copy stream, which first waits for all work queued on the compute stream."""
         if not self._cuda:
             return nullcontext()
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
@@ -124,5 +123,5 @@ class InputOffload:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The whole storage as bytes, whatever view of it the tensor is."""
+    """The tensor's complete storage as bytes, whichever view of it the tensor is."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

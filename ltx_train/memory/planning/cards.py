@@ -1,4 +1,4 @@
-"""GPUs by name: memory and rates, for planning on a machine that has none of them."""
+"""GPUs by name with memory and rates, for planning on a machine without them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from ltx_train.contracts import UserError
 
 GIB = 2**30
-# What the driver, the CUDA context and a desktop take before the process gets anything.
+# Memory that the driver, the CUDA context and a desktop occupy.
 _OVERHEAD_GIB = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """memory_gib as sold; dense bfloat16 and float8 TFLOP/s, memory GB/s, host-to-device GB/s and GB/s from another
-    device of the machine by datasheet.
+    """A GPU by its datasheet: nominal memory; dense bfloat16 and float8 TFLOP/s; GB/s of memory, from the host, and
+    from another device of the machine.
 
-    fp8_tflops 0: the card multiplies no float8.
+    fp8_tflops is 0 when the card has no float8 products.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Card:
 
     @property
     def budget_gib(self) -> float:
-        """What a process may reserve."""
+        """Memory in GiB that a process may reserve."""
         return self.memory_gib - _OVERHEAD_GIB
 
 
@@ -51,16 +51,16 @@ CARDS = (
 
 
 def card_by_name(name: str) -> Card:
-    """The card whose name contains all words of `name`; `A100` is the larger one. UserError lists the known ones."""
+    """The largest card whose name contains all words of `name`. UserError lists the known cards."""
     words = name.lower().replace("nvidia", "").replace("geforce", "").replace("-", " ").split()
-    found = [card for card in CARDS if words and all(word in card.name.lower() for word in words)]
-    if not found:
+    matches = [card for card in CARDS if words and all(word in card.name.lower() for word in words)]
+    if not matches:
         raise UserError(f"plan.card={name!r} is not known; there are: {', '.join(card.name for card in CARDS)}")
-    return max(found, key=lambda card: card.memory_gib)
+    return max(matches, key=lambda card: card.memory_gib)
 
 
 def card_of_device(name: str, memory_gib: float) -> Card:
-    """A card for the GPU of this machine by its driver's name, with the memory it really has."""
+    """The card of a GPU in this machine by the name that its driver reports, with the memory that it really has."""
     known = [card for card in CARDS if card.name.lower().split()[-1] in name.lower().replace("gb", "")]
     nearest = min(known or CARDS, key=lambda card: abs(card.memory_gib - memory_gib))
     return replace(nearest, name=name, memory_gib=memory_gib)

@@ -1,7 +1,7 @@
-"""What a training step needs: bytes by part and seconds by part, from sizes alone.
+"""Predicts the memory of a training step by part, and its duration, from sizes alone.
 
-Owns the arithmetic and its few measured constants (docs/performance.md). Nothing is loaded: the
-sizes come from a transformer on the meta device.
+Owns the formulas and their fitted constants (docs/performance.md). No weights are loaded: the sizes come from a
+transformer on the meta device.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ltx_train.model.reach import tokens_seen
 from ltx_train.model.transformer import Transformer, transformer_widths
 
 # Fitted constants. Memory: to 29 of the measured peaks in docs/performance/peaks.json (H200, torch 2.11), so that every
-# prediction is within 5 % of what was reserved; tests/unit/test_plan.py holds them to all 43. To fit again: measure
+# prediction is within 5 % of the reserved memory; tests/unit/test_plan.py holds them to all 43. To fit again: measure
 # with docs/performance/measure.sh, add the records to peaks.json, and change the constant whose part of the footprint
 # the new records vary (keep_everything for the first pair, everything recomputed for _WORKING, int8 for _DEQUANTIZED,
 # memory.keep=attention for _KEPT_ATTENTION, a bare run for the reserve).
 #
-# In units of one block's input (tokens x width x bytes, both modalities): what a block that keeps everything keeps, for
-# an adapter and for a full fine-tune, and what the block at work takes beside it.
+# In units of one block's input (tokens x width x bytes, both modalities): activations that a block keeps with
+# keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
 _KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
-# A block's dequantized weights alive at once in backward, as a share of the block in bfloat16.
+# Dequantized weights that exist at once in a block's backward, as a share of the block's size in bfloat16.
 _DEQUANTIZED = 0.75
-# Of the attention outputs by their sizes: those of audio-to-video attention are recomputed.
+# Share of the attention outputs that is kept: those of audio-to-video attention are recomputed.
 _KEPT_ATTENTION = 0.85
-# What the allocator reserves beyond what is allocated: GiB, and a share of the block at work. CUDA graphs have a memory
-# pool of their own without the first.
+# Memory that the allocator reserves beyond its allocations: GiB, and a share of the running block's memory. CUDA graphs
+# have their own memory pool, to which only the share applies.
 _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
-# Rates: shares of a card's datasheet rates that kernels reach (products, attention, memory, host link), and passes over
-# a block's input that its elementwise kernels make. Fitted to the step times of works A and B in
+# Rates: shares of a card's datasheet rates that kernels reach (products, attention, memory, host link), and passes of
+# the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
 # Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
@@ -55,7 +55,7 @@ _MASTER_BYTES = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One linear layer of a block; rows: whose tokens it sees (video, audio or text)."""
+    """One linear layer of a block. rows: the tokens that it processes (video, audio or text)."""
 
     name: str
     inputs: int
@@ -65,7 +65,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """A transformer in numbers: its blocks are alike. Elements of a block outside `linears`, and outside blocks."""
+    """Sizes of a transformer, whose blocks are all alike. block_rest: elements of a block outside `linears`. outside:
+    elements outside the blocks."""
 
     layers: int
     linears: tuple[Linear, ...]
@@ -78,9 +79,9 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One micro-batch: samples, and the tokens of one sample on one device, 0 for an absent modality.
+    """One micro-batch: number of samples, and tokens of one sample on one device, 0 for an absent modality.
 
-    References are counted. dtype_bytes: of activations. sequence: devices that share each sample's video tokens.
+    References are included. dtype_bytes: of activations. sequence: devices that share each sample's video tokens.
     """
 
     batch: int
@@ -93,11 +94,11 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedWeights:
-    """What is optimized.
+    """The trained weights and how they are optimized.
 
     parameters: their number. moment_bytes: the optimizer's bytes per parameter beside master and gradient.
     accumulate: micro-batches of a step. averaged: whether a moving average is kept. stage: ZeRO stage of the updates
-    over `slices` devices, 0 where every device updates everything. offloaded: the slices are in host memory, or, with
+    over `slices` devices, 0 where every device updates all weights. offloaded: the slices are in host memory, or, with
     in_files, in files.
     """
 
@@ -114,9 +115,9 @@ class TrainedWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChoice:
-    """Everything that trades memory for time; the fields are those of `memory` in the configuration.
+    """The settings that trade time for memory; the fields are those of `memory` in the configuration.
 
-    slices: devices over which streamed blocks are sliced, 1 where they are in host memory.
+    slices: number of devices over which streamed blocks are sliced, 1 where they are in host memory.
     """
 
     quantize: str = "none"
@@ -132,7 +133,7 @@ class MemoryChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes by part at the peak, and the seconds a step is expected to take on a card."""
+    """Bytes by part at the memory peak, the predicted seconds of a step on a card, and bytes of host memory."""
 
     parts: dict[str, float] = field(default_factory=dict[str, float])
     step_s: float = 0.0
@@ -148,7 +149,7 @@ class Footprint:
 
 
 def sizes(transformer: Transformer) -> ModelSizes:
-    """Reads a transformer's sizes; the meta device will do."""
+    """Reads the sizes of a transformer, which may be on the meta device."""
     width, audio_width = transformer_widths(transformer.config)
     block = transformer.transformer_blocks[0]
     linears = tuple(
@@ -169,24 +170,24 @@ def sizes(transformer: Transformer) -> ModelSizes:
 def predict(
     size: ModelSizes, work: Workload, trained: TrainedWeights, choice: MemoryChoice, *, card: Card
 ) -> Footprint:  # fmt: skip
-    """The peak of a training step and its duration."""
+    """Predicts the memory peak and the duration of a training step."""
     streamed = min(choice.stream_blocks, size.layers)
     block = _block_bytes(size, choice, work.dtype_bytes)
-    whole = (size.layers - streamed) * block + size.outside * work.dtype_bytes
-    frozen = 0.0 if trained.full and not trained.stage else whole
+    resident = (size.layers - streamed) * block + size.outside * work.dtype_bytes
+    frozen = 0.0 if trained.full and not trained.stage else resident
     states = 0.0 if trained.offloaded else _states(trained)
     gradients = _gradients(trained, block, work.dtype_bytes)
     unit = _unit(size, work)
-    here = 4 + choice.keep_everything if choice.offload_inputs else size.layers
-    waiting = min(here, size.layers) * unit
-    # A block that keeps everything keeps its dequantized weights too.
+    blocks_with_inputs = 4 + choice.keep_everything if choice.offload_inputs else size.layers
+    inputs = min(blocks_with_inputs, size.layers) * unit
+    # A block that keeps everything also keeps its dequantized weights.
     everything = _KEPT_EVERYTHING_FULL if trained.full else _KEPT_EVERYTHING
     kept = choice.keep_everything * (everything * unit + _dequantized(size, choice) / _DEQUANTIZED)
-    again = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
-    kept += (size.layers - choice.keep_everything) * again
+    kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
+    kept += (size.layers - choice.keep_everything) * kept_per_block
     working = _WORKING * unit + _dequantized(size, choice)
     always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
-    early = waiting + kept + (gradients if always else 0)
+    early = inputs + kept + (gradients if always else 0)
     parts = {
         "weights" if trained.full else "frozen weights": frozen,
         "slices of streamed weights": streamed * block / choice.slices if choice.slices > 1 else 0.0,
@@ -194,12 +195,12 @@ def predict(
         "trained weights and moments": states,
         "inputs, positions, contexts": _fixed(size, work),
         "one block at work": working,
-        "kept for backward": waiting + kept if early >= gradients else 0.0,
+        "kept for backward": inputs + kept if early >= gradients else 0.0,
         "gradients": gradients if early < gradients or always else 0.0,
         "allocator's reserve": (0.0 if choice.graphs else _RESERVE_GIB * GIB) + _RESERVE_SHARE * working,
     }
-    away = size.layers - choice.keep_everything if choice.offload_inputs else 0
-    host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + away * unit + _snapshot(trained)
+    offloads = size.layers - choice.keep_everything if choice.offload_inputs else 0
+    host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + offloads * unit + _snapshot(trained)
     if trained.offloaded and not trained.in_files:
         host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.slices
     seconds = _seconds(size, work, trained, choice, card=card, streamed_bytes=streamed * block)
@@ -207,19 +208,23 @@ def predict(
 
 
 def _states(trained: TrainedWeights) -> float:
-    """Masters and moments, and what an average is kept in; an adapter's weights are whole beside shared masters."""
+    """Bytes of masters, moments, the moving average, and the full weights of an adapter beside sliced masters."""
     shared = trained.parameters * (_MASTER_BYTES + trained.moment_bytes) / trained.slices
     copies = trained.averaged + (trained.stage > 0 and not trained.full)
     return shared + 4.0 * trained.parameters * copies
 
 
 def _snapshot(trained: TrainedWeights) -> float:
-    """Host memory that a save copies masters and moments into, kept from then on."""
+    """Bytes of the host memory for a save's copy of masters and moments. It stays allocated after the first save."""
     return trained.parameters * (_MASTER_BYTES + trained.moment_bytes) / (trained.slices if trained.full else 1)
 
 
 def _gradients(trained: TrainedWeights, block: float, dtype_bytes: int) -> float:
-    """In float32; shared ones pass through buffers of three units and are whole before that in stage 1, or in all."""
+    """Bytes of gradients: float32, or with a ZeRO stage a float32 slice and the gradients before their reduction.
+
+    The latter are complete for an adapter. A full fine-tune has buffers of three blocks and all gradients in stage 1,
+    buffers of four blocks otherwise.
+    """
     if not trained.stage:
         return 4.0 * trained.parameters
     share = 0.0 if trained.offloaded else 4.0 * trained.parameters / trained.slices
@@ -230,7 +235,7 @@ def _gradients(trained: TrainedWeights, block: float, dtype_bytes: int) -> float
 
 def model_flops(size: ModelSizes, work: Workload, *, full: bool = False) -> float:
     """Floating-point operations of one step without recomputation: forward, gradients of activations, and, when all
-    weights are trained (full), theirs."""
+    weights are trained (full), gradients of weights."""
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
     linear = 0.0
     for layer in size.linears:
@@ -258,35 +263,36 @@ def _unit(size: ModelSizes, work: Workload) -> float:
 
 
 def _kept_attention(size: ModelSizes, work: Workload, choice: MemoryChoice) -> float:
-    """Outputs and log-sum-exps of the six attentions of a block."""
+    """Bytes of the kept outputs and log-sum-exps of the six attentions of a block."""
     if choice.keep is not Keep.attention:
         return 0.0
-    both = work.video > 0 and work.audio > 0
-    per_video = 2 * size.width + (size.audio_width if both else 0)
-    per_audio = (3 if both else 2) * size.audio_width
+    has_both = work.video > 0 and work.audio > 0
+    per_video = 2 * size.width + (size.audio_width if has_both else 0)
+    per_audio = (3 if has_both else 2) * size.audio_width
     outputs = (work.video * per_video + work.audio * per_audio) * work.dtype_bytes
     sums = 3 * (work.video + work.audio) * size.heads * 4
     return _KEPT_ATTENTION * work.batch * (outputs + sums)
 
 
 def _kept_products(size: ModelSizes, work: Workload, choice: MemoryChoice) -> float:
-    """Outputs of a block's float8 products, which the compiler never computes again; of the last one none is needed."""
+    """Bytes of the outputs of a block's float8 products, which the compiler never recomputes. The output of the
+    last one is not needed."""
     if choice.compute != "fp8":
         return 0.0
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
-    kept = [c for c in size.linears if re.fullmatch(MANY_ROWS, c.name) and not c.name.endswith("ff.net.2")]
-    return float(sum(rows[layer.rows] * layer.outputs for layer in kept)) * work.batch * work.dtype_bytes
+    layers = [c for c in size.linears if re.fullmatch(MANY_ROWS, c.name) and not c.name.endswith("ff.net.2")]
+    return float(sum(rows[layer.rows] * layer.outputs for layer in layers)) * work.batch * work.dtype_bytes
 
 
 def _dequantized(size: ModelSizes, choice: MemoryChoice) -> float:
     if choice.quantize == "none":
         return 0.0
-    kept = [c for c in size.linears if choice.compute != "fp8" or not re.fullmatch(MANY_ROWS, c.name)]
-    return _DEQUANTIZED * 2 * sum(layer.inputs * layer.outputs for layer in kept)
+    layers = [c for c in size.linears if choice.compute != "fp8" or not re.fullmatch(MANY_ROWS, c.name)]
+    return _DEQUANTIZED * 2 * sum(layer.inputs * layer.outputs for layer in layers)
 
 
 def _fixed(size: ModelSizes, work: Workload) -> float:
-    """Rotary tables (cos and sin, own width and the bridges'), text contexts, latents and targets."""
+    """Bytes of rotary tables (cos and sin, own and cross-modal width), text contexts, latents and targets."""
     tables = (work.video * (size.width + size.audio_width) + work.audio * 2 * size.audio_width) * work.dtype_bytes
     contexts = work.text * (size.width + size.audio_width) * work.dtype_bytes
     latents = (work.video + work.audio) * 128 * 4 * 4
@@ -297,7 +303,8 @@ def _seconds(
     size: ModelSizes, work: Workload, trained: TrainedWeights, choice: MemoryChoice, *, card: Card,
     streamed_bytes: float,
 ) -> float:  # fmt: skip
-    """Products and attention at the rates kernels reach, passes over activations at bandwidth, copies beside them."""
+    """Seconds of a step: products and attention at the rates that kernels reach, passes over activations at memory
+    bandwidth. Copies overlap with them."""
     everything = choice.keep_everything / size.layers
     linear = size.layers * _linear_seconds(size, work, choice, card, everything=everything, full=trained.full)
     forward = size.layers * _attention_flops(size, work)
@@ -308,7 +315,7 @@ def _seconds(
     overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 2 * 1.5 * _dequantized(size, choice) / _DEQUANTIZED / bandwidth
-    away = trained.parameters / trained.slices * _OFFLOADED_UPDATE_S if trained.offloaded else 0.0
+    update_s = trained.parameters / trained.slices * _OFFLOADED_UPDATE_S if trained.offloaded else 0.0
     if trained.full and not trained.offloaded:
         compute += trained.parameters / trained.slices * _UPDATE_BYTES / bandwidth
     if choice.offload_inputs:
@@ -316,16 +323,16 @@ def _seconds(
     compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
     if choice.slices > 1:
         travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
-        return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + away
+        return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
     link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
-    return max(compute, 2 * streamed_bytes / link) + away
+    return max(compute, 2 * streamed_bytes / link) + update_s
 
 
 def _linear_seconds(
     size: ModelSizes, work: Workload, choice: MemoryChoice, card: Card, *, everything: float, full: bool
 ) -> float:  # fmt: skip
-    """One block's products: forward, again without the last one, the gradients of inputs that want them, and, when all
-    weights are trained (full), theirs."""
+    """Seconds of one block's products: forward, recomputation except the last product, gradients of inputs except text,
+    and, when all weights are trained (full), gradients of weights."""
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
     total = 0.0
     for layer in size.linears:
@@ -339,7 +346,7 @@ def _linear_seconds(
 
 
 def _attention_flops(size: ModelSizes, work: Workload) -> float:
-    """Forward, one block: two products of queries with keys, for the self, text and bridge attentions."""
+    """FLOPs of one block's attention in forward: two products each for the self, text and cross-modal attentions."""
     v, a, t = work.video, work.audio, work.text
     bridges = (1 + work.sequence) * v * a  # every device has all of audio's queries
     pairs = size.width * (v * v * work.sequence + v * t) + size.audio_width * (a * a + a * t + bridges)

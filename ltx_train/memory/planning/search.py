@@ -1,4 +1,4 @@
-"""Fits a run into a budget: the fastest choice whose predicted peak stays within it.
+"""Fits a run into a memory budget: finds the fastest choice whose predicted peak is within it.
 
 Owns the search. Knows neither the configuration nor the machine: sizes, workload, card and constraints are arguments.
 """
@@ -22,14 +22,14 @@ from ltx_train.memory.planning.footprint import (
 
 # Weights keep their precision where the run is at most this much slower.
 _WORTH_PRECISION = 1.05
-# The rest of a budget covers prediction errors. A pass that is being recorded cannot give memory back.
+# Usable share of a budget; the rest covers prediction errors. A pass under CUDA graph capture cannot free memory.
 _USED, _USED_RECORDED = 0.98, 0.95
 _STEPS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepNeed:
-    """One run: its model, its largest micro-batch, what it trains."""
+    """The needs of a run: sizes of its model, its largest micro-batch, its trained weights."""
 
     size: ModelSizes
     work: Workload
@@ -38,7 +38,7 @@ class StepNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConstraints:
-    """What may be chosen; None leaves it to the plan, an explicit value is kept as it is.
+    """The constraints of a plan. None leaves a setting to the plan; the plan keeps an explicit value.
 
     host_gib: host memory of the machine, None when unknown. slices: devices over which all blocks are sliced.
     """
@@ -64,7 +64,7 @@ class MemoryPlan:
 
 
 def choose(need: StepNeed, constraints: PlanConstraints, card: Card, budget_gib: float) -> MemoryPlan | None:
-    """The fastest choice within the budget, or None. Weights keep their precision where that costs next to nothing."""
+    """The fastest choice within the budget, or None. A lower precision must make the step at least 5 % faster."""
     best: MemoryPlan | None = None
     for quantize in constraints.quantize:
         plan = _fastest(need, replace(constraints, quantize=(quantize,)), card, budget_gib)
@@ -74,7 +74,7 @@ def choose(need: StepNeed, constraints: PlanConstraints, card: Card, budget_gib:
 
 
 def smallest(need: StepNeed, constraints: PlanConstraints, card: Card) -> MemoryPlan:
-    """The choice that needs the least memory, whatever it costs."""
+    """The choice that needs the least memory, however slow it is."""
     return min(_predicted(need, _choices(need, constraints), card), key=lambda p: p.footprint.gib)
 
 
@@ -93,7 +93,7 @@ def _best(candidates: Iterator[MemoryPlan], constraints: PlanConstraints, budget
         if plan.footprint.gib <= (_USED_RECORDED if plan.choice.graphs else _USED) * budget_gib
         and (constraints.host_gib is None or plan.footprint.host_gib <= constraints.host_gib)
     ]
-    # Of equally fast ones the one that needs less memory.
+    # Among equally fast plans, the one that needs the least memory.
     return min(fitting, key=lambda p: (round(p.footprint.step_s, 3), p.footprint.gib), default=None)
 
 
@@ -103,7 +103,7 @@ def _predicted(need: StepNeed, choices: Iterator[MemoryChoice], card: Card) -> I
 
 
 def _choices(need: StepNeed, constraints: PlanConstraints) -> Iterator[MemoryChoice]:
-    """A coarse grid over everything that is open."""
+    """A coarse grid over all settings that the constraints leave open."""
     layers = need.size.layers
     counts = sorted({round(layers * step / _STEPS) for step in range(_STEPS + 1)})
     keeps = [Keep.inputs, Keep.attention] if constraints.keep is None else [constraints.keep]
@@ -119,8 +119,8 @@ def _choices(need: StepNeed, constraints: PlanConstraints) -> Iterator[MemoryCho
 
 
 def _stream_counts(need: StepNeed, constraints: PlanConstraints, counts: list[int]) -> list[int]:
-    """Numbers of streamed blocks that the plan tries. It does not stream blocks that must keep everything: quantized
-    ones would also keep their dequantized weights, which streaming is meant to save."""
+    """The numbers of streamed blocks to try. Blocks that must keep everything are not streamed: quantized ones would
+    also keep their dequantized weights, and streaming would save no memory."""
     if constraints.stream_blocks is not None:
         return [min(constraints.stream_blocks, need.size.layers)]
     return [0] if need.trained.full or constraints.keep is Keep.everything else counts
@@ -129,10 +129,10 @@ def _stream_counts(need: StepNeed, constraints: PlanConstraints, counts: list[in
 def _with_kept_blocks(
     choice: MemoryChoice, need: StepNeed, constraints: PlanConstraints, *, first: bool
 ) -> Iterator[MemoryChoice]:
-    """The choice if its number of blocks that keep everything is one that may be tried; a fixed number is tried once.
+    """Yields the choice if its number of blocks that keep everything is allowed; a fixed number only once (first).
 
-    An explicit number is kept as it is, streamed blocks among them included. The plan itself lets resident blocks
-    keep everything, and all blocks where they are sliced over devices.
+    An explicit number stays as it is and may include streamed blocks. The plan itself lets only resident blocks keep
+    everything, or all blocks when they are sliced over devices.
     """
     layers = need.size.layers
     if choice.keep is Keep.everything:
@@ -146,7 +146,7 @@ def _with_kept_blocks(
 
 
 def _neighbours(need: StepNeed, constraints: PlanConstraints, coarse: MemoryChoice) -> Iterator[MemoryChoice]:
-    """Counts of blocks between those of `_choices`, around the best of them; itself included."""
+    """Choices around the best coarse one, with block counts between those of `_choices`. Includes the coarse choice."""
     layers = need.size.layers
     step = -(-layers // _STEPS)
     fixed = coarse.keep is Keep.everything

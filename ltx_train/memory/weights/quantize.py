@@ -1,6 +1,6 @@
-"""Quantized weights of the frozen blocks: optimum-quanto makes the numbers, our linear layers compute.
+"""Quantizes the weights of the frozen blocks: optimum-quanto quantizes, this project's linear layers compute.
 
-int8 and float8 have one scale per output channel, int4 groups of up to 128 inputs. Embeddings, norms,
+int8 and float8 have one scale per output channel, int4 one per group of up to 128 inputs. Embeddings, norms,
 gates and projections outside the blocks keep their precision. Blocks are quantized one by one while
 the checkpoint streams in.
 """
@@ -20,12 +20,15 @@ from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, Quant
 
 Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
 
-# The layers that see every video or text token: the others have too few rows for quantizing them to pay.
+# The layers that process every video or text token. The others have too few rows for float8 products to pay off.
 MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
 
 
 def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | None:
-    """weights: none, int8, int4 or float8; compute: bf16, or fp8 for products in float8 where many rows are."""
+    """Returns a function that quantizes a block in place, or None when nothing is quantized.
+
+    weights: none, int8, int4 or float8. compute: bf16, or fp8 for float8 products in layers with many rows.
+    """
     quantizer = QUANTIZERS[weights]
     if quantizer is None and compute == "bf16":
         return None
@@ -38,9 +41,9 @@ def _quantize(block: nn.Module, *, weights: Quantizer | None, fp8: bool) -> None
             if not isinstance(layer, nn.Linear) or name == "to_gate_logits":
                 continue
             many_rows = re.fullmatch(MANY_ROWS, f"{parent_name}.{name}") is not None
-            made = _fp8(layer) if fp8 and many_rows else weights(layer) if weights else None
-            if made is not None:
-                setattr(parent, name, made)
+            quantized = _fp8(layer) if fp8 and many_rows else weights(layer) if weights else None
+            if quantized is not None:
+                setattr(parent, name, quantized)
     block.requires_grad_(False)
     _return_freed_pages()
 
@@ -50,12 +53,12 @@ def _bytes(layer: nn.Linear, kind: str) -> ByteLinear:
     quanto = _quanto()
     weight, qtype = layer.weight.detach(), getattr(quanto, kind)
     scale = quanto.AbsmaxOptimizer()(weight, qtype, 0)
-    made = quanto.quantize_weight(weight, qtype, 0, scale, optimized=False)
-    return ByteLinear(made._data, made._scale, layer.bias)
+    quantized = quanto.quantize_weight(weight, qtype, 0, scale, optimized=False)
+    return ByteLinear(quantized._data, quantized._scale, layer.bias)
 
 
 def _int4(layer: nn.Linear) -> NibbleLinear | None:
-    """None when the output channels do not pair up."""
+    """Returns None when the number of output channels is odd."""
     quanto = _quanto()
     weight = layer.weight.detach()
     outputs, inputs = weight.shape
@@ -63,14 +66,14 @@ def _int4(layer: nn.Linear) -> NibbleLinear | None:
         return None
     size = _group_size(inputs)
     scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, 0, size)
-    made = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, size, optimized=False)
+    quantized = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, size, optimized=False)
     groups = inputs // size
-    packed = made._data._data.view(outputs // 2, groups, size)
+    packed = quantized._data._data.view(outputs // 2, groups, size)
     return NibbleLinear(packed, scale.view(outputs, groups, 1), shift.view(outputs, groups, 1), layer.bias)
 
 
 def _fp8(layer: nn.Linear) -> Fp8Linear | None:
-    """None where the hardware's tiles of 16 do not fit."""
+    """Returns None when a size is not a multiple of 16, the hardware's tile size."""
     if layer.in_features % 16 or layer.out_features % 16:
         return None
     codes, scale = float8_rows(layer.weight.detach())
@@ -86,19 +89,19 @@ QUANTIZERS: dict[str, Quantizer | None] = {
 
 
 def _group_size(inputs: int) -> int:
-    """128, or the largest multiple of 32 below that divides the inputs, or all of them."""
+    """The largest multiple of 32 up to 128 that divides `inputs`, otherwise `inputs` itself."""
     return next((size for size in (128, 96, 64, 32) if inputs % size == 0), inputs)
 
 
 def _quanto() -> Any:
-    # Its import costs a second and warns; only quantized runs pay for it.
+    # Its import takes a second and prints warnings; only quantized runs need it.
     import optimum.quanto
 
     return optimum.quanto
 
 
 def _return_freed_pages() -> None:
-    """glibc keeps what the unquantized weights occupied; without this a model loads at twice its size."""
+    """Makes glibc return the memory of the unquantized weights. Otherwise a model would load at twice its size."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -87,7 +87,9 @@ class WeightStream:
         offset = 0
         for owner, name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            places.append(TensorPlace(owner, name, offset, tensor.shape, tensor.dtype, size))
+            places.append(
+                TensorPlace(owner=owner, name=name, offset=offset, shape=tensor.shape, dtype=tensor.dtype, size=size)
+            )
             offset += -(-size // ALIGNMENT) * ALIGNMENT
         buffer = self.store.allocate(offset)
         for place, (_, _, tensor) in zip(places, tensors, strict=True):

@@ -130,7 +130,8 @@ def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any
                 "logger=wandb_offline"
             ) from error
         print(
-            f"ltx-train: W&B is not reachable ({_one_line(error)}); recording offline, later `wandb sync {folder}/wandb`",
+            f"ltx-train: W&B is not reachable ({_one_line(error)}); recording offline. "
+            f"Upload later with `wandb sync {folder}/wandb`",
             file=sys.stderr,
         )
         wandb.teardown()  # the failed start still holds the run's id

@@ -1,4 +1,4 @@
-"""The row of training metrics at a logged step, by metric name (docs/architecture.md)."""
+"""The row of training metrics at a logged step, by metric name (docs/metrics.md)."""
 
 from __future__ import annotations
 
