@@ -54,7 +54,7 @@ class Grid:
 
 
 def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
-    """Metrics for metrics.jsonl and W&B under their documented names (docs/architecture.md).
+    """Metrics for metrics.jsonl and W&B under their documented names (docs/metrics.md).
 
     Sorts the rows first, so that rows gathered from several ranks give exactly the numbers of a single process.
     """

@@ -94,7 +94,7 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
 
 
 def test_every_metric_is_documented(trained: tuple[Path, list[str]]) -> None:
-    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    text = (REPOSITORY / "docs" / "metrics.md").read_text()
     names = {name for row in read_rows(trained[0] / "metrics.jsonl") for name in row} - {"step"}
     assert len(names) > 20
     for name in names:

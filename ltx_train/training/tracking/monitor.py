@@ -53,7 +53,7 @@ class Monitor:
         self._edge = time.perf_counter()
 
     def row(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Averages over all ranks since the last row, by metric name (docs/architecture.md)."""
+        """Averages over all ranks since the last row, by metric name (docs/metrics.md)."""
         values = {name: torch.tensor(parts).double() for name, parts in self._gathered(ranks).items()}
         # Losses that are not finite belong to skipped steps, which the guard counts.
         finite = torch.isfinite(values["total"])
