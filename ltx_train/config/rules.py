@@ -10,7 +10,6 @@ from ltx_train.contracts import ConfigError
 from ltx_train.distributed.strategies import STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
-_TRACKERS = ("csv", "tensorboard")
 _SEVERAL = ", ".join(kind.name for kind in STRATEGIES.values() if kind.several)
 
 
@@ -73,10 +72,6 @@ def _validate_search(config: Config) -> None:
 def _validate_measuring(config: Config) -> None:
     if not (config.eval.sigmas or config.eval.quantiles) or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]; with none, eval.quantiles must be at least 1")
-    for name in config.logger.also:
-        if name not in _TRACKERS:
-            listed = ", ".join(_TRACKERS)
-            raise ConfigError(f"logger.also={name!r}: choose among {listed}{suggest.nearest(name, _TRACKERS)}")
 
 
 def _validate_noise(config: Config) -> None:

@@ -128,14 +128,12 @@ def _default(entry: Field[Any]) -> Any:
 
 
 def check_value(config: Config, setting: Setting) -> None:
-    """ConfigError when a composed value is none of the choices, or beyond a limit."""
+    """ConfigError when a composed value, or an item of a list, is none of the choices or beyond a limit."""
     value = value_of(config, setting.name)
     declared = setting.declared
     if declared.choices:
-        if str(value) not in [str(choice) for choice in declared.choices]:
-            known = [choice for choice in declared.choices if choice is not None]
-            listed = ", ".join("null" if choice is None else choice for choice in declared.choices)
-            raise ConfigError(f"{setting.name}={value!r}: choose one of {listed}{suggest.nearest(str(value), known)}")
+        for item in value if isinstance(value, list) else [value]:
+            _check_choice(setting.name, item, declared)
         return
     if value is None or not isinstance(value, (int, float)):
         return
@@ -143,6 +141,13 @@ def check_value(config: Config, setting: Setting) -> None:
         _check_interval(setting.name, value, declared)
     elif declared.least is not None and value < declared.least:
         raise ConfigError(f"{setting.name}={value}: must be at least {declared.least:g}")
+
+
+def _check_choice(name: str, value: Any, declared: Declaration) -> None:
+    if str(value) not in [str(choice) for choice in declared.choices]:
+        known = [choice for choice in declared.choices if choice is not None]
+        listed = ", ".join("null" if choice is None else choice for choice in declared.choices)
+        raise ConfigError(f"{name}={value!r}: choose one of {listed}{suggest.nearest(str(value), known)}")
 
 
 def _check_interval(name: str, value: float, declared: Declaration) -> None:

@@ -148,7 +148,7 @@ class LoggerConfig:
     wandb: str = setting("offline", "Weights & Biases", choices=("offline", "online", "disabled"))
     project: str = setting("ltx-train", "the W&B project")
     every: int = setting(10, "optimizer steps between two logged rows", least=1)
-    also: list[str] = setting(list[str](), "further trackers: csv, tensorboard")
+    also: list[str] = setting(list[str](), "further trackers", choices=("csv", "tensorboard"))
 
 
 @dataclass
