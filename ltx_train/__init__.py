@@ -1,3 +1,3 @@
 """ltx-train: train, measure and ship LTX-2.3 LoRAs, in-context LoRAs and full fine-tunes."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -30,7 +30,8 @@ def layout(config: Config) -> TensorSource:
 
 def skeleton(config: Config) -> Transformer:
     """The transformer on the meta device. It is shared: nobody may change it."""
-    path, preset = config.model.path, config.model.preset
+    preset = config.model.preset
+    path = config.model.path if config.model.weights == "file" else None
     return _skeleton(path, _stamp(path) if path else (0, 0), preset)
 
 

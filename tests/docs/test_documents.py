@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ltx_train import config
+from ltx_train import __version__, config
 from ltx_train.config.command_table import COMMANDS
 from tests.conftest import REPOSITORY, command
 
@@ -22,7 +23,7 @@ MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
 def lines(prefix: str) -> list[str]:
     """Every command line in the documents and in the Makefile's recipes that starts with `prefix`."""
-    texts = [page.read_text() for page in PAGES]
+    texts = [page.read_text() for page in PAGES if page.name != "CONTRIBUTING.md"]  # test_contributing runs those
     texts += [path.read_text() for path in (REPOSITORY / "conf").glob("*/*.yaml")]
     found = [m for text in texts for m in re.findall(rf"^(?:# )?({prefix} [^\n`]*)", text, re.MULTILINE)]
     return sorted({re.sub(r"\s+#.*$", "", line) for line in found})
@@ -97,6 +98,19 @@ def test_versions_are_pinned() -> None:
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     assert [n for n in names if n.lower().replace("_", "-") not in pinned] == []
     assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text()
+
+
+def test_the_version_has_its_changes() -> None:
+    assert f"## [{__version__}] - " in (REPOSITORY / "CHANGELOG.md").read_text()
+    assert f"version: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_the_tests() -> None:
+    """And every YAML file of the repository's forms can be read."""
+    forms = [*(REPOSITORY / ".github").rglob("*.yaml"), REPOSITORY / ".pre-commit-config.yaml"]
+    assert len(forms) > 3
+    read = {form.name: yaml.safe_load(form.read_text()) for form in forms}
+    assert {"run": "make test"} in read["test.yaml"]["jobs"]["test"]["steps"]
 
 
 def test_the_sample_is_small() -> None:

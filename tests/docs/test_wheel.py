@@ -29,6 +29,7 @@ def test_the_wheel_brings_its_configuration(tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+    assert (Path(site) / "ltx_train" / "py.typed").is_file()
     # The dependencies of this environment, without its editable ltx-train.
     Path(site, "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     command = tmp_path / "venv" / "bin" / "ltx-train"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ltx_train import config
-from ltx_train.assembly import from_config, memory_plan, resolve, summary
+from ltx_train.assembly import from_config, memory_plan, model_source, resolve, summary
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.config.settings import all_settings
@@ -116,3 +116,10 @@ def test_what_ranks_share_is_decided_once(overrides: list[str], expected: tuple[
     )  # fmt: skip
     assert found == expected
     assert shared.readers == shared.world // shared.sequence
+
+
+def test_random_weights_need_no_file() -> None:
+    """Sizes and weights come from the same source."""
+    config = made("model", {"weights": "random", "preset": "tiny", "path": "missing.safetensors"})
+    names = {name for name, _ in build_transformer(RandomWeights("tiny")).named_parameters()}
+    assert {name for name, _ in model_source.skeleton(config).named_parameters()} == names
