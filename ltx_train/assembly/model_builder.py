@@ -124,7 +124,8 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
     _limit(setup)
     source = model_source.weights(setup.config)
     layers = source.config["transformer"]["num_layers"]
-    gathers = setup.sharing.gathers_blocks
+    # Masters are slices, so training gathers blocks on one rank too. A measurement on one rank has whole blocks.
+    gathers = setup.sharing.slices_blocks if exchange is not None else setup.sharing.gathers_blocks
     arranged = arrange(
         layers, memory.keep, keep_everything=memory.keep_everything,
         stream_blocks=layers if gathers else memory.stream_blocks, offload_inputs=memory.offload_inputs,

@@ -73,9 +73,8 @@ class Sharing:
 
     @property
     def gathers_blocks(self) -> bool:
-        """Whether the weight stream gathers blocks over the ranks. A full fine-tune does so on one rank too, because
-        its masters are slices."""
-        return self.slices_blocks and (self.world > 1 or self.slices_updates)
+        """Whether the weight stream gathers blocks over several ranks."""
+        return self.slices_blocks and self.world > 1
 
     @property
     def saves_slices(self) -> bool:

@@ -134,7 +134,7 @@ def test_export_and_inspect(
     file.write_bytes(file.read_bytes()[:-100])
     refused(None, "not a readable safetensors file")
     file.unlink()
-    refused(None, "no LoRA at")
+    refused(None, "there is no such file")
 
 
 def test_export_of_a_given_step(trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

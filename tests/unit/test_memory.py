@@ -36,7 +36,7 @@ def test_recomputation_changes_no_gradient() -> None:
 _MEASURE = """
 import re, sys, threading, torch
 from ltx_train.model import load_transformer
-from ltx_train.memory.quantize import block_quantizer
+from ltx_train.memory.weights.quantize import block_quantizer
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 if sys.argv[2] != "none":
