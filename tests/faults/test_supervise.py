@@ -208,10 +208,10 @@ def test_a_crash_is_restarted(prepared: Path, clips: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    """200 steps, 20 ends at random: asked to stop, killed, out of disk. The curve is an unbroken one's, bit for bit."""
+    """120 steps, 12 ends at random: asked to stop, killed, out of disk. The curve is an unbroken one's, bit for bit."""
     chance = random.Random(5)
     steps = (
-        "optim.steps=200",
+        "optim.steps=120",
         "eval.interval=50",
         "eval.max_samples=2",
         "checkpoint.interval=4",
@@ -220,7 +220,7 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
     broken = fit(prepared, clips, tmp_path / "broken", *steps)
     run = tmp_path / "broken" / "audio_reference" / "main"
     ends: list[int] = []
-    for number in range(20):
+    for number in range(12):
         harm = ("stop", "kill", "disk")[number % 3]
         goal = 9 * (number + 1) + chance.randrange(5)
         with started(broken, tmp_path / "log") as process:
@@ -238,7 +238,7 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
     assert command(*broken) == 0
     assert command(*fit(prepared, clips, tmp_path / "whole", *steps)) == 0
     whole = tmp_path / "whole" / "audio_reference" / "main"
-    assert len(curve(run)) == 200
+    assert len(curve(run)) == 120
     assert curve(run) == curve(whole)
     assert _same(newest(run), newest(whole))
 
