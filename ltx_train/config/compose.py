@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ltx_train.config import suggest
 from ltx_train.config.files import config_dir, group_options
+from ltx_train.config.options import with_option
 from ltx_train.config.rules import validate
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import OPEN_MAPPINGS, OPEN_PREFIXES, all_settings, check_text, known_names
-from ltx_train.config.targets import with_targets
+from ltx_train.config.targets import follows_mode, with_targets
 from ltx_train.contracts import ConfigError, Mode
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -37,17 +39,28 @@ def compose_config(overrides: list[str], extra_dir: str | None = None) -> Config
     return _finished(composed, extra_dir)
 
 
-def from_file(path: str | Path, overrides: list[str]) -> Config:
-    """A configuration that `dump` wrote, with single settings changed; its groups are composed already."""
+def from_file(path: str | Path, overrides: list[str], moved: Mapping[str, Any] | None = None) -> Config:
+    """A configuration that `dump` wrote, with options of groups chosen, then single settings changed.
+
+    moved: settings that differ from the file's before all that, because the file was moved.
+    """
     groups = group_options(None)
     for override in overrides:
         _check_override(override, groups)
-        if override.partition("=")[0].lstrip("+~") in groups:
-            raise ConfigError(f"{override}: {path} is composed already, change single settings (key.name=value)")
+    chosen = [override.partition("=") for override in overrides if override.partition("=")[0] in groups]
+    singles = [override for override in overrides if override.partition("=")[0] not in groups]
     try:
-        texts = {o.partition("=")[0]: free_text(o) for o in overrides if free_text(o) is not None}
-        others = [o for o in overrides if free_text(o) is None]
-        merged = OmegaConf.merge(OmegaConf.structured(load(Path(path))), OmegaConf.from_dotlist(others))
+        saved = load(Path(path))
+        if follows_mode(saved) and any(group == "mode" for group, _, _ in chosen):
+            saved.adapter.targets = []
+        node = OmegaConf.structured(saved)
+        for name, value in (moved or {}).items():
+            OmegaConf.update(node, name, value)
+        for group, _, option in chosen:
+            node = with_option(node, group, option)
+        texts = {o.partition("=")[0]: free_text(o) for o in singles if free_text(o) is not None}
+        others = [o for o in singles if free_text(o) is None]
+        merged = OmegaConf.merge(node, OmegaConf.from_dotlist(others))
         for name, text in texts.items():
             OmegaConf.update(merged, name, text)
     except OmegaConfBaseException as error:

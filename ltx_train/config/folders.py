@@ -20,10 +20,10 @@ def from_folder(folder: str, command: str, overrides: list[str]) -> Config:
         raise ConfigError(f"{folder!r} is neither an override (key=value) nor a folder")
     if not (path / FILE).is_file():
         raise ConfigError(f"{folder} has no {FILE}: give a run's folder (runs/<experiment>/<id>) or a prepared one")
-    config = compose.from_file(path / FILE, overrides)
     if (path / _INDEX).is_file():
-        return compose.changed(config, {"data.root": folder})
-    return compose.changed(config, {**_names(path), **_inputs(path, command, config)})
+        return compose.from_file(path / FILE, overrides, {"data.root": folder})
+    config = compose.from_file(path / FILE, overrides, _names(path))
+    return compose.changed(config, _inputs(path, command, config))
 
 
 def _names(path: Path) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def with_targets(config: Config) -> Config:
     return replace(config, adapter=replace(config.adapter, targets=list(chosen(config))))
 
 
+def follows_mode(config: Config) -> bool:
+    """Whether the targets are the default set of the mode, so that another mode brings its own."""
+    return config.adapter.targets in ([], list(SETS[of_mode(config.mode)]))
+
+
 def chosen(config: Config) -> tuple[str, ...]:
     """The targets as name endings, without duplicates."""
     listed = list(config.adapter.targets) or [of_mode(config.mode)]

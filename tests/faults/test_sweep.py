@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from ltx_train import config
+from ltx_train.config.settings import all_settings
 from ltx_train.contracts import UserError
 from ltx_train.evaluation.sweep_report import Trial, render
 from ltx_train.jobs import search, trials
-from tests.conftest import command
+from ltx_train.training.tracking.metrics import read_rows
+from tests.conftest import REPOSITORY, command
 from tests.faults.harness import started, steps_done, wait_for
 from tests.faults.test_resume import fit
 
@@ -102,6 +108,37 @@ def test_a_search_is_continued_where_it_was_killed(
     assert (made.optim.lr, made.adapter.rank) == (study.best_params["optim.lr"], study.best_params["adapter.rank"])
     assert command(*arguments) == 0
     assert "best" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_trials_of_the_wandb_sweep(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch/sweeps/wandb.yaml as it is, started as W&B's agent starts trials: its own functions fill in the command."""
+    sweep = yaml.safe_load((REPOSITORY / "launch" / "sweeps" / "wandb.yaml").read_text())
+    monkeypatch.setenv("PREPARED", str(prepared))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    losses: list[float] = []
+    for trial, (lr, rank) in {"one": (1e-5, 8), "two": (1e-3, 16)}.items():
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        words = create_sweep_command(list(sweep["command"]))
+        args = create_sweep_command_args({"args": {"optim.lr": {"value": lr}, "adapter.rank": {"value": rank}}})
+        assert words[-1] == "${args_no_hyphens}"
+        small = [f"run.root={tmp_path}", "logger.wandb=disabled", "optim.steps=2", "eval.interval=2"]
+        subprocess.run([*words[:-1], *args["args_no_hyphens"], *small], check=True, capture_output=True)
+        run = tmp_path / "wandb" / trial
+        assert config.load(run / "config.yaml").adapter.rank == rank
+        losses.append(read_rows(run / "metrics.jsonl")[-1][sweep["metric"]["name"]])
+    assert losses[0] != losses[1]
+    assert {name in all_settings() for name in sweep["parameters"]} == {True}
+
+
+@pytest.mark.slow
+def test_comma_lists_are_a_search(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", str(prepared), "-m", "optim.lr=1e-4,1e-3", f"run.root={tmp_path}", "optim.steps=2"]
+    assert command(*arguments, "eval.interval=2") == 0
+    assert "next: ltx-train evaluate " in capsys.readouterr().out
+    (report,) = tmp_path.rglob("report.html")
+    assert report.parent.name.startswith("sweep-lr-")
+    assert {config.load(p).optim.lr for p in tmp_path.rglob("trial*/config.yaml")} == {1e-4, 1e-3}
 
 
 def test_a_report_without_a_finished_trial_is_a_table() -> None:

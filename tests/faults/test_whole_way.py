@@ -67,6 +67,46 @@ def test_the_bundled_clips_show_the_method(tmp_path: Path) -> None:
     assert row["val/adapter_gain"] < 0
 
 
+def test_every_command_names_the_next_one(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a prepared folder to a clip by typing what the command before has printed. Folders replace all overrides;
+    settings that a command does not read never make it refuse."""
+    small = {
+        "check": ["check.previews=0"],
+        "fit": [f"run.root={tmp_path}", "optim.steps=2", "eval.interval=2", "adapter=lora"],
+        "evaluate": ["data.on_bad_clip=skip", "data.workers=1", "logger.every=3", "sweep.trials=7"],
+        "sample": ["sample.prompt=a man, close: {calm}", "sample.steps=1", f"sample.out={tmp_path / 'clip.mp4'}"],
+    }
+    following = ["check", str(prepared)]
+    typed: list[str] = []
+    while "..." not in following:
+        typed.append(following[0])
+        assert command(*following, *small.get(following[0], [])) == 0, following
+        *_, last = capsys.readouterr().out.splitlines()
+        assert last.startswith("next: ltx-train "), last
+        following = last.split()[2:]
+    assert typed == ["check", "fit", "evaluate", "export", "inspect", "sample"]
+    assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("option", ["fast", "limit", "overfit", "deterministic", "profile"])
+def test_debug_configurations_run(option: str, prepared: Path, tmp_path: Path) -> None:
+    more = ["optim.steps=10"] if option in ("overfit", "deterministic") else []
+    arguments = ["fit", str(prepared), f"debug={option}", f"run.root={tmp_path}", *more, "optim.lr=0.01"]
+    assert command(*arguments) == 0
+    run = next((tmp_path / "audio_reference").iterdir())
+    assert run.name.startswith("debug")
+    rows = read_rows(run / "metrics.jsonl")
+    if option == "limit":
+        assert len([row for row in rows if "val/loss" in row]) == 2
+    if option == "overfit":
+        assert (run / "config.yaml").read_text().count("limit: 1\n") == 1
+    if option == "deterministic":
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+    if option == "profile":
+        assert "traceEvents" in json.loads((run / "profile" / "rank-0.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def trained(prepared: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run of six steps with alpha twice the rank, and its overrides."""

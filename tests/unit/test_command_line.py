@@ -12,7 +12,7 @@ import pytest
 
 from ltx_train import config
 from ltx_train.config import help as helping
-from ltx_train.config import suggest
+from ltx_train.config import suggest, targets
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.config.folders import from_folder
 from ltx_train.config.multirun import as_search, split_lists, top_level_values
@@ -251,6 +251,45 @@ def test_a_run_folder_names_the_run_and_its_files(run_folder: Path, monkeypatch:
     assert from_folder(str(run_folder), "sample", ["sample.adapter=mine"]).sample.adapter == "mine"
     monkeypatch.chdir(run_folder.parent)
     assert from_folder("first", "fit", []).run.experiment == "voices"
+    assert from_folder("first", "fit", ["run.id=second"]).run.id == "second"
+    assert from_folder("first", "fit", ["debug=limit"]).run.id == "debug-limit"
+
+
+def test_options_of_groups_over_a_folder(run_folder: Path) -> None:
+    """An option replaces what its group's options set, and leaves all else as the folder has it."""
+    before = from_folder(str(run_folder), "fit", ["memory=recompute", "memory.budget_gib=20", "optim.steps=77"])
+    (run_folder / "config.yaml").write_text(config.dump(before))
+    made = from_folder(
+        str(run_folder), "fit",
+        ["memory=int8", "optim=prodigy", "strategy=zero3_offload", "mode=extend", "debug=overfit", "optim.lr=0.5"],
+    )  # fmt: skip
+    assert (made.memory.quantize, made.memory.keep, made.memory.budget_gib) == ("int8", None, 20)
+    assert (made.optim.name, made.optim.lr, made.optim.steps) == ("prodigy", 0.5, 200)
+    assert (made.strategy.name, made.strategy.offload) == ("zero3", "cpu")
+    assert [c.kind.value for c in made.mode.conditions] == ["prefix"]
+    assert made.data.limit == 1
+    again = from_folder(str(run_folder), "fit", ["optim=adamw", "adapter=full", "memory=none"])
+    assert (again.optim.steps, again.adapter.kind) == (77, "full")
+
+
+def test_targets_follow_the_mode_unless_they_are_chosen(run_folder: Path) -> None:
+    saved = run_folder / "config.yaml"
+    saved.write_text(config.dump(from_folder(str(run_folder), "fit", ["mode=t2av", "adapter=auto"])))
+    assert from_folder(str(run_folder), "fit", ["mode=t2a"]).adapter.targets == list(targets.SETS["audio_only"])
+    saved.write_text(config.dump(from_folder(str(run_folder), "fit", ["adapter.targets=[ff.net.2]"])))
+    assert from_folder(str(run_folder), "fit", ["mode=t2v"]).adapter.targets == ["ff.net.2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experiment=av_lora", "the folder has an experiment's settings"),
+        ("memory=int9", "did you mean 'int8'"),
+    ],
+)
+def test_options_that_a_folder_cannot_take(override: str, message: str, run_folder: Path) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        from_folder(str(run_folder), "fit", [override])
 
 
 def test_a_run_folder_that_cannot_be_sampled_is_refused(run_folder: Path) -> None:
