@@ -51,7 +51,7 @@ def submitted(
     assert command("submit", *arguments[1:], *small) == 0
     shown = capsys.readouterr().out
     assert "#SBATCH --signal=B:USR1@60" in shown
-    return shown.split("submitted job ")[1].split(";")[0]
+    return shown.split("submitted job ")[1].split()[0]
 
 
 @needs_slurm

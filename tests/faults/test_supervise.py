@@ -143,23 +143,21 @@ def test_the_best_checkpoint_stays_in_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("service", ["aws", "gcp"])
 def test_a_machine_that_is_taken_away_is_continued_on_another(
-    service: str, cloud: Cloud, prepared: Path, clips: Path, tmp_path: Path
+    cloud: Cloud, prepared: Path, clips: Path, tmp_path: Path
 ) -> None:
-    """Two machines: two folders and one store. The notice is acted on within 6 seconds, nothing is lost."""
+    """Two machines: two folders and one store. Nothing is lost after a notice (test_notices_of_both_clouds)."""
 
     def supervised(machine: str) -> list[str]:
-        common = [f"supervise.notice={service}", f"supervise.notice_url={cloud.url}", "supervise.poll_s=0.5"]
+        common = ["supervise.notice=gcp", f"supervise.notice_url={cloud.url}", "supervise.poll_s=0.5"]
         return ["supervise", *fit(prepared, clips, tmp_path / machine, "checkpoint.interval=4", *common)[1:],
                 f"supervise.store=file://{tmp_path / 'store'}"]  # fmt: skip
 
     first, second = (tmp_path / m / "audio_reference" / "main" for m in ("first", "second"))
     with started(supervised("first"), tmp_path / "log") as process:
         wait_for(lambda: steps_done(first) > 5, process)
-        cloud.leaving, told = True, time.monotonic()
+        cloud.leaving = True
         assert process.wait(60) == 75
-        assert time.monotonic() - told < 12
     assert "this machine is being taken away" in (tmp_path / "log").read_text()
     cloud.leaving, done = False, steps_done(first)
     with started(supervised("second"), tmp_path / "log") as process:
@@ -208,11 +206,11 @@ def test_a_crash_is_restarted(prepared: Path, clips: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    """120 steps, 12 ends at random: asked to stop, killed, out of disk. The curve is an unbroken one's, bit for bit."""
+    """60 steps, 9 ends at random: asked to stop, killed, out of disk. The curve is an unbroken one's, bit for bit."""
     chance = random.Random(5)
     steps = (
-        "optim.steps=120",
-        "eval.interval=50",
+        "optim.steps=60",
+        "eval.interval=30",
         "eval.max_samples=2",
         "checkpoint.interval=4",
         "optim.schedule=constant",
@@ -220,9 +218,9 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
     broken = fit(prepared, clips, tmp_path / "broken", *steps)
     run = tmp_path / "broken" / "audio_reference" / "main"
     ends: list[int] = []
-    for number in range(12):
+    for number in range(9):
         harm = ("stop", "kill", "disk")[number % 3]
-        goal = 9 * (number + 1) + chance.randrange(5)
+        goal = 6 * (number + 1) + chance.randrange(3)
         with started(broken, tmp_path / "log") as process:
             wait_for(lambda: steps_done(run) >= goal, process)  # noqa: B023
             time.sleep(chance.random() * 0.3)
@@ -238,7 +236,7 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
     assert command(*broken) == 0
     assert command(*fit(prepared, clips, tmp_path / "whole", *steps)) == 0
     whole = tmp_path / "whole" / "audio_reference" / "main"
-    assert len(curve(run)) == 120
+    assert len(curve(run)) == 60
     assert curve(run) == curve(whole)
     assert _same(newest(run), newest(whole))
 

@@ -112,7 +112,7 @@ def test_a_search_is_continued_where_it_was_killed(
 
 @pytest.mark.slow
 def test_two_trials_of_the_wandb_sweep(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """launch/sweeps/wandb.yaml as it is, started as W&B's agent starts trials: its own functions fill in the command."""
+    """launch/sweeps/wandb.yaml as it is, started as W&B's agent does: its own functions fill in the command."""
     sweep = yaml.safe_load((REPOSITORY / "launch" / "sweeps" / "wandb.yaml").read_text())
     monkeypatch.setenv("PREPARED", str(prepared))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -136,9 +136,9 @@ def test_comma_lists_are_a_search(prepared: Path, tmp_path: Path, capsys: pytest
     arguments = ["fit", str(prepared), "-m", "optim.lr=1e-4,1e-3", f"run.root={tmp_path}", "optim.steps=2"]
     assert command(*arguments, "eval.interval=2") == 0
     assert "next: ltx-train evaluate " in capsys.readouterr().out
-    (report,) = tmp_path.rglob("report.html")
-    assert report.parent.name.startswith("sweep-lr-")
-    assert {config.load(p).optim.lr for p in tmp_path.rglob("trial*/config.yaml")} == {1e-4, 1e-3}
+    runs = tmp_path / "audio_reference"
+    assert len(list(runs.glob("sweep-lr-*/report.html"))) == 1
+    assert {config.load(p).optim.lr for p in runs.glob("lr-*/config.yaml")} == {1e-4, 1e-3}
 
 
 def test_a_report_without_a_finished_trial_is_a_table() -> None:

@@ -65,8 +65,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """Sizes of a transformer, whose blocks are all alike. block_rest: elements of a block outside `linears`. outside:
-    elements outside the blocks."""
+    """Sizes of a transformer in elements. block_rest: of a block outside `linears`. outside: outside the blocks."""
 
     layers: int
     linears: tuple[Linear, ...]
@@ -220,11 +219,7 @@ def _snapshot(trained: TrainedWeights) -> float:
 
 
 def _gradients(trained: TrainedWeights, block: float, dtype_bytes: int) -> float:
-    """Bytes of gradients: float32, or with a ZeRO stage a float32 slice and the gradients before their reduction.
-
-    The latter are complete for an adapter. A full fine-tune has buffers of three blocks and all gradients in stage 1,
-    buffers of four blocks otherwise.
-    """
+    """Bytes of gradients: float32, or with a ZeRO stage a float32 slice and the buffers that it is reduced from."""
     if not trained.stage:
         return 4.0 * trained.parameters
     share = 0.0 if trained.offloaded else 4.0 * trained.parameters / trained.slices
@@ -275,8 +270,7 @@ def _kept_attention(size: ModelSizes, work: Workload, choice: MemoryChoice) -> f
 
 
 def _kept_products(size: ModelSizes, work: Workload, choice: MemoryChoice) -> float:
-    """Bytes of the outputs of a block's float8 products, which the compiler never recomputes. The output of the
-    last one is not needed."""
+    """Bytes of a block's float8 outputs, which the compiler never recomputes. The last output is not needed."""
     if choice.compute != "fp8":
         return 0.0
     rows = {"video": work.video, "audio": work.audio, "text": work.text}
