@@ -74,7 +74,7 @@ _reported: set[str] = set()
 
 
 def _report_excess(constraints: PlanConstraints, layers: int) -> None:
-    """An explicit number of blocks beyond the model's means all of them. It is said once."""
+    """An explicit number of blocks beyond the model's means all of them. One message names it."""
     for name, value in (("stream_blocks", constraints.stream_blocks), ("keep_everything", constraints.keep_everything)):
         text = f"ltx-train: memory.{name}={value}: the model has {layers} blocks, all of them are taken"
         if value is not None and value > layers and text not in _reported:

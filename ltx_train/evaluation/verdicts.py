@@ -55,7 +55,7 @@ def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None) -> l
     likeness: resemblance of references to their own targets beyond chance, at most 1 (`likeness.beyond_chance`).
     """
     if not rows:
-        return [Verdict(Kind.nothing_heldout, "Nothing is held out, so nothing about new identities can be said.")]
+        return [Verdict(Kind.nothing_heldout, "Nothing is held out, so there is no result for new identities.")]
     main = [row for row in rows if row.sigma in grid.main]
     verdicts: list[Verdict] = []
     if any(row.arm == BASE for row in main):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 from ltx_train.config.command_table import COMMANDS
@@ -71,6 +73,14 @@ def test_functions_and_files_are_short() -> None:
     assert long == []
     assert [path.name for path in FILES if len(path.read_text().splitlines()) >= 350] == []
     assert not [path for path in FILES if path.name == "utils.py"]
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Between modules, imports inside functions and for types included."""
+    graph = grimp.build_graph("ltx_train", cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert len(imports) > 150
+    graphlib.TopologicalSorter(imports).prepare()
 
 
 def test_commands_holds_the_commands_and_nothing_else() -> None:

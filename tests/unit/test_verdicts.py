@@ -1,4 +1,4 @@
-"""What is said about measurements: every kind of sentence from rows made for it."""
+"""Verdicts on measurements: every kind of sentence, from rows made for it."""
 
 from __future__ import annotations
 
