@@ -10,3 +10,11 @@ def close(made: Path | str | None, following: str) -> None:
     if made is not None:
         print(f"made {made}")
     print(f"next: {following}")
+
+
+def sample_command(adapter: str | Path | None, *more: str) -> str:
+    """A `sample` command for an adapter: by its run's folder where it lies in one."""
+    folder = Path(adapter).parent.parent if adapter else None
+    if folder is not None and (folder / "config.yaml").is_file():
+        return " ".join(["ltx-train sample", str(folder), f"sample.adapter={adapter}", *more])
+    return " ".join(["ltx-train sample ...", *([f"sample.adapter={adapter}"] if adapter else []), *more])

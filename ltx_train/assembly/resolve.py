@@ -159,8 +159,8 @@ def for_job(config: Config, nodes: int, devices: int) -> Config:
 
 
 def device(config: Config, ranks: Ranks | None = None) -> torch.device:
-    """The device to compute on; UserError when the settings need a GPU and there is none. It changes nothing: the process
-    group makes a rank's device the current one."""
+    """The device to compute on; UserError when the settings need a GPU and there is none. It changes nothing: the
+    process group makes a rank's device the current one."""
     import torch
 
     kind = config.strategy.device

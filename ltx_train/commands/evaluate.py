@@ -7,7 +7,7 @@ from pathlib import Path
 from ltx_train import config as configuration
 from ltx_train.assembly import comparison, from_config, model_builder, resolve, trackers
 from ltx_train.assembly.checked_data import open_heldout
-from ltx_train.assembly.closing import close
+from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.heldout_measurement import Measurement, course
 from ltx_train.assembly.previews import Previews
 from ltx_train.assembly.saved_run import open_run
@@ -26,7 +26,7 @@ def run(config: Config) -> int:
     """Writes the same numbers to the page, to metrics.jsonl and to W&B."""
     if config.checkpoints is not None:
         page, first = comparison.compare(config)
-        close(page, f"ltx-train sample ... sample.adapter={first}")
+        close(page, sample_command(first))
         return Exit.DONE
     folder = from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)

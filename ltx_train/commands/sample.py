@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltx_train.assembly import from_config, model_builder, model_source, resolve
-from ltx_train.assembly.closing import close
+from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, ModalityName, Mode, Role
@@ -141,7 +141,7 @@ def _write(config: Config, request: SampleRequest, video: Tensor | None, audio: 
         speech = codecs.audio_grid(audio[:, : audio_latent.shape[2]], audio_latent.shape[1])[0]
     pixels, sound = media.decode(decoder, clip, speech)
     media.write_mp4(Path(config.sample.out), pixels, request.sound or sound, fps)
-    close(config.sample.out, "ltx-train sample ... sample.seed=43 (another one)")
+    close(config.sample.out, sample_command(config.sample.adapter, f"sample.seed={config.sample.seed + 1}"))
 
 
 def _sound(path: str, seconds: float) -> Sound:

@@ -78,13 +78,15 @@ def test_every_command_names_the_next_one(prepared: Path, tmp_path: Path, capsys
     }
     following = ["check", str(prepared)]
     typed: list[str] = []
-    while "..." not in following:
+    while "sample" not in typed:
         typed.append(following[0])
         assert command(*following, *small.get(following[0], [])) == 0, following
         *_, last = capsys.readouterr().out.splitlines()
         assert last.startswith("next: ltx-train "), last
         following = last.split()[2:]
     assert typed == ["check", "fit", "evaluate", "export", "inspect", "sample"]
+    assert following[0] == "sample"
+    assert following[-1] == "sample.seed=43"
     assert (tmp_path / "clip.mp4").stat().st_size > 1000
 
 
