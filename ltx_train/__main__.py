@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ltx_train import __version__
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.contracts import ConfigError, Exit
-from ltx_train.jobs.exit_codes import guarded
+from ltx_train.jobs.exit_codes import exit_code_of
 
 if TYPE_CHECKING:
     from ltx_train.config import Config
@@ -26,7 +26,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; a user's mistake is one message on stderr."""
-    return guarded(lambda: _run(arguments))
+    return exit_code_of(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> int:

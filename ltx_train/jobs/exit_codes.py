@@ -13,7 +13,7 @@ from ltx_train.contracts import Exit, UserError
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
-def guarded(work: Callable[[], int]) -> int:
+def exit_code_of(work: Callable[[], int]) -> int:
     """Runs `work` and returns its exit code. A UserError, a full disk and Ctrl-C end without a traceback."""
     try:
         return work()

@@ -25,7 +25,7 @@ from ltx_train.assembly import resolve
 from ltx_train.config import Config
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.distributed import allocator, environment
-from ltx_train.jobs.exit_codes import guarded
+from ltx_train.jobs.exit_codes import exit_code_of
 
 Entry = Callable[[Config], int]
 
@@ -113,7 +113,7 @@ def _child(entry: Entry, config: Config, parent: int) -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
     if os.getppid() != parent:
         return
-    sys.exit(guarded(lambda: entry(config)))
+    sys.exit(exit_code_of(lambda: entry(config)))
 
 
 def _forwarding(children: list[Any]) -> Any:
