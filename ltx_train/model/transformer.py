@@ -83,7 +83,7 @@ Pair = tuple[Tensor | None, Tensor | None]
 class Block(LTX2VideoTransformerBlock):
     """One block of the transformer: diffusers' layers with this project's forward pass."""
 
-    # Positional, because activation checkpointing and the compiled call pass arguments by position.
+    # Positional, because the block runner forwards arguments by position.
     def forward(  # noqa: PLR0917  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         video: Tensor | None,
