@@ -83,13 +83,13 @@ Pair = tuple[Tensor | None, Tensor | None]
 class Block(LTX2VideoTransformerBlock):
     """One block of the transformer: diffusers' layers with this project's forward pass."""
 
-    # Positional, because the block runner forwards arguments by position.
-    def forward(  # noqa: PLR0917  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         video: Tensor | None,
         audio: Tensor | None,
         video_stream: Stream | None,
         audio_stream: Stream | None,
+        *,
         skip_self_attention: bool,
         isolate: bool,
     ) -> Pair:
@@ -156,9 +156,9 @@ class Block(LTX2VideoTransformerBlock):
         return video, audio + (a_table[4] + a.cross_gate) * to_audio
 
 
-def run_block(_index: int, block: Block, *arguments: Any) -> Pair:
+def run_block(_index: int, block: Block, *arguments: Any, **flags: bool) -> Pair:
     """Calls a block. `memory` replaces this function to recompute, compile or stream blocks."""
-    return block(*arguments)
+    return block(*arguments, **flags)
 
 
 class Transformer(nn.Module):
@@ -211,10 +211,11 @@ class Transformer(nn.Module):
             token_slice = TokenSlice.of(self.sequence_group, v_hidden.shape[1])
             v_hidden, v_stream = token_slice.cut(v_hidden), v_stream.cut(token_slice)
         for index, block in enumerate(self.transformer_blocks):
-            skip = index in perturbation.skip_self_attention
             v_hidden, a_hidden = self.run_block(
-                index, block, v_hidden, a_hidden, v_stream, a_stream, skip, perturbation.isolate_modalities
-            )
+                index, block, v_hidden, a_hidden, v_stream, a_stream,
+                skip_self_attention=index in perturbation.skip_self_attention,
+                isolate=perturbation.isolate_modalities,
+            )  # fmt: skip
         if token_slice is not None and v_hidden is not None:
             v_hidden = token_slice.whole(v_hidden)
         return self._head(v_hidden, full_stream, ""), self._head(a_hidden, a_stream, "audio_")

@@ -94,17 +94,17 @@ class BlockRunner:
         for side in self._side_streams:
             side.join()
 
-    def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+    def __call__(self, index: int, block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
         streamed = self.stream is not None and index in self.stream
         if not torch.is_grad_enabled():
-            return self._without_gradient(index, streamed, block, video, audio, *rest)
+            return self._without_gradient(index, streamed, block, video, audio, *rest, **flags)
         # The first block's input requires no gradient by itself. It gets one, so that all blocks compile to one graph
         # and its marker fires in backward.
         video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
         if streamed or self._reduce is not None or self._is_offloaded(index):
-            return self._marked(index, streamed, block, video, audio, *rest)
+            return self._marked(index, streamed, block, video, audio, *rest, **flags)
         self._cast(index, block, video, audio)
-        return self._calls[self._keep[index]](block, video, audio, *rest)
+        return self._calls[self._keep[index]](block, video, audio, *rest, **flags)
 
     def _is_offloaded(self, index: int) -> bool:
         return self._offload is not None and index in self._offload
@@ -114,24 +114,26 @@ class BlockRunner:
             self._casts[index] = CastAdapters(block)
         self._casts[index].cast(next(h.dtype for h in (video, audio) if h is not None))
 
-    def _without_gradient(self, index: int, streamed: bool, block: Block, *arguments: Any) -> Pair:
+    def _without_gradient(self, index: int, streamed: bool, block: Block, *arguments: Any, **flags: bool) -> Pair:
         """Validation and sampling."""
         if streamed and self.stream is not None:
             self.stream.begin(index, backward=False, training=False)
         if self._probe is not None:
             self._probe(index, block, *arguments)
-        result = self._calls[Keep.everything](block, *arguments)
+        result = self._calls[Keep.everything](block, *arguments, **flags)
         if streamed and self.stream is not None:
             self.stream.end(index)
         return result
 
-    def _marked(self, index: int, streamed: bool, block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+    def _marked(
+        self, index: int, streamed: bool, block: Block, video: Any, audio: Any, *rest: Any, **flags: bool
+    ) -> Pair:
         if streamed and self.stream is not None:
             self.stream.begin(index, backward=False, training=True)
         inputs = mark(partial(self._backward_ends, index, streamed), (video, audio))
         # Behind the marker in forward, so before it in backward: the adapter's gradients are complete when it fires.
         self._cast(index, block, video, audio)
-        pair = self._calls[self._keep[index]](block, *inputs, *rest)
+        pair = self._calls[self._keep[index]](block, *inputs, *rest, **flags)
         if streamed and self.stream is not None:
             self.stream.end(index)
         if self._offload is not None and index in self._offload:
@@ -174,22 +176,22 @@ def mark(call: Callable[[], None], pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return first, second
 
 
-def _call(block: Block, *arguments: Any) -> Pair:
-    return block(*arguments)
+def _call(block: Block, *arguments: Any, **flags: bool) -> Pair:
+    return block(*arguments, **flags)
 
 
-def _recomputed(block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+def _recomputed(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
     """Dropout masks are keyed, so no random state has to be kept for the recomputation."""
     result: Any = checkpoint(
-        lambda v, a: block(v, a, *rest), video, audio, use_reentrant=False, preserve_rng_state=False
+        lambda v, a: block(v, a, *rest, **flags), video, audio, use_reentrant=False, preserve_rng_state=False
     )
     return result
 
 
-def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any) -> Pair:
+def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
     contexts = partial(create_selective_checkpoint_contexts, _attention_policy)
     result: Any = checkpoint(
-        lambda v, a: block(v, a, *rest), video, audio, use_reentrant=False, preserve_rng_state=False,
+        lambda v, a: block(v, a, *rest, **flags), video, audio, use_reentrant=False, preserve_rng_state=False,
         context_fn=contexts,
     )  # fmt: skip
     return result
