@@ -11,7 +11,7 @@ REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data 
 .PHONY: help setup demo study test lint format unit golden faults docs gpu tools wheel sample settings clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## a virtual environment with pinned versions
 
@@ -35,10 +35,10 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
-study: setup ## do the measurements measure? five data sets whose truth is known: docs/study.md
+study: setup ## tests the verdicts on five data sets whose truth is known: docs/study.md
 	$(BIN)/python docs/study/study.py
 
-test: setup lint tools ## everything that is green before a change lands
+test: setup lint tools ## lint, types and all tests
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup ## style, types and the direction of imports
@@ -71,7 +71,7 @@ wheel: setup ## dist/*.whl with the configuration inside
 settings: setup ## write docs/settings.md from the schema
 	$(BIN)/python -c 'from ltx_train.config.help import settings_page; print(settings_page(), end="")' > docs/settings.md
 
-sample: setup ## draw and sing data/sample again
+sample: setup ## generate data/sample again
 	$(BIN)/python data/make_sample.py
 
 clean: ## remove what make made, runs excepted

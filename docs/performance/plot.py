@@ -15,7 +15,7 @@ COLORS = {"bf16": "#2563eb", "int8": "#d97706", "fp8": "#059669"}
 
 
 def main() -> None:
-    """One panel for each work: what a step takes at what peak, and the peer (x) where it was in the same calls."""
+    """One panel for each work: what a step takes at what peak, and the peer (x) where it was in the same session."""
     records = json.loads((HERE / "h200.json").read_text())
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.5))
     for axes, work in zip(panels, "AB", strict=True):

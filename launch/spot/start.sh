@@ -3,7 +3,7 @@
 # variables. The image needs the NVIDIA driver and Python 3.11. A replacement machine runs the same script and continues
 # the run.
 set -euo pipefail
-RUN="experiment=voice_reference_22b data.root=/data/prepared model.path=/data/ltx-2.3-22b-distilled-1.1.safetensors"
+RUN="/data/prepared data.root=/data/prepared model.path=/data/ltx-2.3-22b-distilled-1.1.safetensors model.text_encoder=/data/gemma-3-12b-it"
 STORE="s3://my-bucket/runs"      # gs://my-bucket/runs on Google Cloud (pip install gcsfs)
 DATA="s3://my-bucket/data"
 CLOUD=aws                        # or gcp

@@ -77,7 +77,7 @@ def _peer(config: Config) -> dict[str, Any]:
     peer = {f"peer_{name}": measured[name] for name in ("step_s_median", "peak_reserved_gib") if name in measured}
     quantize, _ = resolve.precision(config)
     quantized = "" if quantize == "none" else f", optimum-quanto {quantize}"
-    return {"peer": f"diffusers model, eager, every block checkpointed{quantized}; same call", **peer}
+    return {"peer": f"diffusers model, eager, every block checkpointed{quantized}; same session", **peer}
 
 
 def _rates(setup: Setup, seconds: float) -> dict[str, Any]:

@@ -37,12 +37,12 @@ _LIBRARIES = ("torch", "lightning", "diffusers", "peft", "transformers", "optimu
 
 @dataclass(frozen=True)
 class Finding:
-    """level: pass, warn or fail. mend: the fix for the user to make, empty for a pass."""
+    """level: pass, warn or fail. fix: what the user can do, empty for a pass."""
 
     name: str
     level: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def run(config: Config) -> int:
@@ -53,7 +53,7 @@ def run(config: Config) -> int:
     else:
         _show(findings)
         close(
-            None, "ltx-train prepare ..." if any(f.name == "data" and f.mend for f in findings) else "ltx-train fit ..."
+            None, "ltx-train prepare ..." if any(f.name == "data" and f.fix for f in findings) else "ltx-train fit ..."
         )
     return Exit.CONFIG if any(finding.level == "fail" for finding in findings) else Exit.DONE
 
@@ -73,8 +73,8 @@ def _libraries(_config: Config) -> Iterator[Finding]:
 
 def _gpus(_config: Config) -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        mend = "check the driver (nvidia-smi), or set strategy.device=cpu for the tiny model"
-        yield Finding("gpu", "warn", f"no GPU is visible to torch {torch.__version__}", mend)
+        fix = "check the driver (nvidia-smi), or set strategy.device=cpu for the tiny model"
+        yield Finding("gpu", "warn", f"no GPU is visible to torch {torch.__version__}", fix)
         return
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -97,8 +97,8 @@ def _links() -> Iterator[Finding]:
     torch.cuda.synchronize()
     speed = size / (time.perf_counter() - started) / 1e9
     slow = speed < 10
-    mend = "streamed weights will be slow: check the slot's width (nvidia-smi -q -d PCI)" if slow else ""
-    yield Finding("host link", "warn" if slow else "pass", f"{speed:.0f} GB/s from pinned memory", mend)
+    fix = "streamed weights will be slow: check the slot's width (nvidia-smi -q -d PCI)" if slow else ""
+    yield Finding("host link", "warn" if slow else "pass", f"{speed:.0f} GB/s from pinned memory", fix)
     count = torch.cuda.device_count()
     apart = [(a, b) for a in range(count) for b in range(a) if not torch.cuda.can_device_access_peer(a, b)]
     if count > 1:
@@ -117,8 +117,8 @@ def _ranks(config: Config) -> Iterator[Finding]:
         answer = Path(folder) / "answer"
         code = processes.run_processes(partial(_all_reduce, answer), config, count)
         if code != 0 or not answer.is_file():
-            mend = "the error is above; NCCL_DEBUG=INFO makes NCCL print more"
-            yield Finding("all-reduce", "fail", f"{count} processes did not complete an all-reduce", mend)
+            fix = "the error is above; NCCL_DEBUG=INFO makes NCCL print more"
+            yield Finding("all-reduce", "fail", f"{count} processes did not complete an all-reduce", fix)
             return
         yield Finding("all-reduce", "pass", f"{count} processes: {answer.read_text()}")
 
@@ -148,8 +148,8 @@ def _memory(_config: Config) -> Iterator[Finding]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     text = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.1f} GiB"
     low = torch.cuda.is_available() and limit != resource.RLIM_INFINITY and limit < 20 * GIB and os.getuid() != 0
-    mend = "streamed weights are page-locked: raise `ulimit -l`" if low else ""
-    yield Finding("host memory", "warn" if low else "pass", f"{total:.0f} GiB; limit of locked memory: {text}", mend)
+    fix = "streamed weights are page-locked: raise `ulimit -l`" if low else ""
+    yield Finding("host memory", "warn" if low else "pass", f"{total:.0f} GiB; limit of locked memory: {text}", fix)
 
 
 def _plan(config: Config) -> Iterator[Finding]:
@@ -179,14 +179,14 @@ def _disk(config: Config) -> Iterator[Finding]:
     save = trained.parameters * resolve.optimizer(config).saved_bytes
     free, needed = shutil.disk_usage(root).free, save * (config.checkpoint.keep + 1)
     short = free < needed
-    mend = "free some space, lower checkpoint.keep or set run.root" if short else ""
+    fix = "free some space, lower checkpoint.keep or set run.root" if short else ""
     text = f"{free / GIB:.0f} GiB free in {root}, {needed / GIB:.1f} needed for {config.checkpoint.keep} checkpoints"
-    yield Finding("disk space", "fail" if short else "pass", text, mend)
+    yield Finding("disk space", "fail" if short else "pass", text, fix)
     speed = _write_speed(root, min(_PROBE_BYTES, free // 4))
     seconds = save / speed
     text = f"{speed / 1e6:.0f} MB/s written and flushed: a save of {save / GIB:.2f} GiB takes {seconds:.1f} s"
-    mend = _save_advice(config, seconds)
-    yield Finding("disk speed", "warn" if mend else "pass", text, mend)
+    fix = _save_advice(config, seconds)
+    yield Finding("disk speed", "warn" if fix else "pass", text, fix)
 
 
 def _save_advice(config: Config, seconds: float) -> str:
@@ -230,12 +230,12 @@ def _data(config: Config) -> Iterator[Finding]:
         yield Finding("data", "warn", f"nothing is prepared in {config.data.root!r}", "ltx-train prepare")
         return
     _, index, stale = from_config.prepared(config)
-    mend = "ltx-train prepare" if stale else ""
+    fix = "ltx-train prepare" if stale else ""
     yield Finding(
         "data",
         "warn" if stale else "pass",
         stale[0] if stale else f"{len(index.records)} clips in {config.data.root}",
-        mend,
+        fix,
     )
 
 
@@ -270,7 +270,7 @@ _MARKS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]fai
 def _show(findings: list[Finding]) -> None:
     console = Console(soft_wrap=True)
     for finding in findings:
-        mend = f"\n     {'':<12}-> {finding.mend}" if finding.mend else ""
+        fix = f"\n     {'':<12}-> {finding.fix}" if finding.fix else ""
         console.print(
-            f"{_MARKS[finding.level]} {finding.name:<12}{escape(finding.text)}{escape(mend)}", highlight=False
+            f"{_MARKS[finding.level]} {finding.name:<12}{escape(finding.text)}{escape(fix)}", highlight=False
         )

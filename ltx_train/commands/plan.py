@@ -53,7 +53,7 @@ def _overview(config: Config) -> None:
             plan = memory_plan.plan_for(configuration.changed(config, {"memory.quantize": "int8"}), room)
         budget = f"{room.budget_gib:.0f} GiB"
         if plan is None:
-            table.add_row(card.name, budget, "", "", "", "does not fit: ltx-train plan plan.card=... says why")
+            table.add_row(card.name, budget, "", "", "", "does not fit: ltx-train plan plan.card=... gives the reason")
             continue
         foot = plan.footprint
         table.add_row(

@@ -75,7 +75,7 @@ _COMMANDS = (
         needs=("inspect.file", "model.path"),
     ),
     CommandKind(
-        name="doctor", summary="machine, disk, data, weights, tracker, cluster: each finding with its mend",
+        name="doctor", summary="machine, disk, data, weights, tracker, cluster: each finding with its fix",
         groups=("doctor", "strategy", "memory", "model", "data", "run"), checks_paths=False,
     ),
     CommandKind(

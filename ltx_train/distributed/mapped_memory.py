@@ -120,7 +120,8 @@ class PeerSums:
 
     def __init__(self, slots: list[Tensor], mapped: dict[int, list[Tensor]], flags: Flags, rank: int) -> None:
         self._slots, self._mapped, self._flags, self._rank = slots, mapped, flags, rank
-        # Used by every call. Calls follow each other on one stream, so a call's copies begin after the sum before.
+        # Used by every call. Calls follow each other on one stream, and a replay of a CUDA graph waits for that stream
+        # (`SideStream.rewind`), so a call's copies begin after the sum before.
         self._gathered = torch.empty_like(slots[0])
 
     @classmethod

@@ -86,7 +86,7 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None)
         return [Verdict(Kind.too_few_identities, text)]
     if likeness is not None and likeness >= _COPY:
         text = intro + (
-            f"The references are their own targets (likeness {likeness:.2f}): the gap says that the model copies, and "
+            f"The references are their own targets (likeness {likeness:.2f}): the gap shows copying, and "
             "nothing about identities. Take references from other clips and prepare again."
         )
         return [Verdict(Kind.reference_is_target, text)]
@@ -104,7 +104,7 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None)
     if levels:
         text = intro + (
             "The reference helps at high noise and fades where the noise is low: there the noised target itself shows "
-            "what the reference tells. That is expected where the target carries the identity; generation from noise "
+            "the same information as the reference. That is expected where the target carries the identity; generation from noise "
             "with the reference swapped decides what the model makes of it. Higher noise levels in training "
             "(sigma.kind=high) give the reference more to do." + dropped
         )
@@ -180,7 +180,7 @@ def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
     intro = f"Reference gap (correct minus wrong): {gap:+.4f} ± {half:.4f}, 95 %. "
     if gap < -half and gap < -_RELEVANT * abs(loss):
         return [
-            Verdict(Kind.reference_used, intro + "The model uses the reference; `evaluate` says at which noise levels.")
+            Verdict(Kind.reference_used, intro + "The model uses the reference; `evaluate` lists the noise levels.")
         ]
     text = intro + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
     return [Verdict(Kind.reference_decorative, text)]

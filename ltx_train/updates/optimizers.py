@@ -50,11 +50,15 @@ def step_within(optimizer: torch.optim.Optimizer, norm: Tensor, limit: Tensor | 
     """Updates the weights unless the gradient norm is not finite or above the limit. A skipped step changes neither
     weights nor moments.
 
-    Fused kernels decide on the device (torch's AMP interface: `found_inf`). Other optimizers make the host wait.
+    Fused kernels decide where the parameters are (torch's AMP interface: `found_inf`). Other optimizers make the host
+    wait.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
         flagged: Any = optimizer
-        flagged.found_inf, flagged.grad_scale = (~_is_fine(norm, limit)).float(), None
+        # Parameters in host memory: the flag must have arrived before the kernel reads it, and torch would copy it
+        # without waiting. On the parameters' own device this copy is none.
+        place = optimizer.param_groups[0]["params"][0].device
+        flagged.found_inf, flagged.grad_scale = (~_is_fine(norm, limit)).float().to(place), None
         optimizer.step()
     elif bool(_is_fine(norm, limit)):
         optimizer.step()

@@ -220,6 +220,20 @@ class SlicedParameters:
         for slot in self._slots:
             slot.free = torch.cuda.Event()
 
+    def rewind(self) -> None:
+        """Lets the next replay begin after the reductions outside the graph, such as that of the parameters outside the
+        blocks.
+
+        With two passes a step and a rank that is late:
+
+            pass 1: graph ... | reduce "outside" through slot 0, waits on the side stream for the late rank's data
+            pass 2: graph     | copies block 7's gradients into slot 0: only after the reduction above
+
+        The graph's own events order reductions within it. An eager reduction has none of them.
+        """
+        if self._cuda:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
     def wait_for_gradients(self) -> None:
         """After it, the current stream may read the masters' gradients and change the slices: all reductions are done,
         and no copy into the ring still reads a slice."""

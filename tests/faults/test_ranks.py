@@ -16,7 +16,7 @@ from ltx_train.distributed.ranks import Ranks, first_host, ranks_from_environmen
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command, settings
-from tests.faults.harness import ranks, started, steps_done, wait_for
+from tests.faults.harness import children, started, steps_done, wait_for
 from tests.faults.test_resume import curve, newest
 
 pytestmark = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
         with started(arguments, tmp_path / "log") as process:
             wait_for(lambda: steps_done(run) > before + 1, process)  # noqa: B023
             seen = steps_done(run)
-            send(_alive(ranks(process.pid)), number)
+            send(_alive(children(process.pid)), number)
             assert process.wait(60) == 75, name
         saved = int(newest(run).name[5:])
         assert saved == steps_done(run) >= seen
@@ -182,7 +182,7 @@ def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_pa
     with started(arguments, tmp_path / "log") as process:
         wait_for(lambda: steps_done(run) > 2, process)
         stopped = time.monotonic()
-        os.kill(ranks(process.pid)[1], signal.SIGSTOP)
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
         assert process.wait(60) == 76
         assert time.monotonic() - stopped < 4 + 10 + 15
     assert "rank 0 made no progress" in (tmp_path / "log").read_text()
@@ -194,7 +194,7 @@ def test_a_killed_rank_ends_the_run(prepared: Path, clips: Path, tmp_path: Path)
     run = tmp_path / "audio_reference" / "main"
     with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
         wait_for(lambda: steps_done(run) > 2, process)
-        os.kill(ranks(process.pid)[1], signal.SIGKILL)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
         assert process.wait(60) not in (0, 75)
 
 

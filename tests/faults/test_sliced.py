@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
-from tests.faults.harness import ranks, started, steps_done, wait_for
+from tests.faults.harness import children, started, steps_done, wait_for
 from tests.faults.test_ranks import end, fit
 from tests.faults.test_resume import curve, newest
 
@@ -116,7 +116,7 @@ def test_a_stopped_full_fine_tune_goes_on_bit_for_bit(name: str, prepared: Path,
     arguments, log = fit(prepared, clips, tmp_path / "broken", *more), tmp_path / "log"
     with started(arguments, log) as process:
         wait_for(lambda: steps_done(run(tmp_path / "broken")) > 5, process)
-        os.kill(ranks(process.pid)[1], signal.SIGTERM)
+        os.kill(children(process.pid)[1], signal.SIGTERM)
         assert process.wait(60) == 75
     assert end(arguments, log) == 0
     assert end(fit(prepared, clips, tmp_path / "whole", *more), log) == 0

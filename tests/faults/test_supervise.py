@@ -27,7 +27,7 @@ from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.checkpoints.mirror import RunStore
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
-from tests.faults.harness import started, steps_done, wait_for
+from tests.faults.harness import children, started, steps_done, wait_for
 from tests.faults.test_resume import curve, fit, newest
 
 
@@ -196,7 +196,7 @@ def test_a_crash_is_restarted(prepared: Path, clips: Path, tmp_path: Path) -> No
     arguments = fit(prepared, clips, tmp_path, "checkpoint.interval=2", "supervise.backoff_s=0.1", "optim.steps=20")
     with started(["supervise", *arguments[1:]], tmp_path / "log") as process:
         wait_for(lambda: steps_done(run) > 4, process)
-        os.kill(_child(process.pid), signal.SIGKILL)
+        os.kill(children(process.pid)[0], signal.SIGKILL)
         assert process.wait(120) == 0
     assert "fit ended with 137; again in" in (tmp_path / "log").read_text()
     rows = read_rows(run / "metrics.jsonl")
@@ -249,14 +249,3 @@ def _same(first: Path, second: Path) -> bool:
             return False
     return True
 
-
-def _child(parent: int) -> int:
-    """The process that runs `fit` under a supervisor."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            above = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if above == parent and b"spawn_main" in (path / "cmdline").read_bytes():
-                return int(path.name)
-        except (OSError, ValueError, IndexError):
-            continue
-    raise AssertionError("no child")

@@ -74,6 +74,9 @@ class InputOffload:
         """Makes the capture wait for all copies before it ends."""
         torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
+    def rewind(self) -> None:
+        """Does nothing: every copy of a pass is awaited within its backward."""
+
     def _empty(self, index: int) -> None:
         away = self._away[index]
         if away.emptied:

@@ -46,6 +46,14 @@ class SideStream(Protocol):
         """The current stream waits for the side stream; the recording may end."""
         ...
 
+    def rewind(self) -> None:
+        """The current stream waits for everything that this stream has begun outside the recording.
+
+        Kernels of a graph know events of the graph alone. Without this wait a replay could overwrite memory that eager
+        work of the pass before still reads.
+        """
+        ...
+
 
 class BlockRunner:
     """`transformer.run_block`: calls block `index` in the planned way.
@@ -81,9 +89,9 @@ class BlockRunner:
             self._probe = None
 
     def rewind(self) -> None:
-        """Brings the ring of streamed weights into the state in which a pass begins."""
-        if self.stream is not None:
-            self.stream.rewind()
+        """Brings every side stream into the state in which a recorded pass begins."""
+        for side in self._side_streams:
+            side.rewind()
 
     @contextmanager
     def recording(self) -> Generator[Callable[[], None]]:
