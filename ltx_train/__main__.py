@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ltx_train import __version__
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.contracts import ConfigError, Exit
+from ltx_train.jobs import output
 from ltx_train.jobs.exit_codes import exit_code_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the console script."""
+    output.survive_readers()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -83,7 +85,9 @@ def _run_command(command: str, options: Namespace) -> int:
     if options.cfg is not None:
         if options.cfg != "job":
             raise ConfigError(f"--cfg {options.cfg}: only `--cfg job` is known")
-        print(config.to_yaml(overrides, options.config_dir), end="")
+        is_composed = not options.config and not _is_folder(overrides)
+        composed = config.to_yaml(overrides, options.config_dir) if is_composed else ""
+        print(composed or config.dump(_settings(command, overrides, options)), end="")
         return Exit.DONE
     settings = _settings(command, overrides, options)
     if lists:
@@ -98,11 +102,22 @@ def _settings(command: str, words: list[str], options: Namespace) -> Config:
     """From a folder, from a saved file, or composed of groups and overrides."""
     from ltx_train.config import compose, folders
 
-    if words and "=" not in words[0]:
+    if _is_folder(words):
+        if options.config or options.config_dir:
+            name = "--config" if options.config else "--config-dir"
+            raise ConfigError(
+                f"{name} beside the folder {words[0]}: the folder's config.yaml has all settings, leave {name} out"
+            )
         return folders.from_folder(words[0], command, words[1:])
     if options.config:
+        if options.config_dir:
+            raise ConfigError("--config-dir beside --config: the file has all settings, leave --config-dir out")
         return compose.from_file(options.config, words)
     return compose.compose_config(words, options.config_dir)
+
+
+def _is_folder(words: list[str]) -> bool:
+    return bool(words) and "=" not in words[0]
 
 
 if __name__ == "__main__":

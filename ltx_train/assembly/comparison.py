@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ltx_train import config as configuration
 from ltx_train.assembly import from_config, model_builder, model_source
@@ -27,15 +28,17 @@ from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import read_rows
 
 PAGE = "comparison.html"
+S = TypeVar("S", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A LoRA file: its name on the page, and the step of its run if it has one."""
+    """A LoRA file: its name on the page, and its run and step if it is a checkpoint of a run."""
 
     name: str
     path: Path
-    step: int | None
+    run: str = ""
+    step: int | None = None
 
 
 def compare(config: Config) -> tuple[Path, Path]:
@@ -58,9 +61,9 @@ def compare(config: Config) -> tuple[Path, Path]:
     )
     base = arms.base()
     subjects: list[tuple[Subject, Candidate]] = []
-    for candidate in listed:
+    for number, candidate in enumerate(listed, 1):
         print(f"measuring {candidate.name}", flush=True)
-        subjects.append((arms.adapter(candidate, base), candidate))
+        subjects.append((arms.adapter(candidate, base, f"{number:02d}"), candidate))
     grid = arms.measurement.grid
     subjects.sort(key=lambda pair: mean([r for r in pair[0].rows if r.sigma in grid.main], CORRECT).mean)
     ranked = [subject for subject, _ in subjects]
@@ -88,7 +91,10 @@ def candidates(checkpoints: Any) -> list[Candidate]:
 
     ConfigError names an entry without LoRA files.
     """
-    listed: Sequence[str] = [checkpoints] if isinstance(checkpoints, str) else [str(entry) for entry in checkpoints]
+    if not checkpoints or not isinstance(checkpoints, (str, Sequence)):
+        raise ConfigError(f"checkpoints={checkpoints}: give a run's folder, a pattern, .safetensors files, or a list")
+    entries: Sequence[Any] = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+    listed = [str(entry) for entry in entries]
     by_file: dict[Path, Candidate] = {}
     for entry in listed:
         paths = sorted(p for match in sorted(glob(entry)) for p in _files(Path(match)))
@@ -98,7 +104,8 @@ def candidates(checkpoints: Any) -> list[Candidate]:
             )
         for path in paths:
             by_file.setdefault(path.resolve(), _candidate(path))
-    return list(by_file.values())
+    names = Counter(candidate.name for candidate in by_file.values())
+    return [c if names[c.name] == 1 else replace(c, name=str(c.path)) for c in by_file.values()]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -113,8 +120,9 @@ def _candidate(path: Path) -> Candidate:
     step = path.stem.removeprefix("step-")
     if path.parent.name == "adapters" and step.isdigit():
         run_folder = path.parent.parent
-        return Candidate(f"{run_folder.parent.name}/{run_folder.name} step {int(step)}", path, int(step))
-    return Candidate(path.name, path, None)
+        run = f"{run_folder.parent.name}/{run_folder.name}"
+        return Candidate(f"{run} step {int(step)}", path, run, int(step))
+    return Candidate(path.name, path)
 
 
 def _folder(path: Path) -> Path:
@@ -122,18 +130,29 @@ def _folder(path: Path) -> Path:
 
 
 def _with_run_settings(config: Config, folder: Path) -> Config:
-    """The configuration with model, mode, data and loss of the run. Moved paths come from the command line."""
+    """The configuration with model, mode, data, loss and noise levels of the run. What the command line sets wins."""
     saved = folder / "config.yaml"
     if not saved.is_file():
         if not config.data.root:
             raise ConfigError(f"{folder} is no run's folder: choose the data with experiment=..., data.root=...")
         return config
     run = configuration.load(saved)
-    is_there = Path(run.data.root).is_dir() or not config.data.root
-    data = run.data if is_there else replace(run.data, root=config.data.root)
-    is_known = run.model.path is None or Path(run.model.path).is_file()
-    model = run.model if is_known else replace(run.model, path=config.model.path)
-    return replace(config, model=model, mode=run.mode, data=data, loss=run.loss, sigma=run.sigma, run=run.run)
+    default = configuration.compose_config([])
+    sections = {
+        name: _overlaid(getattr(run, name), getattr(config, name), getattr(default, name))
+        for name in ("model", "mode", "data", "loss", "sigma")
+    }
+    return replace(config, **sections, run=run.run)
+
+
+def _overlaid(run: S, given: S, default: S) -> S:
+    """A section of the run's settings with those that the command line changes from their defaults."""
+    changed = {
+        field.name: getattr(given, field.name)
+        for field in fields(given)
+        if getattr(given, field.name) != getattr(default, field.name)
+    }
+    return replace(run, **changed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +171,8 @@ class _Arms:
             name="base", step=None, rows=rows, clips=self.previews.generate(self.transformer, self._samples("base"))
         )
 
-    def adapter(self, candidate: Candidate, base: Subject) -> Subject:
-        """Raises DataError when the adapter was trained on another base."""
+    def adapter(self, candidate: Candidate, base: Subject, samples: str) -> Subject:
+        """samples: name of the folder of its clips. Raises DataError when the adapter was trained on another base."""
         tensors, metadata = lora_file.read_lora(candidate.path)
         trained_on, config = metadata.get("base_fingerprint"), self.setup.config
         if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
@@ -163,11 +182,13 @@ class _Arms:
             base_rows = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
             rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *base_rows]
             masses = self.measurement.masses(self.transformer)
-            name = candidate.path.stem if candidate.step is None else f"step-{candidate.step:06d}"
-            clips = self.previews.generate(self.transformer, self._samples(name))
+            clips = self.previews.generate(self.transformer, self._samples(samples))
         finally:
             adapter.detach(self.transformer)
-        return Subject(name=candidate.name, step=candidate.step, rows=rows, masses=masses, clips=clips)
+        return Subject(
+            name=candidate.name, run=candidate.run, step=candidate.step, rows=rows, masses=masses, clips=clips
+        )
 
     def _samples(self, name: str) -> Path:
-        return self.folder / "samples" / name
+        """A folder for the clips of one adapter, apart from the clips that the run generated during training."""
+        return self.folder / "samples" / "comparison" / name

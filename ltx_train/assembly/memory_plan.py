@@ -48,17 +48,24 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, MemoryPlan
         return resolve.with_choice(config, resolve.memory_choice(config)), None
     plan = plan_for(config, room, training=training)
     if plan is None:
-        raise UserError(refusal(config, room))
+        raise UserError(refusal(config, room, training=training))
     return resolve.with_choice(config, plan.choice), plan
 
 
 def plan_for(config: Config, room: Room, *, training: bool = True) -> MemoryPlan | None:
     """The plan for a room, or None when nothing fits. training: otherwise a command that runs the model forward, in one
     process."""
+    needed, constraints = _problem(config, room.host_gib, training=training)
+    _report_excess(constraints, needed.size.layers)
+    return search.choose(needed, constraints, room.card, room.budget_gib)
+
+
+def _problem(config: Config, host_gib: float | None, *, training: bool) -> tuple[StepNeed, PlanConstraints]:
+    """What has to fit, and what the search may choose."""
     if not training:
-        config = resolve.for_one_process(config, resolve.strategy_of(config))
+        config = resolve.for_one_process(config)
     needed, sharing = need(config), resolve.sharing(config)
-    constraints = resolve.plan_constraints(config, room.host_gib)
+    constraints = resolve.plan_constraints(config, host_gib)
     if not training:
         needed = replace(needed, trained=TrainedWeights(parameters=0, moment_bytes=0.0))
         constraints = replace(constraints, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
@@ -66,8 +73,7 @@ def plan_for(config: Config, room: Room, *, training: bool = True) -> MemoryPlan
         constraints = replace(constraints, stream_blocks=needed.size.layers, slices=sharing.block_slices)
     if sharing.offload is not None or sharing.sequence > 1:
         constraints = replace(constraints, graphs=False)
-    _report_excess(constraints, needed.size.layers)
-    return search.choose(needed, constraints, room.card, room.budget_gib)
+    return needed, constraints
 
 
 _reported: set[str] = set()
@@ -103,15 +109,16 @@ def need(config: Config) -> StepNeed:
     return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained_weights(config, skeleton))
 
 
-def refusal(config: Config, room: Room) -> str:
-    """Why a run does not fit, and the cheapest changes that make it fit."""
-    least = search.smallest(need(config), resolve.plan_constraints(config, None), room.card).footprint
+def refusal(config: Config, room: Room, *, training: bool = True) -> str:
+    """Why a run, or a command that runs the model forward, does not fit, and the cheapest changes that make it fit."""
+    needed, constraints = _problem(config, None, training=training)
+    least = search.smallest(needed, constraints, room.card).footprint
     lines = [
-        f"this run does not fit into {room.budget_gib:.1f} GiB on {room.card.name}: "
+        f"this {'run' if training else 'command'} does not fit into {room.budget_gib:.1f} GiB on {room.card.name}: "
         f"with these settings it needs at least {least.gib:.1f} GiB"
         + (f" and {least.host_gib:.0f} GiB of host memory" if least.host_gib > 1 else "")
     ]
-    cheapest = mends.cheapest(config, lambda changed: plan_for(changed, room))
+    cheapest = mends.cheapest(config, lambda changed: plan_for(changed, room, training=training), training=training)
     if cheapest:
         lines += ["the cheapest changes that make it fit:", *(f"  {mend}" for mend in cheapest)]
     else:

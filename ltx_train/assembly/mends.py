@@ -53,9 +53,10 @@ class Mend:
         return f"{self.change.text}   ({foot.gib:.1f} GiB, about {foot.step_s:.2f} s a step)"
 
 
-def cheapest(config: Config, plan: Planner, count: int = 3) -> list[Mend]:
-    """Up to `count` mends: single changes, then pairs of changes none of which is enough alone."""
-    changes = list(_changes(config))
+def cheapest(config: Config, plan: Planner, count: int = 3, *, training: bool = True) -> list[Mend]:
+    """Up to `count` mends: single changes, then pairs of changes none of which is enough alone. training: whether
+    changes of the updates help too."""
+    changes = [*_changes_of_the_model(config), *(_changes_of_training(config) if training else ())]
     singles = [(change, _tried(config, change, plan)) for change in changes]
     mends = [mend for _, mend in singles if mend is not None]
     if len(mends) < count:
@@ -80,9 +81,9 @@ def _tried(config: Config, change: Change, plan: Planner) -> Mend | None:
     return None if found is None else Mend(change, found)
 
 
-def _changes(config: Config) -> Iterator[Change]:
+def _changes_of_the_model(config: Config) -> Iterator[Change]:
     fixed = resolve.fixed_memory_settings(config)
-    choice, sharing = resolve.memory_choice(config), resolve.sharing(config)
+    choice = resolve.memory_choice(config)
     quantize, compute = resolve.precision(config)
     if fixed:
         yield Change(dict.fromkeys(fixed))
@@ -92,6 +93,14 @@ def _changes(config: Config) -> Iterator[Change]:
         yield Change({"memory.quantize": "int8"})
     if compute == "bf16" and quantize != "int4":
         yield Change({"memory.quantize": "int4"}, 1.2)
+    for share in _SHORTER:
+        shorter = [str(bucket.shortened(share)) for bucket in resolve.buckets(config)]
+        if shorter != config.data.buckets:
+            yield Change({"data.buckets": shorter}, _CHANGES_RESULT / share)
+
+
+def _changes_of_training(config: Config) -> Iterator[Change]:
+    sharing = resolve.sharing(config)
     if sharing.saves_slices and sharing.offload is None:
         yield Change({"strategy.offload": "cpu"})
     yield from _smaller_optimizers(config)
@@ -99,10 +108,6 @@ def _changes(config: Config) -> Iterator[Change]:
         yield Change({"optim.batch_size": 1}, 1.1)
     if not sharing.full and config.adapter.rank >= 16:
         yield Change({"adapter.rank": config.adapter.rank // 2}, _CHANGES_RESULT)
-    for share in _SHORTER:
-        shorter = [str(bucket.shortened(share)) for bucket in resolve.buckets(config)]
-        if shorter != config.data.buckets:
-            yield Change({"data.buckets": shorter}, _CHANGES_RESULT / share)
 
 
 def _smaller_optimizers(config: Config) -> Iterator[Change]:

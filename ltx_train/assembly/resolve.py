@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ltx_train import config as configuration
 from ltx_train.config import Config, parse_bucket
-from ltx_train.contracts import ModalityName, Mode, Role, UserError
+from ltx_train.contracts import ConfigError, ModalityName, Mode, Role, UserError
 from ltx_train.diffusion.grid import Bucket, audio_latents
 from ltx_train.distributed.strategies import STRATEGIES
 from ltx_train.updates.kinds import OPTIMIZERS, OptimizerKind
@@ -137,9 +137,10 @@ def trained_kind(config: Config) -> str:
     return config.adapter.kind
 
 
-def for_one_process(config: Config, name: str = "single") -> Config:
-    """The configuration for a command that runs in one process. name: a strategy whose arithmetic is kept."""
-    return replace(config, strategy=replace(config.strategy, name=name, sequence=1, devices=1))
+def for_one_process(config: Config) -> Config:
+    """The configuration for a command that runs in one process. The strategy's name stays, and with it its
+    arithmetic."""
+    return replace(config, strategy=replace(config.strategy, sequence=1, devices=1))
 
 
 def with_strategy_of(config: Config, other: Config) -> Config:
@@ -147,15 +148,19 @@ def with_strategy_of(config: Config, other: Config) -> Config:
     return replace(config, strategy=replace(config.strategy, name=other.strategy.name))
 
 
-def strategy_of(config: Config) -> str:
-    return config.strategy.name
-
-
 def for_job(config: Config, nodes: int, devices: int) -> Config:
-    """The configuration that a cluster job's processes read: one process for each device of a node."""
+    """The configuration that a cluster job's processes read: one process for each device of a node.
+
+    ConfigError when the job would be refused on the cluster.
+    """
+    if config.strategy.devices not in (1, devices):
+        raise ConfigError(
+            f"strategy.devices={config.strategy.devices}, but cluster.devices={devices}: a job has cluster.devices "
+            "processes on each node, so set that alone"
+        )
     several = nodes * devices > 1 and not STRATEGIES[config.strategy.name].several
     name = "ddp" if several else config.strategy.name
-    return replace(config, strategy=replace(config.strategy, name=name, devices=devices))
+    return configuration.changed(config, {"strategy.name": name, "strategy.devices": devices})
 
 
 def device(config: Config, ranks: Ranks | None = None) -> torch.device:
@@ -187,11 +192,12 @@ def buckets(config: Config) -> list[Bucket]:
 
 def workload(config: Config) -> Workload:
     """The bucket with the most tokens, references included, as one micro-batch."""
-    loads = (_workload(config, bucket) for bucket in buckets(config))
+    loads = (workload_of(config, bucket) for bucket in buckets(config))
     return max(loads, key=lambda load: (load.video, load.audio))
 
 
-def _workload(config: Config, bucket: Bucket) -> Workload:
+def workload_of(config: Config, bucket: Bucket) -> Workload:
+    """One micro-batch of a bucket, references included."""
     from ltx_train.memory.planning.footprint import Workload
 
     modes, shared = [m for _, m in configuration.training_modes(config)], sharing(config)

@@ -58,4 +58,4 @@ def forward_only(config: Config) -> Setup:
 
     The strategy's name stays, because it decides the arithmetic of a full fine-tune.
     """
-    return settled(resolve.for_one_process(config, resolve.strategy_of(config)), training=False)
+    return settled(resolve.for_one_process(config), training=False)

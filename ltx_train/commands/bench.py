@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ltx_train import config as configuration
 from ltx_train.assembly import memory_plan, resolve, run_builder, summary, timing, update_builder
 from ltx_train.assembly.setup import Setup, settled
 from ltx_train.config import Config
@@ -28,7 +30,7 @@ def run(config: Config) -> int:
     process (`jobs.processes`)."""
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
-        raise UserError("bench.baseline=true compares one device: set strategy=single")
+        raise UserError("bench.baseline=true compares one device: set strategy=single strategy.devices=1")
     peer = _peer(config) if config.bench.baseline else {}
     with process_group(ranks, resolve.device(config, ranks), resolve.launch(config).rendezvous_timeout_s):
         return _run(config, ranks, peer)
@@ -83,25 +85,31 @@ def _peer(config: Config) -> dict[str, Any]:
 def _rates(setup: Setup, seconds: float) -> dict[str, Any]:
     """Tokens per second, and the model's FLOP/s as a share of the card's dense bf16 rate (MFU)."""
     needed = memory_plan.need(setup.config)
-    work = needed.work
-    samples = setup.sharing.readers * work.batch
+    # Steps are timed on the first bucket, with all micro-batches of an optimizer step.
+    work = resolve.workload_of(setup.config, resolve.buckets(setup.config)[0])
+    passes = configuration.micro_batches(setup.config, setup.ranks.world)
+    samples = setup.sharing.readers * work.batch * passes
     rates = {"tokens_per_s": round(samples * (work.video * work.sequence + work.audio) / seconds, 1)}
     if setup.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setup.device)
         card = card_of_device(properties.name, properties.total_memory / GIB)
-        flops = model_flops(needed.size, work, full=needed.trained.full)
+        flops = passes * model_flops(needed.size, work, full=needed.trained.full)
         rates["mfu"] = round(flops / seconds / (card.bf16_tflops * 1e12), 4)
     return rates
 
 
 def _about(config: Config) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    head = ""
+    if shutil.which("git"):
+        # The commit of this package's checkout, whatever folder the command runs in; empty for an installed wheel.
+        call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        head = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
         "case": config.bench.case,
         "device": gpu,
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": head,
         "command": "ltx-train " + " ".join(sys.argv[1:]),
     }
 

@@ -271,6 +271,4 @@ def _show(findings: list[Finding]) -> None:
     console = Console(soft_wrap=True)
     for finding in findings:
         fix = f"\n     {'':<12}-> {finding.fix}" if finding.fix else ""
-        console.print(
-            f"{_MARKS[finding.level]} {finding.name:<12}{escape(finding.text)}{escape(fix)}", highlight=False
-        )
+        console.print(f"{_MARKS[finding.level]} {finding.name:<12}{escape(finding.text)}{escape(fix)}", highlight=False)

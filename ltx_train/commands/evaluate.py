@@ -34,7 +34,7 @@ def run(config: Config) -> int:
     continued = configuration.continued(config, trained_with, 1)
     setup = forward_only(resolve.with_strategy_of(continued, trained_with))
     config = setup.config
-    configuration.refuse_drift(trained_with, resolve.with_strategy_of(config, trained_with), folder)
+    configuration.refuse_drift(trained_with, config, folder)
     root, index = open_heldout(config)
     transformer = model_builder.open_trainable(setup, fresh=False)
     adapter.load_state(transformer, checkpoint.published)

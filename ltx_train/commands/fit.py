@@ -17,7 +17,7 @@ from ltx_train.assembly.closing import close
 from ltx_train.assembly.run_builder import RunStart
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
-from ltx_train.contracts import Exit, UserError
+from ltx_train.contracts import ConfigError, Exit, UserError
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.evaluation import ranking, verdicts
 from ltx_train.jobs.folder_lock import FolderLock
@@ -84,7 +84,11 @@ def _settle(config: Config, folder: Path, world: int) -> _Settled:
     weights are loaded."""
     root, index = open_checked(config)
     saved = folder / "config.yaml"
-    checkpoints = commit.committed(folder / "checkpoints") if config.run.resume == "auto" else []
+    checkpoints = commit.committed(folder / "checkpoints")
+    if checkpoints and config.run.resume == "never":
+        raise ConfigError(
+            f"run.resume=never, but {folder} holds checkpoints: choose another run.id, or remove that folder"
+        )
     before = configuration.load(saved) if saved.is_file() and checkpoints else None
     readers = configuration.readers(config, world)
     config, plan = memory_plan.settle(configuration.continued(config, before, readers))

@@ -37,15 +37,30 @@ def run(config: Config) -> int:
     print(f"  every key binds to {config.model.path or 'the random base'}")
     _refuse_other_base(metadata, source)
     if config.inspect.run is not None:
-        difference = _difference(config, source, tensors)
-        print(f"  base + LoRA against the trainer's output: max. abs. difference {difference:.2e} (float32)")
-        if not difference <= _TOLERANCE:
-            raise DataError(
-                f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})"
-            )
+        _compare_outputs(config, source, tensors, config.export.step or _step_of(metadata))
     run_folder = f" {config.inspect.run}" if config.inspect.run else " ..."
     close(None, f"ltx-train sample{run_folder} sample.adapter={config.inspect.file}")
     return Exit.DONE
+
+
+def _compare_outputs(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor], step: int | None) -> None:
+    """DataError when the file and the run's checkpoint of that step compute different outputs."""
+    run = Path(config.inspect.run or "")
+    if step is not None and not (run / "checkpoints" / f"step-{step:06d}").is_dir():
+        print(f"  {run} no longer has the checkpoint of step {step}: the trainer's output is not compared")
+        return
+    difference = _difference(config, source, tensors, step)
+    print(f"  base + LoRA against the trainer's output: max. abs. difference {difference:.2e} (float32)")
+    if not difference <= _TOLERANCE:
+        raise DataError(
+            f"the exported LoRA does not reproduce the trainer's output ({difference:.2e} > {_TOLERANCE:g})"
+        )
+
+
+def _step_of(metadata: dict[str, str]) -> int | None:
+    """The optimizer step that the file was saved at, None if it does not have one."""
+    step = metadata.get("step", "")
+    return int(step) if step.isdigit() else None
 
 
 def _refuse_other_base(metadata: dict[str, str], source: TensorSource) -> None:
@@ -55,12 +70,13 @@ def _refuse_other_base(metadata: dict[str, str], source: TensorSource) -> None:
         raise DataError(f"the LoRA was trained on another base (fingerprint {trained_on}, this base is {now})")
 
 
-def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor]) -> float:
-    """Largest output difference between the base with the file merged in and with the trained adapter, on one input."""
-    trained_with, checkpoint = open_run(Path(config.inspect.run or ""), config.export.step)
+def _difference(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor], step: int | None) -> float:
+    """Largest output difference between the base with the file merged in and with the adapter of the run's checkpoint
+    `step`, on one input."""
+    trained_with, checkpoint = open_run(Path(config.inspect.run or ""), step)
     trainer = load_transformer(source, dtype=torch.float32)
     adapter.attach(trainer, from_config.lora(trained_with), trained_with.run.seed)
-    adapter.load_state(trainer, _rounded(checkpoint.weights, tensors, trained_with))
+    adapter.load_state(trainer, _rounded(checkpoint.published, tensors, trained_with))
     merged = load_transformer(source, dtype=torch.float32)
     export.merge(merged, tensors)
     with torch.no_grad():

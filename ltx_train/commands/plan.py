@@ -45,11 +45,11 @@ def _room_on(config: Config, card: Card) -> Room:
 
 def _overview(config: Config) -> None:
     table = Table("card", "to use", "peak", "step", "host", "how")
-    quantize, _ = resolve.precision(config)
+    quantize, compute = resolve.precision(config)
     for card in CARDS:
         room = _room_on(config, card)
         plan = memory_plan.plan_for(config, room)
-        if plan is None and quantize == "none" and not resolve.trains_all_weights(config):
+        if plan is None and (quantize, compute) == ("none", "bf16") and not resolve.trains_all_weights(config):
             plan = memory_plan.plan_for(configuration.changed(config, {"memory.quantize": "int8"}), room)
         budget = f"{room.budget_gib:.0f} GiB"
         if plan is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -25,6 +26,7 @@ from ltx_train.contracts import ConfigError, Mode
 
 ConfigStore.instance().store(name="schema", node=Config)
 
+_NUMBERED = re.compile(r"\.\d+(\.|$)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
 
@@ -60,7 +62,11 @@ def from_file(path: str | Path, overrides: list[str], moved: Mapping[str, Any] |
             node = with_option(node, group, option)
         texts = {o.partition("=")[0]: free_text(o) for o in singles if free_text(o) is not None}
         others = [o for o in singles if free_text(o) is None]
-        merged = OmegaConf.merge(node, OmegaConf.from_dotlist(others))
+        # A number in a name counts entries of a list (mode.conditions.0.p), which only `update` understands.
+        entries = [o for o in others if _NUMBERED.search(o.partition("=")[0])]
+        merged = OmegaConf.merge(node, OmegaConf.from_dotlist([o for o in others if o not in entries]))
+        for name, _, text in (o.partition("=") for o in entries):
+            OmegaConf.update(merged, name, OmegaConf.from_dotlist([f"value={text}"]).value)
         for name, text in texts.items():
             OmegaConf.update(merged, name, text)
     except OmegaConfBaseException as error:
@@ -71,8 +77,11 @@ def from_file(path: str | Path, overrides: list[str], moved: Mapping[str, Any] |
 def changed(config: Config, overrides: dict[str, Any]) -> Config:
     """The configuration with settings changed by dotted name, validated like any other."""
     node = OmegaConf.structured(config)
-    for name, value in overrides.items():
-        OmegaConf.update(node, name, value)
+    try:
+        for name, value in overrides.items():
+            OmegaConf.update(node, name, value)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explained(error)) from error
     return _finished(node, None)
 
 
@@ -119,7 +128,7 @@ def load(path: Path) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, OSError) as error:
+    except (OmegaConfBaseException, OSError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
     assert isinstance(config, Config)
     return config

@@ -35,10 +35,10 @@ def _names(path: Path) -> dict[str, Any]:
 def _inputs(path: Path, command: str, config: Config) -> dict[str, Any]:
     """Files of the run that a command reads, where the overrides name no others."""
     if command == "export":
-        return {"export.run": str(path)}
+        return {"export.run": config.export.run or str(path)}
     if command == "inspect":
         file = config.inspect.file or _adapter(path, config, newest=True)
-        return {"inspect.run": str(path), "inspect.file": file}
+        return {"inspect.run": config.inspect.run or str(path), "inspect.file": file}
     if command == "sample" and config.sample.adapter is None:
         return {"sample.adapter": _adapter(path, config, newest=False)}
     return {}

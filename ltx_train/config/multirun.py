@@ -23,10 +23,14 @@ def split_lists(command: str, overrides: list[str], *, multirun: bool) -> tuple[
     for override in overrides:
         name, _, text = override.partition("=")
         values = top_level_values(text)
-        is_text = name in all_settings() and all_settings()[name].kind == "str" and not all_settings()[name].allowed
+        setting = all_settings().get(name)
+        is_text = setting is not None and setting.kind == "str" and not setting.allowed
         if len(values) < 2 or (is_text and not multirun):
             plain.append(override)
             continue
+        takes_list = name == "checkpoints" or (setting is not None and setting.kind in ("list", "dict"))
+        if takes_list and not multirun:
+            raise ConfigError(f"{override}: a list is written in brackets, as {name}=[{text}]")
         if name in group_options():
             raise ConfigError(
                 f"{override}: a search is over single settings, as {name}.NAME=...; start a run for each {name} "

@@ -59,6 +59,8 @@ def _is_set(config: Config, name: str) -> bool:
 def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
     """Paths that the command reads and that do not exist, each with its mend."""
     model, name = config.model, kind.name
+    if name == "evaluate" and config.checkpoints is not None:
+        return  # adapters that are compared bring the model of their run along
     if model.path is not None and model.weights == "file" and "model" in (*kind.groups, *_fit_groups(kind)):
         yield from _file("model.path", model.path, f"no checkpoint at {model.path}: set model.path to the single-file "
                          ".safetensors")  # fmt: skip

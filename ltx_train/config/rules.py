@@ -26,6 +26,7 @@ def validate(config: Config) -> None:
     _validate_adapter(config)
     _validate_measuring(config)
     _validate_noise(config)
+    _validate_optimizer(config)
 
 
 def readers(config: Config, world: int) -> int:
@@ -72,6 +73,12 @@ def _validate_search(config: Config) -> None:
 def _validate_measuring(config: Config) -> None:
     if not (config.eval.sigmas or config.eval.quantiles) or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]; with none, eval.quantiles must be at least 1")
+
+
+def _validate_optimizer(config: Config) -> None:
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optim.betas={betas}: give the two decay rates, each in [0, 1), as [0.9,0.95]")
 
 
 def _validate_noise(config: Config) -> None:

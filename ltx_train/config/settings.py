@@ -144,8 +144,9 @@ def check_value(config: Config, setting: Setting) -> None:
 
 
 def _check_choice(name: str, value: Any, declared: Declaration) -> None:
-    if str(value) not in [str(choice) for choice in declared.choices]:
-        known = [choice for choice in declared.choices if choice is not None]
+    known = [choice for choice in declared.choices if choice is not None]
+    # None is compared by itself: the text `None` is no `null`.
+    if None not in declared.choices if value is None else str(value) not in known:
         listed = ", ".join("null" if choice is None else choice for choice in declared.choices)
         raise ConfigError(f"{name}={value!r}: choose one of {listed}{suggest.nearest(str(value), known)}")
 

@@ -10,7 +10,7 @@ import html
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -20,6 +20,8 @@ from matplotlib import pyplot
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import ARMS, BASE, CAPTION, CORRECT, DROPPED, WRONG, Row, differences, mean, paired
 from ltx_train.evaluation.statistics import Interval, by_identity
+
+T = TypeVar("T")
 
 INK = {CORRECT: "#1f6f8b", WRONG: "#c8553d", DROPPED: "#b08900", CAPTION: "#6a4c93", BASE: "#8d8d8d"}
 TITLES = {
@@ -122,10 +124,11 @@ def attention(masses: Sequence[Mass]) -> str:
     return _picture(figure, "attention on reference tokens by block")
 
 
-def compared_by_step(points: Mapping[int, Interval], base: Interval | None) -> str:
-    """Held-out loss of several steps of one run, and of the base."""
+def compared_by_step(runs: Mapping[str, Mapping[int, Interval]], base: Interval | None) -> str:
+    """Held-out loss of several steps, a line for each run, and of the base."""
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
-    _bars(axis, points, "held-out loss", INK[CORRECT])
+    for name, points, ink in _inked(runs):
+        _bars(axis, points, name if len(runs) > 1 else "held-out loss", ink)
     if base is not None and base.identities:
         axis.axhline(base.mean, color=INK[BASE], ls="--", label=TITLES[BASE])
     _dress(axis, "step", "held-out loss")
@@ -157,10 +160,10 @@ def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
     return _picture(figure, "held-out loss of every adapter by identity")
 
 
-def _inked(subjects: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, Sequence[Row], Any]]:
-    """(name, rows, colour) of every subject; each has another colour."""
-    for number, (name, rows) in enumerate(subjects.items()):
-        yield name, rows, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+def _inked(subjects: Mapping[str, T]) -> Iterator[tuple[str, T, Any]]:
+    """(name, values, colour) of every subject; each has another colour."""
+    for number, (name, values) in enumerate(subjects.items()):
+        yield name, values, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
 
 
 def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, ink: str) -> None:

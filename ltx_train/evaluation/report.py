@@ -17,14 +17,19 @@ from ltx_train.evaluation import plots
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.history import Measured, difference, of_rows
 from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, WRONG, Grid, Row, mean, paired
+from ltx_train.evaluation.statistics import Interval
 from ltx_train.evaluation.verdicts import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One measured adapter (or full weights). step: its optimizer step in the run, None for a file from elsewhere."""
+    """One measured adapter (or full weights). run, step: where it was saved; empty and None for a file from elsewhere.
+
+    Names are distinct within a report.
+    """
 
     name: str
+    run: str = ""
     step: int | None
     rows: Sequence[Row]
     masses: Sequence[Mass] = ()
@@ -95,9 +100,12 @@ def _compared(report: Report) -> str:
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f"<tr><th>{html.escape(subject.name)}</th>{row}</tr>"
     head = "<th>held-out loss</th><th>minus the best, paired</th><th>minus the base</th><th>reference gap</th>"
-    by_step = {s.step: mean(main[s.name], CORRECT) for s in sorted(subjects, key=lambda s: s.step or 0) if s.step}
+    by_step: dict[str, dict[int, Interval]] = {}
+    for subject in sorted(subjects, key=lambda s: s.step or 0):
+        if subject.step:
+            by_step.setdefault(subject.run, {})[subject.step] = mean(main[subject.name], CORRECT)
     base = mean(main[subjects[0].name], BASE)
-    pictures = [plots.compared_by_step(by_step, base)] if len(by_step) > 1 else []
+    pictures = [plots.compared_by_step(by_step, base)] if any(len(steps) > 1 for steps in by_step.values()) else []
     all_levels = {s.name: s.rows for s in subjects}
     pictures += [plots.compared_by_level(all_levels), plots.compared_by_identity(main)]
     return _section("Compared", f"<table><tr><th>adapter</th>{head}</tr>{body}</table>", *pictures)

@@ -104,8 +104,8 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None)
     if levels:
         text = intro + (
             "The reference helps at high noise and fades where the noise is low: there the noised target itself shows "
-            "the same information as the reference. That is expected where the target carries the identity; generation from noise "
-            "with the reference swapped decides what the model makes of it. Higher noise levels in training "
+            "the same information as the reference. That is expected where the target carries the identity; generation "
+            "from noise with the reference swapped decides what the model makes of it. Higher noise levels in training "
             "(sigma.kind=high) give the reference more to do." + dropped
         )
         return [Verdict(Kind.reference_leaked, text)]

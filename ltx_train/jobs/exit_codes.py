@@ -20,15 +20,17 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except UserError as error:
         _report(str(error))
         return int(error.exit_code)
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`). Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.DONE
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
         _report(f"{error}: fix that, then the same command continues")
         return Exit.DATA
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, by its name: most commands end before torch is imported. `fit` and `bench` add a plan.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _report("the GPU ran out of memory: close other programs on it, or set a smaller memory.budget_gib or bucket")
+        return Exit.CONFIG
     except KeyboardInterrupt:
         _report("stopped")
         return Exit.PREEMPTED

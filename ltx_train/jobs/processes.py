@@ -24,6 +24,7 @@ from typing import Any
 from ltx_train.assembly import resolve
 from ltx_train.config import Config
 from ltx_train.config.command_table import COMMANDS
+from ltx_train.contracts import ConfigError
 from ltx_train.distributed import allocator, environment
 from ltx_train.jobs.exit_codes import exit_code_of
 
@@ -44,6 +45,11 @@ def run_command(name: str, config: Config) -> int:
     allocator.use_expandable_segments(os.environ)
     is_started_already = environment.rank_variables(os.environ) is not None
     count = resolve.launch(config).processes
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if is_started_already and here is not None and int(here) != count:
+        raise ConfigError(
+            f"{here} processes were started on this machine, but strategy.devices={count}: set strategy.devices={here}"
+        )
     if COMMANDS[name].on_every_device and count > 1 and not is_started_already:
         return run_processes(partial(_run_here, name), config, count)
     return _run_here(name, config)

@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
+from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from ltx_train import config as configuration
 from ltx_train import rng
 from ltx_train.assembly import from_config
 from ltx_train.config import Config
+from ltx_train.config.multirun import top_level_values
 from ltx_train.contracts import ConfigError, Exit, UserError
+from ltx_train.data import index
 from ltx_train.evaluation import sweep_report
 from ltx_train.evaluation.sweep_report import Trial
 from ltx_train.jobs import trials
@@ -58,6 +62,9 @@ def search(config: Config) -> Outcome:
     space = {name.strip(): parse(name.strip(), text.strip()) for name, _, text in lines}
     if not space:
         raise UserError("sweep.space is empty: choose sweep=lr_rank, or name settings and their ranges")
+    if config.sweep.sampler == "grid":
+        _combinations(space)  # refuses ranges before anything is written
+    _refuse_unmeasured(config)
     folder = Path(config.run.root) / config.run.experiment / f"sweep-{config.sweep.name}"
     folder.mkdir(parents=True, exist_ok=True)
     stop_before_training()
@@ -74,6 +81,17 @@ def search(config: Config) -> Outcome:
         print(f"best {run.study.best_value:.5f} with {run.study.best_params}")
         best = folder.parent / trial_id(config, run.study.best_trial.number)
     return Outcome(code=code, folder=folder, best=best)
+
+
+def _refuse_unmeasured(config: Config) -> None:
+    """UserError when trials would have no held-out loss to compare."""
+    if config.eval.interval == 0:
+        raise UserError("a search compares held-out losses, but eval.interval=0: set the steps between measurements")
+    if not index.load(config.data.root).split(index.HELDOUT):
+        raise UserError(
+            f"a search compares held-out losses, but nothing in {config.data.root} is held out: prepare with "
+            "data.heldout_speakers above 0"
+        )
 
 
 @dataclass(kw_only=True)
@@ -132,7 +150,13 @@ class _Search:
         if number is None:
             return False
         trial = self.study.trials[number]
-        settings = trial_config(self._config, number, trial.params)
+        try:
+            settings = trial_config(self._config, number, trial.params)
+        except ConfigError as error:
+            # A combination that the rules refuse has no result. The other trials go on.
+            print(f"trial {number} is left out: {error}", file=sys.stderr)
+            self.study.tell(number, state=TrialState.FAIL)
+            return True
         folder = from_config.run_dir(settings)
         slot = min(set(range(self._config.sweep.parallel)) - self._live.keys())
         running, job = trials.start(settings, slot, trial.user_attrs.get(_JOB))
@@ -167,7 +191,7 @@ def parse(name: str, text: str) -> optuna.distributions.BaseDistribution:
         if span:
             return optuna.distributions.FloatDistribution(float(span[2]), float(span[3]), log=span[1] == "log")
         if listed:
-            options = [_plain(word.strip()) for word in listed[1].split(",")]
+            options = [_plain(word) for word in top_level_values(listed[1])]
             return optuna.distributions.CategoricalDistribution(options)
     except ValueError as error:
         raise UserError(f"sweep.space.{name}: {text!r}: {error}") from error
@@ -189,7 +213,7 @@ def _study(config: Config, folder: Path, space: Space) -> tuple[optuna.Study, in
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=config.sweep.warmup),
     )  # fmt: skip
     started = (t for t in study.trials if t.state is not TrialState.WAITING)
-    if any(t.distributions.keys() != space.keys() for t in started):
+    if any(t.distributions != dict(space) for t in started):
         raise UserError(f"{folder} holds trials of another search space: set sweep.name to start a new search")
     if config.sweep.sampler != "grid":
         return study, config.sweep.trials
@@ -249,11 +273,11 @@ def _record_end(study: optuna.Study, live: _Live, code: int) -> Exit | None:
 
 
 def trial_config(config: Config, number: int, values: Mapping[str, Any]) -> Config:
-    """The configuration of one trial: its values, and a run id that depends on its number alone."""
-    try:
-        return configuration.changed(config, {**values, "run.id": trial_id(config, number)})
-    except ConfigError as error:
-        raise UserError(f"trial {number}: {error}") from error
+    """The configuration of one trial: its values, and a run id that depends on its number alone. ConfigError when the
+    rules refuse it."""
+    # A choice may be a list or a mapping; optuna stores its text.
+    parsed = {k: yaml.safe_load(v) if isinstance(v, str) and v[:1] in ("[", "{") else v for k, v in values.items()}
+    return configuration.changed(config, {**parsed, "run.id": trial_id(config, number)})
 
 
 def trial_id(config: Config, number: int) -> str:
@@ -277,16 +301,13 @@ def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
     done = [t for t in finished if t.value is not None]
     if done:
         best = min(done, key=lambda t: t.value or 0.0)
-        (folder / "best.yaml").write_text(best_experiment(config, best.params))
+        (folder / "best.yaml").write_text(best_experiment(config, best.number, best.params))
 
 
-def best_experiment(config: Config, values: Mapping[str, Any]) -> str:
-    """An experiment file for conf/experiment or --config-dir: the sweep's own experiment with the best values."""
-    lines = [f"# @package _global_\n# The best of sweep {config.sweep.name}.\ndefaults:"]
-    lines.append(f"  - {config.run.experiment}\n  - _self_" if config.run.experiment != "default" else "  - _self_")
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        group, _, key = name.partition(".")
-        groups.setdefault(group, {})[key] = value
-    lines += [f"{group}: {json.dumps(settings)}" for group, settings in groups.items()]
-    return "\n".join(lines) + "\n"
+def best_experiment(config: Config, number: int, values: Mapping[str, Any]) -> str:
+    """An experiment file with all settings of a trial except its run id, for --config-dir or conf/experiment."""
+    settings = OmegaConf.to_container(OmegaConf.structured(trial_config(config, number, values)), enum_to_str=True)
+    assert isinstance(settings, dict)
+    del settings["run"]["id"]
+    head = f"# @package _global_\n# Trial {number}, the best of sweep {config.sweep.name}: {dict(values)}\n"
+    return f"{head}defaults:\n  - _self_\n{OmegaConf.to_yaml(OmegaConf.create(settings))}"

@@ -56,9 +56,7 @@ class GemmaEncoder:
         gemma_fingerprint(path)  # raises a clearer error for an unusable folder than transformers
         self._device, self._tokens = device, tokens
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
-        model: Any = AutoModel.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        model: Any = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
         # Only the language model: the multimodal wrapper's vision tower is not needed.
         self._model: Any = getattr(model, "language_model", model).to(device).eval()
 

@@ -120,7 +120,7 @@ def test_loader_workers_change_nothing_and_survive_ctrl_c(prepared: Path, clips:
     assert losses[0] == losses[1]
 
 
-def test_a_finished_run_says_so(
+def test_fit_on_a_complete_run_names_its_steps(
     prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = fit(prepared, clips, tmp_path, "optim.steps=1", "eval.interval=0")
@@ -128,6 +128,8 @@ def test_a_finished_run_says_so(
     capsys.readouterr()
     assert command(*arguments) == 0
     assert "is complete: 1 of 1 steps are done" in capsys.readouterr().out
+    assert command(*arguments, "optim.steps=3", "run.resume=never") == 77
+    assert "holds checkpoints: choose another run.id" in capsys.readouterr().err
 
 
 def test_a_changed_configuration_is_refused_before_work(

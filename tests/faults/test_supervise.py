@@ -248,4 +248,3 @@ def _same(first: Path, second: Path) -> bool:
         if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
             return False
     return True
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -17,7 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from ltx_train import config
 from ltx_train.config.settings import all_settings
-from ltx_train.contracts import UserError
+from ltx_train.contracts import ConfigError, UserError
 from ltx_train.evaluation.sweep_report import Trial, render
 from ltx_train.jobs import search, trials
 from ltx_train.training.tracking.metrics import read_rows
@@ -139,6 +140,35 @@ def test_comma_lists_are_a_search(prepared: Path, tmp_path: Path, capsys: pytest
     runs = tmp_path / "audio_reference"
     assert len(list(runs.glob("sweep-lr-*/report.html"))) == 1
     assert {config.load(p).optim.lr for p in runs.glob("lr-*/config.yaml")} == {1e-4, 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [("eval.interval=0", "eval.interval=0"), ("data.root={alone}", "nothing in {alone} is held out")],
+)
+def test_a_search_without_held_out_losses_is_refused(
+    change: str, answer: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    index = json.loads((prepared / "index.json").read_text())
+    for record in index["records"]:
+        record["split"] = "train"
+    (alone / "index.json").write_text(json.dumps(index))
+    words = ["fit", str(prepared), "-m", "optim.lr=1e-4,1e-3", f"run.root={tmp_path}", change.format(alone=alone)]
+    assert command(*words) == 77
+    assert answer.format(alone=alone) in capsys.readouterr().err
+
+
+def test_a_trial_that_the_rules_refuse_is_left_out(tmp_path: Path) -> None:
+    """Choices keep their brackets; a value of the wrong type is refused by the rules, not by a traceback."""
+    choice = search.parse("data.buckets", "choice([64x64x33, 64x64x65], [64x64x33])")
+    assert isinstance(choice, optuna.distributions.CategoricalDistribution)
+    assert choice.choices == ("[64x64x33, 64x64x65]", "[64x64x33]")
+    made = config.compose_config(["experiment=audio_reference", f"run.root={tmp_path}"])
+    assert search.trial_config(made, 0, {"data.buckets": choice.choices[0]}).data.buckets == ["64x64x33", "64x64x65"]
+    with pytest.raises(ConfigError, match="ten"):
+        search.trial_config(made, 0, {"optim.steps": "ten"})
 
 
 def test_a_report_without_a_finished_trial_is_a_table() -> None:

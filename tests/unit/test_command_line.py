@@ -3,6 +3,7 @@ for."""
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -43,6 +44,13 @@ from tests.conftest import REPOSITORY, TINY, command
         ("help nonsense", ["there is no help on 'nonsense'", "memory"]),
         ("completion tcsh", ["bash, zsh, fish"]),
         ("fit --cfg hydra", ["only `--cfg job` is known"]),
+        ("fit data.buckets=64x64x33,64x64x65", ["as data.buckets=[64x64x33,64x64x65]"]),
+        ("evaluate checkpoints=runs/a,runs/b", ["a list is written in brackets, as checkpoints=[runs/a,runs/b]"]),
+        ("fit optim.betas=[0.9]", ["optim.betas=[0.9]: give the two decay rates"]),
+        ("fit memory.keep=None", ["memory.keep", "choose one of"]),
+        ("sample sample.fps=0", ["sample.fps=0", "at least 1"]),
+        ("fit data --config saved.yaml", ["--config beside the folder data"]),
+        ("fit --config saved.yaml --config-dir mine", ["leave --config-dir out"]),
     ],
 )
 def test_a_mistake_is_answered_with_what_was_expected_and_the_mend(
@@ -135,12 +143,44 @@ def test_completion_knows_every_setting_and_option(shell: str, capsys: pytest.Ca
     assert "experiment=voice_reference_22b" in shown
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+def test_output_outlives_its_reader() -> None:
+    """More lines than a pipe holds; the program goes on to its end after the reader has left."""
+    code = "from ltx_train.jobs import output; import os; output.survive_readers()\n" + (
+        "[print('x' * 100) for _ in range(5000)]; os.write(2, b'the end')"
+    )
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -m ltx_train fit --help | head -1"],
-        capture_output=True, text=True, check=False, cwd=REPOSITORY,
+        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$CODE" | head -1'], cwd=REPOSITORY,
+        env={**os.environ, "CODE": code}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x" * 100 + "\n", "the end")
+
+
+def test_settings_of_a_folder_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--cfg job` over a folder and over a saved file; entries of a list by their number."""
+    made = config.compose_config(["mode=v2v_ic", "optim.steps=7"])
+    (tmp_path / "config.yaml").write_text(config.dump(made))
+    (tmp_path / "index.json").write_text("{}")
+    for words in ([str(tmp_path)], ["--config", str(tmp_path / "config.yaml")]):
+        assert command("fit", *words, "mode.conditions.0.p=0.25", "--cfg", "job") == Exit.DONE
+        shown = capsys.readouterr().out
+        assert "steps: 7" in shown
+        assert "p: 0.25" in shown
+
+
+def test_a_damaged_configuration_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("a: [", "\x00", "!!python/object/apply:os.system ['x']"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert command("fit", "--config", str(tmp_path / "config.yaml")) == Exit.CONFIG
+        assert "config.yaml is not a configuration of this release" in capsys.readouterr().err
+
+
+def test_processes_of_another_launcher_must_be_as_many_as_the_strategy_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert command("plan", "strategy=zero3", "strategy.devices=2") == Exit.CONFIG
+    assert "set strategy.devices=4" in capsys.readouterr().err
 
 
 def seconds_of(*arguments: str) -> float:

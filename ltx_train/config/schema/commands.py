@@ -21,7 +21,7 @@ class SampleConfig:
     prompt: str = setting("", "the text")
     negative_prompt: str = setting("", "the text that guidance moves away from")
     bucket: str | None = setting(None, "size of the clip, as 512x512x121; null: the first of data.buckets")
-    fps: float | None = setting(None, "frames per second; null: data.fps")
+    fps: float | None = setting(None, "frames per second; null: data.fps", least=1)
     steps: int = setting(30, "denoising steps", least=1)
     seed: int = setting(42, "seed of the noise")
     adapter: str | None = setting(None, "a LoRA file")

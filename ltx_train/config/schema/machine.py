@@ -36,7 +36,7 @@ class StrategyConfig:
 
     name: str = setting("single", "what the devices share", choices=STRATEGIES)
     offload: str | None = setting(
-        None, "where a full fine-tune's masters and moments are kept: cpu, or a folder on a fast disk; null: the device"
+        None, "masters and moments of a full fine-tune: cpu, a folder on a fast disk, or null: the device"
     )
     sequence: int = setting(1, "devices that share each sample's video tokens, for long clips", least=1)
     device: str = setting("auto", "kind of device", choices=("auto", "cpu", "cuda"))

@@ -168,7 +168,11 @@ class RunConfig:
     experiment: str = setting("default", "name of the experiment")
     id: str = setting("main", "name of the run within the experiment")
     seed: int = setting(42, "seed of training: order, noise, dropout, references")
-    resume: str = setting("auto", "auto: continue from the newest checkpoint", choices=("auto", "never"))
+    resume: str = setting(
+        "auto",
+        "auto: continue from the newest checkpoint; never: refuse a folder with checkpoints",
+        choices=("auto", "never"),
+    )
     deterministic: bool = setting(False, "deterministic kernels: equal runs are equal bit for bit, but slower")
     profile: int = setting(0, "optimizer steps whose kernels are recorded to <run>/profile; 0: none", least=0)
     allow: list[str] = setting(list[str](), "settings that may differ from the run's own although its course changes")

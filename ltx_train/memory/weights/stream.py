@@ -12,8 +12,8 @@ The ring with 4 streamed blocks and 3 slots. Slot = position of the block modulo
 
 At `begin(1)` in forward the window is [1, 2, 3]: the present block, then the next accesses in order, one per slot.
 Block 3 belongs into slot 0, whose owner, block 0, is not in the window: it is fetched while block 1 computes. At
-`begin(2)` the window is [2, 3, 1] and at `begin(3)` [3, 2, 1]: everything is in the ring. At `begin(2)` in backward it is
-[2, 1, 0]; block 0 belongs into slot 0, whose owner 3 is done: it is fetched while block 2 computes.
+`begin(2)` the window is [2, 3, 1] and at `begin(3)` [3, 2, 1]: everything is in the ring. At `begin(2)` in backward
+it is [2, 1, 0]; block 0 belongs into slot 0, whose owner 3 is done: it is fetched while block 2 computes.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 def _drop_later_rows(path: Path, step: int) -> None:
     """Removes the rows after `step`, whose steps the resumed run repeats, so that its curve has each step once."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if path.is_file():
+    text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+    # Another process may be appending to the file (`evaluate` beside `fit`): it is replaced only where it must change.
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
