@@ -1,7 +1,7 @@
 """Keyed randomness: every random number is a function of (seed, purpose, key, draw).
 
-Owns the creation of keyed `torch.Generator` objects. It must not depend on ranks, workers, epochs or history, so that
-a resumed run, or one on another number of ranks, draws the same numbers.
+Owns the derivation of seeds from keys, and of generators on the CPU from seeds. It must not depend on ranks, workers,
+epochs or history, so that a resumed run, or one on another number of ranks, draws the same numbers.
 """
 
 from __future__ import annotations

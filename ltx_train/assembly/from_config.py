@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +127,15 @@ def lora(config: Config) -> Lora:
     )  # fmt: skip
 
 
-def read_request(config: Config, modes: Iterable[Mode], *, training: bool) -> ReadRequest:
-    """What a reader reads for modes; in training also masks of the loss, dropped captions and further captions."""
-    if not training:
-        return replace(ReadRequest.of(modes), variants=False)
+def read_request(config: Config, modes: Iterable[Mode]) -> ReadRequest:
+    """What a reader reads to train in modes: also masks of the loss, dropped captions and further captions."""
     return ReadRequest.of(modes, config.loss.token_weights, config.data.caption_dropout)
 
 
 def data_requirements(config: Config) -> DataRequirements:
     """What prepared data have to serve: training and measuring."""
     modes = (*_modes(config), config.mode)
-    return DataRequirements(modes, read_request(config, modes, training=True), config.data.silence_db)
+    return DataRequirements(modes, read_request(config, modes), config.data.silence_db)
 
 
 def grid(config: Config, prepared_index: Index) -> Grid:

@@ -66,7 +66,7 @@ def open_sliced(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Slice
     _add_units(sliced, transformer, setup)
     runner = transformer.run_block
     assert isinstance(runner, BlockRunner)
-    if setup.sharing.full and setup.sharing.update_stage > 1:
+    if setup.sharing.reduces_in_backward:
         runner.reduce_with(lambda index: sliced.reduce(block_unit(index)), sliced)
     sliced.prepare_gradients()
     return transformer, sliced

@@ -82,6 +82,11 @@ class Sharing:
         return self.slices_updates and self.full
 
     @property
+    def reduces_in_backward(self) -> bool:
+        """Whether a block's gradients are summed over the ranks as soon as its backward has ended."""
+        return self.full and self.update_stage > 1
+
+    @property
     def lockstep(self) -> bool:
         """Whether ranks communicate within a pass, so that all of them must run the same passes."""
         return self.update_stage >= 2 or self.slices_blocks
@@ -122,7 +127,7 @@ def sharing(config: Config, ranks: Ranks | None = None) -> Sharing:
         configuration.readers(config, world)
     return Sharing(
         name=kind.name, world=world, local_world=strategy.devices, sequence=strategy.sequence, full=full,
-        update_stage=kind.update_stage if full else kind.adapter_stage, slices_blocks=kind.slices_frozen_blocks,
+        update_stage=kind.update_stage(full=full), slices_blocks=kind.slices_frozen_blocks,
         offload=strategy.offload,
     )  # fmt: skip
 

@@ -244,7 +244,7 @@ def _data(setup: Setup, start: RunStart) -> ShardData:
     assert optim.global_batch is not None
     order = training_order(start.index, optim.global_batch, config.run.seed, config.data.limit)
     modes = [mode for _, mode in configuration.training_modes(config)]
-    request = from_config.read_request(config, modes, training=True)
+    request = from_config.read_request(config, modes)
     reader = Reader(start.root, start.index, seed=config.run.seed, request=request)
     return ShardData(
         reader, order, micro_batch=optim.batch_size, first_step=start.step, last_step=optim.steps,

@@ -41,7 +41,7 @@ def _sliced_updates(setup: Setup, transformer: Transformer, parameters: SlicedPa
     )  # fmt: skip
     parameters.place_moments(optimizer, MOMENTS)
     # Blocks of a full fine-tune are reduced by their backward marker from stage 2 on.
-    by_marker = sharing.full and sharing.update_stage > 1
+    by_marker = sharing.reduces_in_backward
     deferred = [unit for unit in parameters.units if not by_marker or unit == model_builder.OUTSIDE]
     return SlicedUpdates(
         parameters, optimizer, order=list(adapter.trainable_parameters(transformer)), deferred_units=deferred,

@@ -68,9 +68,10 @@ def _record(config: Config, folder: Path, values: dict[str, float], page: Path, 
     last = max(step, newest)
     metrics = Metrics(folder, last, trackers.sinks(config, folder, last))
     metrics.write(step, values)
-    metrics.page(page)
+    # The page has no step, and W&B takes nothing of an earlier step after it.
     for clip in subject.clips:
         metrics.media(last, clip.path, clip.path.stem)
+    metrics.page(page)
     metrics.close()
     for name, value in values.items():
         print(f"{name:<32}{value:+.5f}")

@@ -117,7 +117,7 @@ def _validate_strategy(config: Config) -> None:
         )
     if strategy.sequence > 1:
         _validate_sequence(config, kind)
-    stage = kind.update_stage if full else kind.adapter_stage
+    stage = kind.update_stage(full=full)
     if strategy.offload and not (full and stage):
         raise ConfigError(
             "strategy.offload moves the optimizer state that a full fine-tune slices over devices: set adapter=full "

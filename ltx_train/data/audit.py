@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role
+from ltx_train.contracts import SPEAKER, Condition, ConditionKind, DataError, ModalityName, Mode, Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
 from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, ReadRequest
@@ -43,6 +43,11 @@ class DataRequirements:
     def role(self, name: ModalityName) -> bool:
         """Whether any mode needs the modality."""
         return any(mode.role(name) is not Role.absent for mode in self.modes)
+
+    def masked_streams(self, mask: str) -> frozenset[ModalityName]:
+        """The modalities whose tokens a condition keeps clean where the mask is set."""
+        conditions = (c for mode in self.modes for c in mode.conditions if c.kind is ConditionKind.mask)
+        return frozenset(c.stream for c in conditions if c.source == mask)
 
 
 def audit(root: Path, index: Index, requirements: DataRequirements, stale: Sequence[str]) -> list[Finding]:
@@ -100,7 +105,7 @@ def _sample(reader: Reader, record: Record, requirements: DataRequirements) -> I
     if requirements.role(ModalityName.audio):
         yield from _audio_fits(record, tensors.get(AUDIO), requirements.silence_db)
     for name in sorted(requirements.request.masks):
-        yield from _mask_fits(name, tensors)
+        yield from _mask_fits(name, tensors, requirements.masked_streams(name))
     for condition in requirements.request.references.values():
         yield from _reference(reader, record, condition, tensors)
 
@@ -124,18 +129,21 @@ def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Ite
         yield f"silent ({record.rms_db:.0f} dB)"
 
 
-def _mask_fits(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _mask_fits(name: str, tensors: Mapping[str, Tensor], conditioned: frozenset[ModalityName]) -> Iterator[str]:
+    """conditioned: the modalities whose tokens the mask keeps clean; empty for a mask that only weighs the loss."""
     mask = tensors.get(name)
     if mask is None:
         yield f"no {name} in the shards, but the mode or the loss reads it"
         return
-    grids = {tuple(t.shape[1:]) for k, t in tensors.items() if k == VIDEO}
-    grids |= {(t.shape[1],) for k, t in tensors.items() if k == AUDIO}
-    if tuple(mask.shape) not in grids:
-        yield f"{name} has the shape {list(mask.shape)}, the grid of neither the video nor the audio latent"
+    grids = {ModalityName.video: tensors[VIDEO].shape[1:]} if VIDEO in tensors else {}
+    grids |= {ModalityName.audio: tensors[AUDIO].shape[1:2]} if AUDIO in tensors else {}
+    wrong = [stream for stream in conditioned if grids.get(stream) != mask.shape]
+    if wrong or mask.shape not in grids.values():
+        grid = f"the grid of the {wrong[0]} latent" if wrong else "the grid of the video or of the audio latent"
+        yield f"{name} has the shape {list(mask.shape)}, not {grid}"
     elif float(mask.min()) < 0 or float(mask.max()) > 1:
         yield f"{name} has values outside [0, 1]"
-    elif float(mask.min()) > 0.5:
+    elif conditioned and float(mask.min()) > 0.5:
         yield f"{name} gives every place: nothing would be left to predict"
 
 

@@ -8,21 +8,39 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from ltx_train.contracts import DataError, Sample
+from ltx_train.contracts import Batch, DataError, Sample
 from ltx_train.data.collate import collate
 from ltx_train.data.index import TRAIN, Index
 from ltx_train.data.order import Address, MicroBatches, Order
 from ltx_train.data.reader import Reader
 
 
-class AddressedDataset(Dataset[Sample]):
-    """Maps an address to its sample. The batch sampler determines the order."""
+class AddressedDataset(Dataset[Sample | DataError]):
+    """Maps an address to its sample. The batch sampler determines the order.
+
+    A sample that cannot be read is returned as its error: raised in a worker process, it would come out with torch's
+    traceback around it. `Task` raises it.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def __getitem__(self, address: Address) -> Sample:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._reader.sample(address)
+    def __getitem__(self, address: Address) -> Sample | DataError:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            return self._reader.sample(address)
+        except DataError as error:
+            return error
+
+
+def _collated(samples: list[Sample | DataError]) -> Batch | DataError:
+    """The batch, or the first error of its samples."""
+    read = [sample for sample in samples if isinstance(sample, Sample)]
+    if len(read) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, DataError))
+    try:
+        return collate(read)
+    except DataError as error:
+        return error
 
 
 class ShardData(LightningDataModule):
@@ -48,7 +66,7 @@ class ShardData(LightningDataModule):
         return DataLoader(
             AddressedDataset(self._reader),
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-            collate_fn=collate,
+            collate_fn=_collated,
             num_workers=self._workers,
             worker_init_fn=_ignore_signals,
         )

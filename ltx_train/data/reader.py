@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ltx_train import rng
-from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Sample
+from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role, Sample
 from ltx_train.data.index import Index, Record
 from ltx_train.data.order import Address
 
@@ -30,18 +30,20 @@ CONTROL, VIDEO_MASK, AUDIO_MASK = "reference_video_latent", "video_mask", "audio
 _CONTEXTS_KEPT = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRequest:
     """What the reader reads of a clip besides its latents and its first caption.
 
     references: reference conditions by name. masks: names of mask tensors; a clip without one of them is an error.
     caption_dropout: share of draws whose caption is dropped. variants: whether draws use further captions too.
+    modalities: those whose latents are read. Clips may lack the others.
     """
 
     references: Mapping[str, Condition] = field(default_factory=dict[str, Condition])
     masks: frozenset[str] = frozenset()
     caption_dropout: float = 0.0
     variants: bool = False
+    modalities: frozenset[ModalityName] = frozenset(ModalityName)
 
     @classmethod
     def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> ReadRequest:
@@ -49,7 +51,10 @@ class ReadRequest:
         modes = list(modes)
         references = {c.name: c for mode in modes for c in mode.references}
         mask_names = frozenset([*masks, *(name for mode in modes for name in mode.masks)])
-        return cls(references, mask_names, caption_dropout, variants=True)
+        used = frozenset(name for name in ModalityName if any(mode.role(name) is not Role.absent for mode in modes))
+        return cls(
+            references=references, masks=mask_names, caption_dropout=caption_dropout, variants=True, modalities=used
+        )
 
 
 class Reader:
@@ -156,8 +161,8 @@ class Reader:
             speaker=record.speaker,
             draw=address.draw,
             fps=record.fps,
-            video_latent=tensors.get(VIDEO),
-            audio_latent=tensors.get(AUDIO),
+            video_latent=tensors.get(VIDEO) if ModalityName.video in self._request.modalities else None,
+            audio_latent=tensors.get(AUDIO) if ModalityName.audio in self._request.modalities else None,
             video_context=contexts[VIDEO_CONTEXT],
             audio_context=contexts[AUDIO_CONTEXT],
             references=references,

@@ -16,7 +16,8 @@ Predictor = Callable[[Modality | None, Modality | None], tuple[Tensor | None, Te
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Arguments of one forward and backward pass: inputs on the device, loss weights, and gradient scale."""
+    """Arguments of one forward and backward pass, over the samples of a micro-batch in one mode: inputs on the device,
+    loss weights, and gradient scale."""
 
     inputs: ModelInputs
     weights: Weights

@@ -21,15 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx_train.contracts import UserError
+from ltx_train.contracts import Exit, UserError
 from ltx_train.distributed import sequence
 from ltx_train.distributed.environment import rank_variables
 from ltx_train.distributed.exchange import Exchange, single_process
 from ltx_train.distributed.sequence import SequenceGroup
 
 T = TypeVar("T")
-# torch 2.13 has given them other names.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+# torch 2.13 has given it another name.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor")  # noqa: B009
 _all_reduce: Any = dist.all_reduce
 _BUCKET_BYTES = 64 * 2**20
@@ -38,9 +37,9 @@ _BUCKET_BYTES = 64 * 2**20
 class AgreedError(UserError):
     """An error that another rank has raised and printed. This rank ends with the same exit code and prints nothing."""
 
-    def __init__(self, error: UserError) -> None:
+    def __init__(self, exit_code: Exit) -> None:
         super().__init__("")
-        self.exit_code = error.exit_code
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +77,12 @@ class Ranks:
                 outcome[0] = work()
             except UserError as raised:
                 error = raised
-                outcome[1] = (str(raised), int(raised.exit_code), type(raised))
+                outcome[1] = raised.exit_code
         dist.broadcast_object_list(outcome, src=0)
         if error is not None:
             raise error
         if outcome[1] is not None:
-            raise AgreedError(outcome[1][2](outcome[1][0]))
+            raise AgreedError(outcome[1])
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
@@ -101,7 +100,7 @@ class Ranks:
             return single_process()
         group = dist.new_group()
         return Exchange(
-            rank=self.rank, world=self.world, all_gather=partial(_all_gather, group=group),
+            rank=self.rank, world=self.world, all_gather=partial(sequence.all_gather, group=group),
             reduce_scatter=partial(_reduce_scatter, group=group), all_reduce=partial(_all_reduce, group=group),
             gather_objects=self.gather,
         )  # fmt: skip

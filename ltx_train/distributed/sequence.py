@@ -19,7 +19,7 @@ from torch import Tensor
 
 _groups: list[Any] = []
 # torch 2.13 has given it another name.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def all_gathered(x: Tensor, _rank: int, world: int, group: int) -> Tensor:
     """(...) -> (world, ...): every rank's x."""
     sent = x.contiguous()
     received = sent.new_empty((world, *sent.shape))
-    _all_gather(received.flatten(0, 1), sent, group=_groups[group])
+    all_gather(received.flatten(0, 1), sent, group=_groups[group])
     return received
 
 

@@ -182,6 +182,8 @@ def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
         return [
             Verdict(Kind.reference_used, intro + "The model uses the reference; `evaluate` lists the noise levels.")
         ]
+    if gap > half:
+        return [Verdict(Kind.reference_misleads, intro + "A wrong reference serves better than the right one.")]
     text = intro + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
     return [Verdict(Kind.reference_decorative, text)]
 

@@ -163,16 +163,16 @@ def plain_name(name: str) -> str:
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into the trainable parameters. AdapterError unless names and shapes are equal."""
     parameters = trainable_parameters(model)
-    refuse_misfit({name: parameter.shape for name, parameter in parameters.items()}, tensors)
+    refuse_misfit(*({name: t.shape for name, t in named.items()} for named in (parameters, tensors)))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
 
-def refuse_misfit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    """AdapterError unless the tensors have the expected names and shapes."""
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    misshapen = [n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape]
+def refuse_misfit(expected: Mapping[str, torch.Size], saved: Mapping[str, torch.Size]) -> None:
+    """AdapterError unless the saved names and shapes are the expected ones."""
+    missing, extra = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    misshapen = [n for n in expected.keys() & saved.keys() if expected[n] != saved[n]]
     if missing or extra or misshapen:
         raise AdapterError(
             f"the saved weights do not fit the model: {len(missing)} missing, {len(extra)} unknown, "

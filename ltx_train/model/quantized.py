@@ -1,7 +1,8 @@
 """Linear layers with quantized frozen weights: 8-bit weights, 4-bit weights, and float8 matrix products.
 
 Owns their computation, in plain tensor operations that the compiler can fuse. `memory.weights.quantize` computes the
-codes and scales. A compiled block never keeps a dequantized weight for backward.
+codes and scales. A compiled block that is recomputed keeps no dequantized weight for
+backward.
 """
 
 from __future__ import annotations

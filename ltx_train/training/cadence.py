@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """Intervals in optimizer steps; evaluate_every and save_every of 0 mean only after the last step. dead_after: from
-    this step on, the run reports adapter layers whose weights have not changed."""
+    """Intervals in optimizer steps. The last step logs, measures and saves in any case.
+
+    evaluate_every: 0 for a run that measures nothing (it has no `evaluate`). dead_after: from this step on, the run
+    reports adapter layers whose weights have not changed.
+    """
 
     steps: int
     log_every: int

@@ -40,7 +40,7 @@ def profiled(folder: Path, rank: int, steps: int) -> Generator[StepProfiler | No
         profile.export_chrome_trace(str(path))
         if rank == 0:
             print(profile.key_averages().table(sort_by=sort, row_limit=15), file=sys.stderr)
-            print(f"ltx-train: {steps} profiled steps are in {path}", file=sys.stderr)
+            print(f"ltx-train: the profile of up to {steps} steps is in {path}", file=sys.stderr)
 
     schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:

@@ -65,6 +65,7 @@ class Edge(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._outside.writer.begin(self._last_step)
+        self._state.monitor.begin()
         if self._ranks.leads:
             self._progress = ConsoleProgress(self._cadence.steps, self._last_step)
 
@@ -93,6 +94,8 @@ class Edge(Callback):
         cadence, writer = self._cadence, self._outside.writer
         # Measuring and saving have a longer time limit than a step.
         self._outside.watchdog.beat(patient=True)
+        if self._progress is not None:
+            self._progress.advance(step)
         self._state.monitor.step_done()
         # A signal reaches the ranks at different times. The agreement makes all of them stop after the same step.
         stop = self._ranks.any(self._preemption.requested)
@@ -110,7 +113,8 @@ class Edge(Callback):
             self._preemption.saved()
         if self._outside.profiler is not None:
             self._outside.profiler.step()
-        self._outside.watchdog.beat()
+        # After the last step, the trackers may take long to send what they hold.
+        self._outside.watchdog.beat(patient=final)
         return final
 
     def _training_row(self) -> dict[str, float]:
@@ -127,8 +131,6 @@ class Edge(Callback):
         return self._outside.evaluate(step)
 
     def _report(self, step: int, row: Mapping[str, float]) -> None:
-        if self._progress is not None:
-            self._progress.advance(step)
         if row and self._outside.metrics is not None and self._progress is not None:
             self._outside.metrics.write(step, row)
             self._progress.row(step, self._cadence.steps, row)

@@ -54,7 +54,7 @@ class CheckpointWriter:
         step.guard.check()
         began = time.perf_counter()
         self._wait(must=False)
-        if 0 < self._save_every <= step.step - self._saved:
+        if self._save_every <= step.step - self._saved:
             self._warn(waited=time.perf_counter() - began, since=began - self._began)
         self._began = began
         live = self._live(state)
@@ -92,8 +92,6 @@ class CheckpointWriter:
     def _wait(self, *, must: bool) -> None:
         """Waits for the save in flight, on every rank. Reports a failure and continues, unless `must` is set or too
         many saves in a row have failed."""
-        if self._saved < 0:
-            return
         try:
             if not self._ranks.leads:
                 self._saver.wait()  # for this rank's slice; the leading rank reports its failure

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from ltx_train import rng
-from ltx_train.contracts import Batch, Mode, StepResult
+from ltx_train.contracts import Batch, DataError, Mode, StepResult
 from ltx_train.diffusion import conditions, mixture, transfer
 from ltx_train.diffusion.conditions import ModelInputs, TokenWeights
 from ltx_train.diffusion.mixture import Weighted
@@ -132,7 +132,7 @@ class OptimizerStep:
         self.flops += recipe.flops(inputs) if share else 0.0
         on_device = transfer.to_device(inputs, recipe.device)
         result = recipe.backward(MicroBatch(on_device, recipe.balance.weights, share / recipe.micro_batches))
-        recipe.updates.end_micro_batch()
+        recipe.updates.end_pass()
         return result
 
     def _update(self) -> None:
@@ -164,7 +164,9 @@ class Task(LightningModule):
         self.automatic_optimization = False
         self.transformer, self.step_of_run = transformer, optimizer_step
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch | DataError, batch_idx: int) -> None:
+        if isinstance(batch, DataError):
+            raise batch
         self.step_of_run.micro_batch(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

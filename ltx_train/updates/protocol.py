@@ -35,8 +35,8 @@ class Updates(Protocol):
         """Parameters whose `.grad` buffers are reused between passes, which CUDA graphs require."""
         ...
 
-    def end_micro_batch(self) -> None:
-        """Called after each backward pass."""
+    def end_pass(self) -> None:
+        """Called after each backward pass; a micro-batch in several modes has one for each mode."""
         ...
 
     def average(self) -> None:

@@ -74,7 +74,8 @@ class SlicedState:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Float32, by plain name."""
-        return _LazyTensors({name: partial(self._read, "master", name) for name in self._order})
+        readers = {name: partial(self._read, "master", name) for name in self._order}
+        return _LazyTensors(readers, {name: torch.Size(self._places[name][2]) for name in self._order})
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -105,11 +106,17 @@ class SlicedState:
         return self._files[rank].get_slice(f"{unit}/{kind}")
 
 
-class _LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read at each access."""
+def shapes(tensors: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
+    """Shapes by name. Of tensors in slices no file is read for it: those of a full fine-tune take minutes."""
+    known = tensors.shapes if isinstance(tensors, _LazyTensors) else None
+    return known or {name: tensor.shape for name, tensor in tensors.items()}
 
-    def __init__(self, readers: Mapping[str, partial[Tensor]]) -> None:
-        self._readers = readers
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are read at each access. shapes: theirs, where they are known without reading."""
+
+    def __init__(self, readers: Mapping[str, partial[Tensor]], shapes: Mapping[str, torch.Size] | None = None) -> None:
+        self._readers, self.shapes = readers, shapes
 
     def __getitem__(self, name: str) -> Tensor:
         return self._readers[name]()

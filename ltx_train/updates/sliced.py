@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx_train.model import adapter
+from ltx_train.updates import slice_files
 from ltx_train.updates.optimizers import step_within
 from ltx_train.updates.protocol import TrainedState, allocate_gradients
 from ltx_train.updates.slice_files import MOMENTS, StateSlice
@@ -22,7 +23,7 @@ class SlicedUpdates:
     """AdamW over the slices of `SlicedParameters`.
 
     order: the parameters' names in the order in which a single process numbers them.
-    deferred_units: units that `end_micro_batch` or `average` reduces, instead of the block's backward marker.
+    deferred_units: units that `end_pass` or `average` reduces, instead of the block's backward marker.
     reduce_each_pass: deferred units are reduced after every micro-batch (ZeRO-2) instead of once per step (ZeRO-1).
     saves_slices: every rank saves its slice; otherwise the leading rank saves the whole state.
     in_place: the gradients of deferred units keep their memory between passes.
@@ -42,7 +43,7 @@ class SlicedUpdates:
     def accumulating(self) -> list[nn.Parameter]:
         return [place.parameter for name in self._deferred for place in self._parameters.units[name].places]
 
-    def end_micro_batch(self) -> None:
+    def end_pass(self) -> None:
         if self._reduce_each_pass:
             self._reduce()
 
@@ -96,8 +97,8 @@ class SlicedUpdates:
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        shapes = {place.name: place.shape for unit in self._parameters.units.values() for place in unit.places}
-        adapter.refuse_misfit(shapes, weights)
+        expected = {place.name: place.shape for unit in self._parameters.units.values() for place in unit.places}
+        adapter.refuse_misfit(expected, slice_files.shapes(weights))
         for name, unit in self._parameters.units.items():
             master = self._parameters.masters[name]
             # Tensor by tensor: the whole state of a full fine-tune does not fit into one rank's memory.

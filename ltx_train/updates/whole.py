@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.model import adapter
+from ltx_train.updates import slice_files
 from ltx_train.updates.optimizers import step_within
 from ltx_train.updates.protocol import TrainedState, allocate_gradients
 
@@ -29,7 +30,7 @@ class WholeUpdates:
     def accumulating(self) -> list[nn.Parameter]:
         return self._parameters
 
-    def end_micro_batch(self) -> None:
+    def end_pass(self) -> None:
         pass
 
     def average(self) -> None:
@@ -56,7 +57,7 @@ class WholeUpdates:
         return TrainedState({name: p.detach() for name, p in self._named.items()}, self.optimizer.state_dict())
 
     def restore(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        adapter.refuse_misfit({name: parameter.shape for name, parameter in self._named.items()}, weights)
+        adapter.refuse_misfit(slice_files.shapes(self._named), slice_files.shapes(weights))
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(weights[name])

@@ -55,6 +55,8 @@ def import_commands() -> None:
 
 
 def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    # A server that could not import them would only be slow, six seconds for each command.
+    assert "ltx_train.commands.fit" in sys.modules
     from ltx_train.__main__ import run
     from ltx_train.jobs import processes
 
@@ -101,7 +103,7 @@ def children(parent: int) -> list[int]:
 def wait_for(condition: Callable[[], bool], process: Running, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
+        assert process.poll() is None, f"ended with {process.poll()}"
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
 

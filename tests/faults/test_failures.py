@@ -5,15 +5,20 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from ltx_train.contracts import DataError, DivergedError, StepResult
+from ltx_train.contracts import DataError, DivergedError, Sample, StepResult
 from ltx_train.data import index
+from ltx_train.data.index import Record
+from ltx_train.data.order import Address
+from ltx_train.data.prepare import pack
+from ltx_train.data.reader import Reader
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.stability.nonfinite import NonFiniteGuard
@@ -167,10 +172,45 @@ def test_fit_refuses_data_that_fail_the_check(
     assert not (tmp_path / "runs" / "audio_reference" / "main" / "checkpoints").exists()
 
 
+def test_a_sample_that_breaks_during_training_is_one_line(
+    prepared: Path, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by a worker process, whose tracebacks torch would print."""
+    original = Reader.sample
+
+    def broken(reader: Reader, address: Address) -> Sample:
+        if address.draw >= 1:
+            raise DataError("shards/train-000000.tar: cannot read anna_1: prepare again")
+        return original(reader, address)
+
+    monkeypatch.setattr(Reader, "sample", broken)
+    assert command(*fit(prepared, clips, tmp_path / "runs", "data.workers=1", "eval.interval=0")) == 78
+    shown = capfd.readouterr().err
+    assert "ltx-train: shards/train-000000.tar: cannot read anna_1" in shown
+    assert "Traceback" not in shown
+
+
+def test_clips_with_and_without_sound_train_a_mode_of_pictures(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """Batches of two, where every other clip has no sound."""
+    root = tmp_path / "data"
+    shutil.copytree(prepared, root)
+    loaded = index.load(root)
+    reader = Reader(root, loaded, seed=0)
+
+    def data(record: Record) -> bytes:
+        tensors = reader.tensors(next(r for r in loaded.records if r.key == record.key))
+        if int(record.key[-1]) % 2:
+            del tensors["audio_latent"]
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    shards, placed = pack.write_shards(loaded.records, data, root / "shards", 256)
+    index.save(replace(loaded, shards=tuple(shards), records=tuple(placed)), root)
+    steps = ("mode=t2v", "adapter=video_only", "optim.steps=4", "optim.batch_size=2", "eval.interval=0")
+    assert command(*fit(root, clips, tmp_path / "runs", *steps)) == 0
+
+
 @pytest.mark.parametrize("share", [i / 16 for i in range(16)])
 def test_every_flipped_bit_in_a_sample_is_found(share: float, prepared: Path, tmp_path: Path) -> None:
-    from ltx_train.data.reader import Reader
-
     shutil.copytree(prepared, tmp_path / "data")
     found = index.load(prepared)
     record = found.records[0]

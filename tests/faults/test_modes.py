@@ -173,7 +173,7 @@ def test_layers_that_never_move_are_told(
         (lambda _r, t: t.pop("video_mask"), ["mode=inpaint"], "no video_mask in the shards"),
         (lambda _r, t: t["video_mask"].fill_(1), ["mode=inpaint"], "video_mask gives every place"),
         (lambda _r, t: t["video_mask"].fill_(3), ["mode=inpaint"], "outside [0, 1]"),
-        (lambda _r, t: t.update(video_mask=torch.zeros(1, 2, 2)), ["mode=inpaint"], "grid of neither"),
+        (lambda _r, t: t.update(video_mask=torch.zeros(1, 2, 2)), ["mode=inpaint"], "not the grid of the video"),
         (lambda _r, t: t.update(reference_video_latent=t[VIDEO].clone()), ["mode=v2v_ic"], "is its own target"),
         (lambda _r, t: t.pop("reference_video_latent"), ["mode=v2v_ic"], "no reference_video_latent in the shards"),
         (lambda _r, t: t.update(reference_video_latent=torch.randn(16, 5, 2, 3)), ["mode=v2v_ic"], "a whole number of"),

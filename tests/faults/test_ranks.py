@@ -26,7 +26,8 @@ TWO = ("strategy=ddp", "strategy.devices=2")
 def fit(prepared: Path, clips: Path, runs: Path, *more: str) -> list[str]:
     return [
         "fit", *settings(prepared, clips), f"run.root={runs}", "optim.batch_size=1", "optim.global_batch=4",
-        "logger.every=1", "eval.interval=10", "eval.sigmas=[0.5]", "checkpoint.interval=50", "data.workers=0",
+        "logger.every=1", "eval.interval=10", "eval.sigmas=[0.5]",
+        "eval.max_samples=3", "checkpoint.interval=50", "data.workers=0",
         "strategy.device=cpu", "optim=adamw", "optim.schedule=constant", *more,
     ]  # fmt: skip
 

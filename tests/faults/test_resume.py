@@ -26,7 +26,8 @@ KEYS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm",
 def fit(prepared: Path, clips: Path, runs: Path, *more: str) -> list[str]:
     return [
         "fit", *settings(prepared, clips), f"run.root={runs}", f"optim.steps={STEPS}", "optim.batch_size=2",
-        "logger.every=1", "checkpoint.interval=50", "eval.interval=10", "eval.sigmas=[0.5]", *more,
+        "logger.every=1", "checkpoint.interval=50", "eval.interval=10", "eval.sigmas=[0.5]",
+        "eval.max_samples=3", *more,
     ]  # fmt: skip
 
 

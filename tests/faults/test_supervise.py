@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator
@@ -27,6 +26,7 @@ from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.checkpoints.mirror import RunStore
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
+from tests.faults.entries import hung
 from tests.faults.harness import children, started, steps_done, wait_for
 from tests.faults.test_resume import curve, fit, newest
 
@@ -171,10 +171,6 @@ def test_a_machine_that_is_taken_away_is_continued_on_another(
     assert len(ids) == 1
 
 
-def failing(_config: Config) -> int:
-    sys.exit(76)
-
-
 @pytest.mark.slow
 def test_three_starts_that_save_nothing_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[float] = []
@@ -182,7 +178,7 @@ def test_three_starts_that_save_nothing_are_enough(tmp_path: Path, monkeypatch: 
 
     def counted(entry: Any, config: Config, environment: Any) -> Any:
         starts.append(time.monotonic())
-        return original(failing, config, environment)
+        return original(hung, config, environment)
 
     monkeypatch.setattr(supervisor.processes, "spawn", counted)
     made = compose_config([f"run.root={tmp_path}", "supervise.backoff_s=0.1"])

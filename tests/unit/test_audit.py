@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ltx_train.contracts import Mode
+from ltx_train.contracts import Condition, ConditionKind, ModalityName, Mode
 from ltx_train.data import index
 from ltx_train.data.audit import DataRequirements, audit
 from ltx_train.data.index import Record
@@ -21,8 +21,11 @@ from ltx_train.data.reader import AUDIO, VIDEO, Reader, ReadRequest
 Tensors = dict[str, torch.Tensor]
 
 
-def spoiled(prepared: Path, root: Path, spoil: Callable[[Tensors], object]) -> list[str]:
-    """The errors of the audit after one training sample's tensors were changed and packed again."""
+def spoiled(
+    prepared: Path, root: Path, spoil: Callable[[Tensors], object], mode: Mode | None = None,
+    weighed: tuple[str, ...] = (),
+) -> list[str]:  # fmt: skip
+    """The errors of the audit for `mode` after one training sample's tensors were changed and packed again."""
     shutil.copytree(prepared, root)
     found = index.load(root)
     reader = Reader(root, found, seed=0)
@@ -36,7 +39,9 @@ def spoiled(prepared: Path, root: Path, spoil: Callable[[Tensors], object]) -> l
 
     shards, placed = pack.write_shards(found.records, data, root / "shards", 256)
     made = replace(found, shards=tuple(shards), records=tuple(placed))
-    return [f.text for f in audit(root, made, DataRequirements((Mode(),), ReadRequest(), -60.0), []) if f.error]
+    modes = (mode or Mode(),)
+    requirements = DataRequirements(modes, ReadRequest.of(modes, weighed), -60.0)
+    return [f.text for f in audit(root, made, requirements, []) if f.error and made.split("train")[0].key in f.text]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,30 @@ def test_a_spoiled_sample_is_named(
     errors = spoiled(prepared, tmp_path / "data", spoil)
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("stream", "shape", "value", "message"),
+    [
+        ("video", (33,), 0.0, "not the grid of the video latent"), ("audio", (33,), 0.0, ""),
+        ("audio", (5, 2, 2), 0.0, "not the grid of the audio latent"),
+        ("audio", (33,), 1.0, "nothing would be left to predict"),
+        (None, (33,), 1.0, ""), (None, (4,), 0.0, "not the grid of the video or of the audio latent"),
+    ],
+)  # fmt: skip
+def test_a_mask_must_have_the_grid_of_the_tokens_it_keeps_clean(
+    stream: str | None, shape: tuple[int, ...], value: float, message: str, prepared: Path, tmp_path: Path
+) -> None:
+    """stream None: the mask only weighs the loss."""
+    mode = Mode()
+    if stream is not None:
+        mode.conditions = [Condition(kind=ConditionKind.mask, source="mask", modality=ModalityName(stream))]
+    errors = spoiled(
+        prepared, tmp_path / "data", lambda t: t.update(mask=torch.full(shape, value)), mode,
+        () if stream else ("mask",),
+    )  # fmt: skip
+    assert len(errors) == bool(message)
+    assert all(message in error for error in errors)
 
 
 def test_an_untouched_copy_has_no_errors(prepared: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ltx_train.contracts import DataError
 from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import extras, sources
-from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_CONTEXT, VIDEO_MASK, Reader, ReadRequest
+from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_MASK, Reader, ReadRequest
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command, settings
@@ -45,7 +45,7 @@ def test_seconds_become_audio_latents(spans: str, given: list[int]) -> None:
     assert extras.audio_mask(spans, 33, "clip").nonzero().flatten().tolist() == given
 
 
-@pytest.mark.parametrize("spans", ["0.5", "2-1", "a-b"])
+@pytest.mark.parametrize("spans", ["0.5", "2-1", "a-b", "0.5.1-1.2", ".-1"])
 def test_spans_that_are_none_are_named(spans: str) -> None:
     with pytest.raises(DataError, match="clip: audio_mask"):
         extras.audio_mask(spans, 33, "clip")
@@ -116,7 +116,6 @@ def test_captions_take_turns_and_are_dropped_as_often_as_asked(rich: Path) -> No
     assert len({tuple(t.flatten()[:64].tolist()) for t in seen.values()}) == 3
     steady = Reader(rich, found, seed=0)
     assert {steady.caption(Address(record.key, n)) for n in range(20)} == {record.context}
-    assert VIDEO_CONTEXT
 
 
 @pytest.mark.slow

@@ -60,12 +60,20 @@ def test_layouts(tmp_path: Path, kind: str) -> None:
         ('{"video": "a.mp4", "caption": "x"}\n{"video": "a.mp4", "caption": "y"}', "more than once"),
         ('{"video": "a.mp4", "caption": "x", "split": "test"}', "must be train or heldout"),
         ('{"video": ', "cannot be read as jsonl"),
+        ('"a.mp4"', "entry 1: an object with the columns video and caption is expected"),
     ],
 )
 def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
     shutil.copy(CLIP, tmp_path / "a.mp4")
     with pytest.raises(DataError, match=message):
         sources.read_source(table(tmp_path, "rows.jsonl", text))
+
+
+def test_an_unquoted_comma_in_a_caption_is_named(tmp_path: Path) -> None:
+    shutil.copy(CLIP, tmp_path / "a.mp4")
+    text = "video,caption,speaker\na.mp4,A man, smiling,anna\n"
+    with pytest.raises(DataError, match="put quotes around a caption that contains a comma"):
+        sources.read_source(table(tmp_path, "rows.csv", text))
 
 
 def clip(key: str, speaker: str, split: str = "") -> sources.Clip:
@@ -150,6 +158,8 @@ def test_files_that_are_no_clips(tmp_path: Path) -> None:
     (tmp_path / "cut.mp4").write_bytes(CLIP.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"cut\.mp4"):
         media.read_clip(tmp_path / "cut.mp4", [Bucket(64, 64, 33)], 25.0)
+    with pytest.raises(DataError, match=r"x\.mp4: its sound cannot be decoded"):
+        media.read_audio(tmp_path / "x.mp4")
 
 
 def test_loudness() -> None:

@@ -154,7 +154,7 @@ def test_sliced_steps_are_those_of_one_process_and_restore_on_another_number_of_
         for step in numbers:
             for name, parameter in named.items():
                 parameter.grad = gradient(name, rank, step)
-            made.end_micro_batch()
+            made.end_pass()
             made.average()
             made.step(1.0)
 
@@ -199,7 +199,7 @@ def test_sliced_steps_are_those_of_one_process_and_restore_on_another_number_of_
         # The gradients of all former ranks, so that the mean stays the same.
         for name, parameter in named.items():
             parameter.grad = torch.stack([gradient(name, r, 3) for r in range(world)]).mean(0)
-        made.end_micro_batch()
+        made.end_pass()
         made.average()
         made.step(1.0)
         return {name: p.detach().clone() for name, p in named.items()}
@@ -251,7 +251,7 @@ def test_a_step_beyond_the_limit_changes_nothing_and_forgets_its_gradient() -> N
     before = {name: p.detach().clone() for name, p in named.items()}
     for name, parameter in named.items():
         parameter.grad = gradient(name, 0, 0)
-    updates.end_micro_batch()
+    updates.end_pass()
     updates.average()
     norm = updates.step(1.0, limit=torch.tensor(1e-3))
     assert float(norm) > 1

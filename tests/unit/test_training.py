@@ -145,8 +145,32 @@ def test_an_interrupted_interval_continues_exactly() -> None:
     keep = [k for k in whole.row() if k.startswith("train/")]
     whole.add(parts[0])
     whole.add(parts[1])
-    expected, found = whole.row(), second.row()
-    assert [expected[k] for k in keep] == [found[k] for k in keep]
+    expected, continued = whole.row(), second.row()
+    assert [expected[k] for k in keep] == [continued[k] for k in keep]
+
+
+def test_an_interrupted_interval_keeps_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of one second each, interrupted after seven; the restart itself takes a minute that no step has."""
+    now = [0.0]
+    monkeypatch.setattr("ltx_train.training.tracking.monitor.time.perf_counter", lambda: now[0])
+
+    def steps(monitor: Monitor, count: int) -> None:
+        monitor.begin()
+        for _ in range(count):
+            now[0] += 0.25
+            monitor.data_arrived()
+            now[0] += 0.75
+            monitor.add(result([0.3], [1.0], [1.0]))
+            monitor.step_done()
+            monitor.batch_done()
+
+    first, second = Monitor(1.0, 1.0), Monitor(1.0, 1.0)
+    steps(first, 7)
+    second.restore(first.state())
+    now[0] += 60
+    steps(second, 3)
+    row = second.row()
+    assert (row["perf/step_s"], row["perf/data_wait_s"]) == (pytest.approx(1.0), pytest.approx(0.25))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

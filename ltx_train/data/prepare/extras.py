@@ -18,7 +18,7 @@ from ltx_train.data.prepare.media import read_clip
 from ltx_train.diffusion import positions
 from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Bucket
 
-_SPAN = re.compile(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*")
+_SPAN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 _WHITE = 128
 
 

@@ -46,7 +46,7 @@ def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
-            seconds = _seconds(container, stream)
+            seconds = _seconds(container, stream, path)
             bucket = choose_bucket(path, buckets, seconds, fps=fps, width=stream.width, height=stream.height)
             pixels, start = _frames(container, stream, bucket, fps, path)
         waveform, rate = read_audio(path, start, bucket.frames / fps)
@@ -59,8 +59,15 @@ def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> 
     """Returns the waveform (channels, samples) float32 from `start` on, and its rate in Hz; (None, 0) without sound.
 
     The rate is the file's own. With `seconds`, the waveform is cut or padded with silence to exactly that length.
-    The timestamps of the frames account for a decoder's delay.
+    The timestamps of the frames account for a decoder's delay. DataError when the file cannot be decoded.
     """
+    try:
+        return _decoded_audio(path, start, seconds)
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: its sound cannot be decoded ({error})") from error
+
+
+def _decoded_audio(path: Path, start: float, seconds: float | None) -> tuple[Tensor | None, int]:
     with av.open(str(path)) as container:
         if not container.streams.audio:
             return None, 0
@@ -139,12 +146,12 @@ def _timed(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
         yield float(frame.time) if frame.time is not None else index / float(stream.average_rate), frame
 
 
-def _seconds(container: Any, stream: Any) -> float:
+def _seconds(container: Any, stream: Any, path: Path) -> float:
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:
         return container.duration / av.time_base
-    raise DataError("the file declares no duration: remux it (ffmpeg -i in -c copy out.mp4)")
+    raise DataError(f"{path} declares no duration: remux it (ffmpeg -i in -c copy out.mp4)")
 
 
 def _aligned(waveform: Tensor, rate: int, offset: float, seconds: float | None) -> Tensor:

@@ -65,7 +65,7 @@ def read_source(source: str | Path) -> list[Clip]:
     return sorted(clips, key=lambda clip: clip.key)
 
 
-def _rows(table: Path) -> list[Mapping[str, Any]]:
+def _rows(table: Path) -> list[Any]:
     try:
         text = table.read_text(encoding="utf-8-sig")
         if table.suffix == ".csv":
@@ -73,13 +73,20 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
         if table.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         content = json.loads(text)
-        return content["captions"] if isinstance(content, dict) else content
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        rows = content["captions"] if isinstance(content, dict) else content
+        if not isinstance(rows, list):
+            raise ValueError('a list of clips, or {"captions": [...]} is expected')
+        return rows
+    except (ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{table} cannot be read as {table.suffix[1:]} ({error})") from error
 
 
-def _clip(row: Mapping[str, Any], number: int, table: Path) -> Clip:
+def _clip(row: Any, number: int, table: Path) -> Clip:
     where = f"{table}, entry {number}"
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: an object with the columns video and caption is expected, not {row!r}")
+    if None in row:
+        raise DataError(f"{where}: more cells than columns: put quotes around a caption that contains a comma")
     captions = _captions(row)
     row = {**row, "caption": captions[0]} if captions else row
     cells = {name: value for name, value in row.items() if not _CAPTION_COLUMN.fullmatch(name)}

@@ -2,8 +2,7 @@
 
 Pure: counts to indices. Any block may keep everything, a streamed one too: autograd saves the parameters themselves,
 whose storage the weight stream refills before backward, so the numbers are the same. A quantized block then also keeps
-its dequantized weights, which is why the plan does not choose it for blocks that are streamed from host memory; a
-configuration may.
+its dequantized weights. The plan combines an explicit `memory.keep_everything` with streamed blocks where that fits.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 from ltx_train.model.reach import tokens_seen
 from ltx_train.model.transformer import Transformer, transformer_widths
 
-# Fitted constants. Memory: to 29 of the measured peaks in docs/performance/peaks.json (H200, torch 2.11), so that every
-# prediction is within 5 % of the reserved memory; tests/unit/test_plan.py holds them to all 43. To fit again: measure
+# Fitted constants. Memory: to 29 of the measured peaks in docs/performance/peaks.json (H200, torch 2.11), so that
+# predictions are within 5 % of the reserved memory; tests/unit/test_plan.py holds 41 of 43 to it. To fit again: measure
 # with docs/performance/measure.sh, add the records to peaks.json, and change the constant whose part of the footprint
 # the new records vary (keep_everything for the first pair, everything recomputed for _WORKING, int8 for _DEQUANTIZED,
 # memory.keep=attention for _KEPT_ATTENTION, a bare run for the reserve).

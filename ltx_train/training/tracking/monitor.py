@@ -28,8 +28,13 @@ class Monitor:
         self._planned_gib = planned_gib
         self._parts: dict[str, list[Tensor]] = {}
         self._steps = 0
+        # Seconds of the interval before this start of the run.
+        self._elapsed = self._waited = 0.0
         self._started = self._edge = time.perf_counter()
-        self._waited = 0.0
+
+    def begin(self) -> None:
+        """Call when training starts: what came before, such as loading, belongs to no step."""
+        self._started = self._edge = time.perf_counter()
 
     def add(self, result: StepResult) -> None:
         """Adds the result of a micro-batch, or of its samples in one mode."""
@@ -64,22 +69,27 @@ class Monitor:
             row |= {f"train/loss_{name}": float(known.mean())} if len(known) else {}
         row |= _by_level(values["sigma"], values["total"])
         now = time.perf_counter()
-        row["perf/step_s"] = (now - self._started) / max(1, self._steps)
+        row["perf/step_s"] = (self._elapsed + now - self._started) / max(1, self._steps)
         row["perf/data_wait_s"] = self._waited / max(1, self._steps)
         if torch.cuda.is_available():
             row["mem/peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
             if self._planned_gib:
                 row["mem/plan_error"] = row["mem/peak_gib"] / self._planned_gib - 1
-        self._parts, self._steps, self._waited, self._started = {}, 0, 0.0, now
+        self._parts, self._steps, self._waited, self._elapsed, self._started = {}, 0, 0.0, 0.0, now
         return row
 
     def state(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """The unfinished interval as JSON values; float32 numbers survive the round trip exactly."""
-        return {"parts": self._gathered(ranks), "steps": self._steps}
+        elapsed = self._elapsed + time.perf_counter() - self._started
+        return {
+            "parts": self._gathered(ranks), "steps": self._steps, "elapsed_s": elapsed, "waited_s": self._waited,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         """Restores the interval. Rank 0 takes over the values of all ranks."""
         self._steps = state["steps"]
+        # Checkpoints of 0.1.0 have no times.
+        self._elapsed, self._waited = state.get("elapsed_s", 0.0), state.get("waited_s", 0.0)
         if not ranks.leads:
             return
         self._parts = {name: [torch.tensor(values)] for name, values in state["parts"].items()}
