@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, NoReturn
 
-from ltx_train import __version__
+from ltx_train import __version__, signals
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.contracts import ConfigError, Exit
 from ltx_train.jobs import output
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the console script."""
+    signals.stop_like_ctrl_c()
     output.survive_readers()
     sys.exit(run(sys.argv[1:]))
 

@@ -22,6 +22,7 @@ class Exit(IntEnum):
     """Process exit codes, stable across releases: a supervisor may act on them."""
 
     DONE = 0
+    STORE = 74
     PREEMPTED = 75
     HUNG = 76
     CONFIG = 77
@@ -37,6 +38,12 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """The configuration is wrong. Raised while it is read, before any GPU work."""
+
+
+class StoreError(UserError):
+    """An object store cannot be read or written. The disk of this machine is fine."""
+
+    exit_code = Exit.STORE
 
 
 class DataError(UserError):

@@ -23,6 +23,11 @@ SPEAKERS = 8
 Run = Callable[..., int]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The SLURM tests first: they wait for SLURM's clocks for minutes, while the other worker computes."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -59,10 +64,11 @@ def settings(root: Path, source: Path, *more: str) -> list[str]:
 
 def command(*arguments: str) -> int:
     """One command line, in this process."""
+    from ltx_train import signals
     from ltx_train.__main__ import run
 
     # A stopped run ignores further notices until its process ends, which this one does not.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = signals.STOP
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         return run(list(arguments))

@@ -6,10 +6,13 @@ python docs/performance/quantization.py   (after `make demo`, whose base and sha
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
+
+from ltx_train.training.tracking.metrics import read_rows
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent.parent / "runs" / "demo"
@@ -26,17 +29,18 @@ VARIANTS = {
 def rows(name: str, overrides: list[str]) -> list[dict[str, float]]:
     """The metrics of one run of 200 steps, adapter from zero, the same draws in every variant."""
     run_id = name.replace(" ", "_")
+    folder = DEMO / "quantization" / "audio_reference" / run_id
+    shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(
         [
             sys.executable, "-W", "ignore", "-m", "ltx_train", "fit", "experiment=audio_reference", "logger=local",
-            f"run.root={DEMO / 'quantization'}", f"run.id={run_id}", "run.resume=never", f"data.root={DEMO / 'data'}",
+            f"run.root={DEMO / 'quantization'}", f"run.id={run_id}", f"data.root={DEMO / 'data'}",
             f"model.path={DEMO / 'base.safetensors'}", "model.dtype=bfloat16", f"optim.steps={STEPS}",
             f"eval.interval={STEPS}", "logger.every=1", "memory=auto", *overrides,
         ],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    text = (DEMO / "quantization" / "audio_reference" / run_id / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return read_rows(folder / "metrics.jsonl")
 
 
 def main() -> None:

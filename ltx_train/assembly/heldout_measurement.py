@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -92,7 +93,11 @@ def evaluator(
             if show is not None and setup.ranks.leads:
                 show(step)
         if setup.ranks.leads:
-            history.record(folder, history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main]))
+            measured = history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main])
+            try:
+                history.record(folder, measured)
+            except OSError as error:  # a full disk: the save after this tries again, and decides
+                print(f"ltx-train: {folder / history.NAME} could not be written: {error}", file=sys.stderr)
         return summary(rows, measurement.grid) | attention_mass.summary(masses)
 
     return evaluate

@@ -38,7 +38,7 @@ from ltx_train.model import adapter
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.cadence import Cadence
-from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints import commit, manifest
 from ltx_train.training.debugging import profiled, use_deterministic_kernels
 from ltx_train.training.loop import Outside, run_to_end
 from ltx_train.training.saving import CheckpointWriter
@@ -184,7 +184,7 @@ def _verify(checkpoint: Path, ranks: Ranks) -> None:
     """Each rank verifies a part of the files; a problem of one rank ends all of them."""
     problem: str | None = None
     try:
-        commit.verify(checkpoint, ranks.rank, ranks.world)
+        manifest.verify(checkpoint, ranks.rank, ranks.world)
     except DataError as error:
         problem = str(error)
     problems = [text for text in ranks.gather(problem) if text]
@@ -203,8 +203,8 @@ def _outside(
     config, checkpoint = setup.config, setup.config.checkpoint
     publish = partial(publishing.publish, config, start.folder, base=state.base)
     writer = CheckpointWriter(
-        start.folder / "checkpoints", keep=checkpoint.keep, failures=checkpoint.failures,
-        save_every=checkpoint.interval, publish=publish, ranks=setup.ranks,
+        start.folder / "checkpoints", keep=checkpoint.keep, waits=checkpoint.on_full == "wait",
+        save_every=checkpoint.interval, settings=configuration.dump(config), publish=publish, ranks=setup.ranks,
     )  # fmt: skip
     return Outside(
         metrics=metrics, evaluate=_evaluate(setup, start, state, transformer, metrics), writer=writer,

@@ -20,4 +20,15 @@ def open_run(folder: Path, step: int | None) -> tuple[Config, Checkpoint]:
     if path not in checkpoints:
         listed = ", ".join(str(int(p.name.removeprefix("step-"))) for p in checkpoints)
         raise DataError(f"{folder} has no checkpoint of step {step}; there are: {listed}")
-    return configuration.load(folder / "config.yaml"), commit.load(path)
+    return settings_of(folder, path), commit.load(path)
+
+
+def settings_of(folder: Path, checkpoint: Path) -> Config:
+    """The settings that a checkpoint was made with, which its manifest covers; those of the run's folder for a
+    checkpoint of 0.1.0 or 0.2.0, which holds none. DataError when there are neither."""
+    text = commit.settings(checkpoint)
+    if text:
+        return configuration.parse(text, checkpoint / commit.SETTINGS)
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder} has checkpoints but no config.yaml, which holds their settings: put it back")
+    return configuration.load(folder / "config.yaml")

@@ -21,7 +21,7 @@ def sinks(config: Config, folder: Path, first_step: int) -> list[Sink]:
     trackers: list[Sink] = []
     if config.logger.wandb != "disabled":
         facts = {**asdict(config), "system": _system()}
-        trackers.append(WandB(folder, config.logger.wandb, config.logger.project, facts))
+        trackers.append(WandB(folder, config.logger.wandb, config.logger.project, facts, first_step))
     if "csv" in config.logger.also:
         trackers.append(Csv(folder))
     if "tensorboard" in config.logger.also:

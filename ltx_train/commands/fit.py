@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
+from ltx_train import durable
 from ltx_train.assembly import from_config, heldout_measurement, memory_plan, publishing, resolve, run_builder
 from ltx_train.assembly.checked_data import open_checked
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.run_builder import RunStart
+from ltx_train.assembly.saved_run import settings_of
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
-from ltx_train.contracts import ConfigError, Exit, UserError
+from ltx_train.contracts import ConfigError, DataError, Exit, UserError
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.evaluation import ranking, verdicts
 from ltx_train.jobs.folder_lock import FolderLock
 from ltx_train.memory.planning.search import MemoryPlan
 from ltx_train.training.checkpoints import commit
-from ltx_train.training.preemption import stop_before_training
 from ltx_train.training.tracking.metrics import read_rows
 from ltx_train.training.watchdog import Watchdog
 
@@ -43,7 +44,6 @@ def run(config: Config) -> int:
     (`jobs.processes`)."""
     ranks = ranks_from_environment(os.environ)
     resolve.sharing(config, ranks)
-    stop_before_training()
     launch = resolve.launch(config)
     with process_group(ranks, resolve.device(config, ranks), launch.rendezvous_timeout_s):
         return _run(config, ranks)
@@ -83,13 +83,12 @@ def _settle(config: Config, folder: Path, world: int) -> _Settled:
     """Decides all settings that the configuration leaves open. Every check that can refuse a run happens here, before
     weights are loaded."""
     root, index = open_checked(config)
-    saved = folder / "config.yaml"
-    checkpoints = commit.committed(folder / "checkpoints")
+    checkpoints = _usable_checkpoints(folder / "checkpoints")
     if checkpoints and config.run.resume == "never":
         raise ConfigError(
             f"run.resume=never, but {folder} holds checkpoints: choose another run.id, or remove that folder"
         )
-    before = configuration.load(saved) if saved.is_file() and checkpoints else None
+    before = settings_of(folder, checkpoints[-1]) if checkpoints else None
     readers = configuration.readers(config, world)
     config, plan = memory_plan.settle(configuration.continued(config, before, readers))
     configuration.micro_batches(config, world)
@@ -98,9 +97,25 @@ def _settle(config: Config, folder: Path, world: int) -> _Settled:
             print(f"changed since the run was started: {line}")
         print(_resume_message(folder, checkpoints[-1]))
     folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(configuration.dump(config))
+    durable.write(folder / "config.yaml", configuration.dump(config))
     start = RunStart(folder=folder, root=root, index=index, checkpoint=checkpoints[-1] if checkpoints else None)
     return _Settled(config=config, plan=plan, start=start, finished=_finished(config, start))
+
+
+def _usable_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, after the remains of killed saves were removed.
+
+    DataError when all are damaged: starting over in their place needs the user's consent.
+    """
+    commit.remove_halves(folder)
+    usable, damaged = commit.committed(folder), commit.damaged(folder)
+    for path in damaged:
+        print(f"ltx-train: {path} is not a complete checkpoint: passed over", file=sys.stderr)
+    if damaged and not usable:
+        raise DataError(
+            f"every checkpoint in {folder} is damaged: copy good ones there, or remove them to start over at step 0"
+        )
+    return usable
 
 
 def _finished(config: Config, start: RunStart) -> str | None:
@@ -115,7 +130,7 @@ def _finished(config: Config, start: RunStart) -> str | None:
 
 def _resume_message(folder: Path, checkpoint: Path) -> str:
     """Names the checkpoint that is continued and the number of logged steps that are repeated."""
-    step = int(checkpoint.name.removeprefix("step-"))
+    step = commit.step_of(checkpoint)
     rows = read_rows(folder / "metrics.jsonl")
     lost = max(0, int(rows[-1]["step"]) - step) if rows else 0
     return f"resuming {folder} at step {step} from {checkpoint}, {lost} steps lost"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 from ltx_train import config as configuration
+from ltx_train import durable
 from ltx_train.assembly import from_config
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
@@ -33,9 +33,7 @@ def run(config: Config) -> int:
 
 def _keep_settings(config: Config, root: Path) -> None:
     """Writes the folder's config.yaml, so that `check` and `fit` need no other settings."""
-    temporary = root / f"config.yaml.tmp-{os.getpid()}"
-    temporary.write_text(configuration.dump(config))
-    os.replace(temporary, root / "config.yaml")
+    durable.write(root / "config.yaml", configuration.dump(config))
 
 
 def _progress(number: int, total: int, key: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx_train.config.buckets import parse_bucket
-    from ltx_train.config.compose import changed, compose_config, dump, from_file, load, to_yaml
+    from ltx_train.config.compose import changed, compose_config, dump, from_file, load, parse, to_yaml
     from ltx_train.config.files import config_dir, shipped
     from ltx_train.config.modes import training_modes
     from ltx_train.config.requirements import require
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "parse_bucket": "buckets",
     "changed": "compose", "compose_config": "compose", "dump": "compose", "from_file": "compose", "load": "compose",
+    "parse": "compose",
     "to_yaml": "compose", "config_dir": "files", "shipped": "files", "training_modes": "modes",
     "require": "requirements", "micro_batches": "rules", "readers": "rules", "validate": "rules", "continued": "runs",
     "flat": "runs", "refuse_drift": "runs", "Config": "schema", "with_targets": "targets",
@@ -31,7 +32,7 @@ _HOMES = {
 
 __all__ = [
     "Config", "ConfigError", "changed", "compose_config", "config_dir", "continued", "dump", "flat", "from_file",
-    "load", "micro_batches", "parse_bucket", "readers", "refuse_drift", "require", "shipped", "to_yaml",
+    "load", "micro_batches", "parse", "parse_bucket", "readers", "refuse_drift", "require", "shipped", "to_yaml",
     "training_modes", "validate", "with_targets",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from ltx_train.contracts import ConfigError, Mode
 
 ConfigStore.instance().store(name="schema", node=Config)
 
+_DIGEST = "# sha256 of the lines below: "
 _NUMBERED = re.compile(r"\.\d+(\.|$)")
 _NOT_A_KEY = re.compile(r"Key '([^']+)' (?:not in|is not in struct)")
 
@@ -119,16 +121,30 @@ def to_yaml(overrides: list[str], extra_dir: str | None = None) -> str:
 
 
 def dump(config: Config) -> str:
-    """A configuration as reloadable YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """A configuration as reloadable YAML. Its first line has the digest of the others, so that damage is found."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    return f"{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def load(path: Path) -> Config:
     """A configuration that `dump` wrote."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        return parse(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
+
+
+def parse(text: str, path: Path) -> Config:
+    """As `load`, of a text. path: its origin, for the error."""
+    first, _, rest = text.partition("\n")
+    if first.startswith(_DIGEST) and first != _DIGEST + hashlib.sha256(rest.encode()).hexdigest():
+        raise ConfigError(
+            f"{path} is not as it was written: it is damaged, or was edited. Remove its first line if the edit is meant"
+        )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, OSError, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
     assert isinstance(config, Config)
     return config

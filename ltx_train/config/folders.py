@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,28 @@ def from_folder(folder: str, command: str, overrides: list[str]) -> Config:
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder!r} is neither an override (key=value) nor a folder")
-    if not (path / FILE).is_file():
+    file = _readable(path)
+    if file is None:
         raise ConfigError(f"{folder} has no {FILE}: give a run's folder (runs/<experiment>/<id>) or a prepared one")
     if (path / _INDEX).is_file():
-        return compose.from_file(path / FILE, overrides, {"data.root": folder})
-    config = compose.from_file(path / FILE, overrides, _names(path))
+        return compose.from_file(file, overrides, {"data.root": folder})
+    config = compose.from_file(file, overrides, _names(path))
     return compose.changed(config, _inputs(path, command, config))
+
+
+def _readable(path: Path) -> Path | None:
+    """The folder's settings, or those of its newest checkpoint when they are lost or damaged; None without any."""
+    own = path / FILE
+    checkpoints = sorted(path.glob(f"checkpoints/step-*/{FILE}"), key=lambda p: (len(p.parent.name), p.parent.name))
+    for file in (own, *(p for p in reversed(checkpoints) if ".tmp-" not in p.parent.name)):
+        try:
+            compose.load(file)
+        except ConfigError:
+            continue
+        if file != own:
+            print(f"ltx-train: {own} is missing or damaged; its settings are read from {file.parent}", file=sys.stderr)
+        return file
+    return own if own.is_file() else None  # its error names the fault
 
 
 def _names(path: Path) -> dict[str, Any]:

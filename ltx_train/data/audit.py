@@ -68,6 +68,11 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
             findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, requirements)]
         except DataError as error:
             findings.append(Finding(True, str(error)))
+    for digest in sorted({d for r in index.records for d in (r.context, *r.variants)}):
+        try:
+            reader.context(digest)
+        except DataError as error:
+            findings.append(Finding(True, str(error)))
     findings += [Finding(False, f"set aside by prepare: {key}: {why}") for key, why in index.quarantined.items()]
     return findings
 

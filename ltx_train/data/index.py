@@ -5,16 +5,18 @@ Owns `index.json` and its schema version. It imports no torch, because reading a
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ltx_train import durable
 from ltx_train.contracts import DataError
 
-SCHEMA = 1
+SCHEMA = 2
+_DIGEST = "sha256"
 INDEX_NAME = "index.json"
 TRAIN, HELDOUT = "train", "heldout"
 
@@ -85,13 +87,9 @@ class Index:
 
 def save(index: Index, root: Path) -> None:
     """Writes the index atomically. `prepare` writes it last, so a folder with an index is complete."""
-    text = json.dumps({"schema": SCHEMA, **asdict(index)}, indent=1, sort_keys=True, ensure_ascii=False)
-    temporary = root / f"{INDEX_NAME}.tmp-{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / INDEX_NAME)
+    content = {"schema": SCHEMA, **asdict(index)}
+    text = json.dumps({**content, _DIGEST: _digest(content)}, indent=1, sort_keys=True, ensure_ascii=False)
+    durable.write(root / INDEX_NAME, text + "\n")
 
 
 def load(root: str | Path) -> Index:
@@ -104,13 +102,20 @@ def load(root: str | Path) -> Index:
         raise DataError(f"no prepared data at {root}: run `ltx-train prepare` with the same data settings first")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("schema") != SCHEMA:
+        if raw["schema"] != SCHEMA:
             raise DataError(f"{path} was written by another release: run `ltx-train prepare` again")
+        if raw.pop(_DIGEST) != _digest(raw):
+            raise ValueError("its content does not match its digest")
+        del raw["schema"]
         raw["records"] = tuple(_record(r) for r in raw["records"])
         raw["shards"] = tuple(Shard(**s) for s in raw["shards"])
         return Index(**raw)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): run `ltx-train prepare` again") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _record(raw: dict[str, Any]) -> Record:

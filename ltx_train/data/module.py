@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from ltx_train import signals
 from ltx_train.contracts import Batch, DataError, Sample
 from ltx_train.data.collate import collate
 from ltx_train.data.index import TRAIN, Index
@@ -75,10 +75,9 @@ class ShardData(LightningDataModule):
 def _ignore_signals(_worker: int) -> None:
     """Makes a worker ignore the signals of Ctrl-C and of a scheduler's notice.
 
-    These signals reach the whole process group, but only the training process may act on them.
+    They reach the whole process group, but only the training process may act on them.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
 
 
 def training_order(index: Index, global_batch: int, seed: int, limit: int | None = None) -> Order:

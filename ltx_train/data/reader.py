@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role, Sample
 from ltx_train.data.index import Index, Record
 from ltx_train.data.order import Address
+from ltx_train.model import sealed
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
@@ -148,7 +148,7 @@ class Reader:
 
     def _assemble(self, address: Address, donor: str | None, context: str) -> Sample:
         record = self.records[address.key]
-        tensors, contexts = self.tensors(record), self._context(context)
+        tensors, contexts = self.tensors(record), self.context(context)
         missing = sorted(name for name in self._request.masks if name not in tensors)
         if missing:
             raise DataError(f"{record.key}: no {missing[0]!r} in the shards, but the mode or the loss reads it")
@@ -193,7 +193,8 @@ class Reader:
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot read {record.key} ({error}): prepare again") from error
 
-    def _context(self, digest: str) -> dict[str, Tensor]:
+    def context(self, digest: str) -> dict[str, Tensor]:
+        """A text context by its digest. DataError when it cannot be read or is damaged."""
         if digest not in self._contexts:
             if len(self._contexts) >= _CONTEXTS_KEPT:
                 self._contexts.pop(next(iter(self._contexts)))
@@ -203,8 +204,8 @@ class Reader:
     def _read_context(self, digest: str) -> dict[str, Tensor]:
         path = self._root / "contexts" / f"{digest}.safetensors"
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            return sealed.unpack(path.read_bytes())[0]
+        except (OSError, DataError) as error:
             raise DataError(f"{path}: cannot read a text context ({error}): prepare again") from error
 
 

@@ -5,12 +5,11 @@ Owns that file. One line per step: {"step": 250, "loss": {"anna": 0.41, ...}}.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltx_train import durable
 from ltx_train.evaluation.rows import CORRECT, Row
 from ltx_train.evaluation.statistics import Interval, by_identity
 
@@ -38,22 +37,20 @@ def read(folder: Path) -> list[Measured]:
     """All measured steps in order. The last line of a step counts; lines that are not valid JSON are skipped."""
     path = folder / NAME
     by_step: dict[int, Measured] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for raw in durable.read_lines(path):
         try:
-            raw = json.loads(line)
-        except ValueError:
-            continue
-        by_step[raw["step"]] = Measured(raw["step"], raw["loss"])
+            step, loss = int(raw["step"]), {str(who): float(value) for who, value in raw["loss"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged: this step's identities are lost, not the run
+        by_step[step] = Measured(step, loss)
     return [by_step[step] for step in sorted(by_step)]
 
 
 def record(folder: Path, measured: Measured) -> None:
     """Adds a step; drops later steps of an earlier attempt, since this attempt will measure them again."""
     earlier = [m for m in read(folder) if m.step < measured.step]
-    lines = [json.dumps({"step": m.step, "loss": dict(m.loss)}, ensure_ascii=False) for m in (*earlier, measured)]
-    temporary = folder / f"{NAME}.tmp-{os.getpid()}"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    lines = [durable.line({"step": m.step, "loss": dict(m.loss)}) for m in (*earlier, measured)]
+    durable.write(folder / NAME, "".join(lines))
 
 
 def difference(first: Measured, second: Measured) -> Interval:

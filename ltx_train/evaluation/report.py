@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ltx_train import durable
 from ltx_train.contracts import Clip
 from ltx_train.evaluation import plots
 from ltx_train.evaluation.attention_mass import Mass
@@ -52,9 +52,7 @@ class Report:
 
 def write(path: Path, report: Report) -> None:
     """Writes the page atomically."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(render(report), encoding="utf-8")
-    os.replace(temporary, path)
+    durable.write(path, render(report))
 
 
 def render(report: Report) -> str:

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from ltx_train import durable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,7 @@ class Trial:
 
 def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
     """Writes the page atomically; the page needs no network."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(render(title, trials), encoding="utf-8")
-    os.replace(temporary, path)
+    durable.write(path, render(title, trials))
 
 
 def render(title: str, trials: Sequence[Trial]) -> str:

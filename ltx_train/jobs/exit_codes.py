@@ -7,10 +7,18 @@ import os
 import sys
 from collections.abc import Callable
 
+from ltx_train import signals
 from ltx_train.contracts import Exit, UserError
 
-# Errors of a full or read-only disk get one message without a traceback; committed checkpoints stay.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+# Errors of disks, paths and limits of the system get one message without a traceback; committed checkpoints stay.
+_STORAGE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EPERM,
+    errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENODEV,
+    errno.ENXIO, errno.ETIMEDOUT,
+)  # fmt: skip
+# torch.distributed's errors when another process is gone.
+_LOST_RANK = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_FAILED = 1
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
@@ -26,12 +34,18 @@ def exit_code_of(work: Callable[[], int]) -> int:
         _report(f"{error}: fix that, then the same command continues")
         return Exit.DATA
     except RuntimeError as error:
-        # torch.OutOfMemoryError, by its name: most commands end before torch is imported. `fit` and `bench` add a plan.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        _report("the GPU ran out of memory: close other programs on it, or set a smaller memory.budget_gib or bucket")
-        return Exit.CONFIG
+        # By name: most commands end before torch is imported. `fit` and `bench` add a plan.
+        if type(error).__name__ == "OutOfMemoryError":
+            _report(
+                "the GPU ran out of memory: close other programs on it, or set a smaller memory.budget_gib or bucket"
+            )
+            return Exit.CONFIG
+        if type(error).__name__ in _LOST_RANK or "gloo" in str(error):
+            _report("lost the connection to another rank")
+            return _FAILED
+        raise
     except KeyboardInterrupt:
+        signals.ignore()
         _report("stopped")
         return Exit.PREEMPTED
 

@@ -21,10 +21,11 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+from ltx_train import signals
 from ltx_train.assembly import resolve
 from ltx_train.config import Config
 from ltx_train.config.command_table import COMMANDS
-from ltx_train.contracts import ConfigError
+from ltx_train.contracts import ConfigError, Exit
 from ltx_train.distributed import allocator, environment
 from ltx_train.jobs.exit_codes import exit_code_of
 
@@ -32,9 +33,10 @@ Entry = Callable[[Config], int]
 
 # Seconds that the other processes may take to end by themselves once one has failed, and then after SIGTERM.
 _GRACE_S, _KILL_S = 10.0, 5.0
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # prctl's PR_SET_PDEATHSIG.
 _DEATH_SIGNAL = 1
+# What a shell adds to a signal's number.
+_SIGNALLED = 128
 
 
 def run_command(name: str, config: Config) -> int:
@@ -76,13 +78,16 @@ def run_processes(entry: Entry, config: Config, count: int) -> int:
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         shared[name] = os.environ.get(name, str(min(32, max(1, (os.cpu_count() or 1) // count))))
     children: list[Any] = [context.Process(target=_child, args=(entry, config, os.getpid())) for _ in range(count)]
-    previous = {number: signal.signal(number, _forwarding(children)) for number in _FORWARDED}
+    received: set[int] = set()
+    previous = {number: signal.signal(number, _forwarding(children, received)) for number in signals.handled()}
     try:
         for rank, child in enumerate(children):
             # Set before the child starts: libraries read the number of threads and the rank when they are imported.
             with _environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
                 child.start()
-        return _wait_for_all(children)
+        code = _wait_for_all(children, received)
+        # A process that had not come to its own handlers yet ended by the signal itself.
+        return Exit.PREEMPTED if code - _SIGNALLED in received else code
     finally:
         for child in children:
             if child.is_alive():
@@ -114,6 +119,7 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
 
 
 def _child(entry: Entry, config: Config, parent: int) -> None:
+    signals.stop_like_ctrl_c()
     # The parent forwards signals: in the parent's group, Ctrl-C on a terminal would reach every process twice.
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
@@ -122,8 +128,9 @@ def _child(entry: Entry, config: Config, parent: int) -> None:
     sys.exit(exit_code_of(lambda: entry(config)))
 
 
-def _forwarding(children: list[Any]) -> Any:
+def _forwarding(children: list[Any], received: set[int]) -> Any:
     def forward(number: int, _frame: FrameType | None) -> None:
+        received.add(number)
         for child in children:
             if child.is_alive() and child.pid is not None:
                 os.kill(child.pid, number)
@@ -131,18 +138,27 @@ def _forwarding(children: list[Any]) -> Any:
     return forward
 
 
-def _wait_for_all(children: list[BaseProcess]) -> int:
+def _wait_for_all(children: list[BaseProcess], received: set[int]) -> int:
     """Waits for all processes. Once one has failed, the others have some seconds to end before they are signalled."""
     failed_at, code = 0.0, 0
     while any(child.is_alive() for child in children):
-        for child in children:
-            if not failed_at and child.exitcode not in (None, 0):
-                failed_at, code = time.monotonic(), shell_code(child.exitcode or 0)
+        ended = {rank: child.exitcode for rank, child in enumerate(children) if child.exitcode}
+        if ended and not failed_at:
+            # A killed process is the cause, and others that lost the connection to it are not: negative codes first.
+            rank = min(ended, key=lambda r: ended[r])
+            failed_at, code = time.monotonic(), shell_code(ended[rank])
+            if ended[rank] < 0 and -ended[rank] not in received:
+                _report_killed(rank, -ended[rank])
         waited = time.monotonic() - failed_at if failed_at else 0.0
         if waited > _GRACE_S:
             _signal(children, signal.SIGKILL if waited > _GRACE_S + _KILL_S else signal.SIGTERM)
         time.sleep(0.05)
     return code or next((shell_code(c.exitcode) for c in children if c.exitcode), 0)
+
+
+def _report_killed(rank: int, number: int) -> None:
+    hint = ": the system kills processes when memory is full (dmesg)" if number == signal.SIGKILL else ""
+    print(f"ltx-train: rank {rank} was killed by {signal.Signals(number).name}{hint}", file=sys.stderr)
 
 
 def _signal(children: list[BaseProcess], number: signal.Signals) -> None:
@@ -153,7 +169,7 @@ def _signal(children: list[BaseProcess], number: signal.Signals) -> None:
 
 def shell_code(code: int) -> int:
     """The exit code that a shell reports: 128 + number for a process that a signal has ended."""
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else _SIGNALLED - code
 
 
 def _free_port() -> int:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from ltx_train import config as configuration
-from ltx_train import rng
+from ltx_train import durable, rng
 from ltx_train.assembly import from_config
 from ltx_train.config import Config
 from ltx_train.config.multirun import top_level_values
@@ -33,7 +33,6 @@ from ltx_train.evaluation.sweep_report import Trial
 from ltx_train.jobs import trials
 from ltx_train.jobs.folder_lock import FolderLock
 from ltx_train.jobs.trials import Running
-from ltx_train.training.preemption import stop_before_training
 from ltx_train.training.tracking.metrics import read_rows
 
 _METRIC = "val/loss"
@@ -67,7 +66,6 @@ def search(config: Config) -> Outcome:
     _refuse_unmeasured(config)
     folder = Path(config.run.root) / config.run.experiment / f"sweep-{config.sweep.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    stop_before_training()
     with FolderLock(folder):
         run = _Search(config, folder, space)
         try:
@@ -301,7 +299,7 @@ def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
     done = [t for t in finished if t.value is not None]
     if done:
         best = min(done, key=lambda t: t.value or 0.0)
-        (folder / "best.yaml").write_text(best_experiment(config, best.number, best.params))
+        durable.write(folder / "best.yaml", best_experiment(config, best.number, best.params))
 
 
 def best_experiment(config: Config, number: int, values: Mapping[str, Any]) -> str:

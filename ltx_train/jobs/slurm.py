@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ltx_train import config as configuration
+from ltx_train import durable
 from ltx_train.assembly import from_config, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import UserError
@@ -23,8 +24,8 @@ def write_script(config: Config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     settings, script = folder / "submit.yaml", folder / "submit.sbatch"
     job_config = resolve.for_job(config, config.cluster.nodes, config.cluster.devices)
-    settings.write_text(configuration.dump(job_config))
-    script.write_text(render(config, settings))
+    durable.write(settings, configuration.dump(job_config))
+    durable.write(script, render(config, settings))
     return script
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ltx_train import signals
 from ltx_train.assembly import from_config
 from ltx_train.config import Config
-from ltx_train.contracts import Exit
+from ltx_train.contracts import Exit, StoreError
 from ltx_train.jobs import notices, processes
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.mirror import RunStore
@@ -26,7 +27,10 @@ from ltx_train.training.checkpoints.mirror import RunStore
 # Exit codes after which a restart cannot help.
 _FINAL = (Exit.DONE, Exit.CONFIG, Exit.DATA, Exit.DIVERGED)
 _LONGEST_WAIT_S = 300.0
-_NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What a shell adds to a signal's number.
+_SIGNALLED = 128
+# Tries to reach the store at the start and after the end of a run, each after a longer pause.
+_STORE_TRIES = 4
 
 
 @dataclass
@@ -38,22 +42,54 @@ class _State:
 
 
 def supervise(config: Config) -> int:
-    """Returns the run's exit code: 75 when the cloud reclaims this machine; then run the same command on another."""
+    """Returns the run's exit code: 75 when the cloud reclaims this machine; then run the same command on another. 74
+    when the run has ended and the store lacks it.
+
+    StoreError when the store cannot be read and there is no local checkpoint: its run must not be started over.
+    """
     folder = from_config.run_dir(config)
-    settings = config.supervise
-    store = RunStore(settings.store, folder) if settings.store else None
-    fetched = store.pull() if store else None
-    if fetched:
-        print(f"fetched {fetched} from {settings.store}", file=sys.stderr)
+    store = RunStore(config.supervise.store, folder) if config.supervise.store else None
     state = _State()
-    previous = {
-        number: signal.signal(number, _stopping(state)) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    previous = {number: signal.signal(number, _stopping(state)) for number in signals.handled()}
     try:
-        return _restarting(config, folder, store, state)
+        _fetch(config, folder, store, state)
+        code = Exit.PREEMPTED if state.stopping else _restarting(config, folder, store, state)
+        return code if _mirror_finally(config, store, state) else code or Exit.STORE
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _fetch(config: Config, folder: Path, store: RunStore | None, state: _State) -> None:
+    for attempt in range(_STORE_TRIES if store is not None else 0):
+        assert store is not None
+        try:
+            fetched = store.pull()
+        except StoreError as error:
+            if _newest(folder) >= 0:
+                print(f"ltx-train: {error}; going on from the local checkpoints", file=sys.stderr)
+                return
+            if attempt == _STORE_TRIES - 1 or state.stopping:
+                raise
+            _sleep(config.supervise.backoff_s * 2**attempt, state)
+            continue
+        if fetched:
+            print(f"fetched {fetched} from {config.supervise.store}", file=sys.stderr)
+        return
+
+
+def _mirror_finally(config: Config, store: RunStore | None, state: _State) -> bool:
+    """The last upload, which nothing repeats. Returns whether the store has everything."""
+    for attempt in range(_STORE_TRIES):
+        if _mirror(config, store):
+            return True
+        # The machine may be gone in seconds.
+        pause = 1.0 if state.stopping else config.supervise.backoff_s * 2**attempt
+        time.sleep(min(pause, _LONGEST_WAIT_S) if attempt < _STORE_TRIES - 1 else 0)
+    print(
+        f"ltx-train: the run's last state is on this machine alone: {config.supervise.store} lacks it", file=sys.stderr
+    )
+    return False
 
 
 def _restarting(config: Config, folder: Path, store: RunStore | None, state: _State) -> int:
@@ -61,6 +97,8 @@ def _restarting(config: Config, folder: Path, store: RunStore | None, state: _St
     while True:
         before = _newest(folder)
         code = _run_once(config, folder, store, state, restarts)
+        if state.stopping and code > _SIGNALLED:
+            return Exit.PREEMPTED  # the signal came before the run had set up its handlers
         if code in _FINAL or state.stopping:
             return code
         idle = 0 if _newest(folder) > before else idle + 1
@@ -77,9 +115,13 @@ def _restarting(config: Config, folder: Path, store: RunStore | None, state: _St
 
 def _run_once(config: Config, folder: Path, store: RunStore | None, state: _State, restarts: int) -> int:
     """Starts `fit` once and returns its exit code. Mirrors its checkpoints while it runs and after its end."""
+    if state.stopping:
+        return Exit.PREEMPTED
     poll = notices.source(config.supervise.notice, config.supervise.notice_url)
     child = processes.spawn(partial(processes.run_command, "fit"), config, {"LTX_TRAIN_RESTARTS": str(restarts)})
     state.child = child
+    if state.stopping:
+        os.kill(child.pid, signal.SIGTERM)  # the signal came between the check and the start
     mirrored, next_poll = -1, 0.0
     while child.is_alive():
         if not state.stopping and time.monotonic() >= next_poll:
@@ -93,18 +135,18 @@ def _run_once(config: Config, folder: Path, store: RunStore | None, state: _Stat
             _mirror(config, store)
             mirrored = newest
         child.join(0.2)
-    _mirror(config, store)
     return processes.shell_code(child.exitcode)
 
 
-def _mirror(config: Config, store: RunStore | None) -> None:
-    """Uploads to the store. An unreachable store is only reported: it must not end a run whose disk is fine."""
-    if store is None:
-        return
+def _mirror(config: Config, store: RunStore | None) -> bool:
+    """Uploads to the store. Returns False when that failed, which must not end a run whose disk is fine."""
     try:
-        store.push(config.checkpoint.keep)
-    except OSError as error:
-        print(f"ltx-train: {config.supervise.store} could not be written ({error}); retrying later", file=sys.stderr)
+        if store is not None:
+            store.push(config.checkpoint.keep)
+    except (StoreError, OSError) as error:
+        print(f"ltx-train: {error}; retrying later", file=sys.stderr)
+        return False
+    return True
 
 
 def _stopping(state: _State) -> Any:
@@ -118,7 +160,7 @@ def _stopping(state: _State) -> Any:
 
 def _newest(folder: Path) -> int:
     checkpoints = commit.committed(folder / "checkpoints")
-    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else -1
+    return commit.step_of(checkpoints[-1]) if checkpoints else -1
 
 
 def _sleep(seconds: float, state: _State) -> None:

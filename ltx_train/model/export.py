@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ltx_train import durable
 from ltx_train.contracts import DataError
-from ltx_train.model import adapter
+from ltx_train.model import adapter, sealed
 from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import CheckpointFile, TensorSource
 from ltx_train.model.loaders import expected_tensors, transformer_original_name
@@ -54,9 +55,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, {"format": "pt", **metadata})
+        save_file(dict(tensors), temporary, sealed.seal(tensors, {"format": "pt", **metadata}))
+        durable.sync(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
+        durable.sync(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path} could not be written ({error})") from error

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ltx_train.contracts import DataError
+from ltx_train.model import sealed
 
 LORA_PREFIX = "diffusion_model."
 DORA = "dora_scale"
@@ -31,6 +32,10 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file ({error}): it may be truncated") from error
+    try:
+        sealed.verify(tensors, metadata)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     foreign = [name for name in tensors if not _KNOWN.search(name)]
     if foreign or not tensors:
         raise DataError(f"{path} is not a LoRA: {foreign[0] if foreign else 'it holds no tensors'}")

@@ -108,7 +108,7 @@ class Edge(Callback):
         self._report(step, {**row, **heldout})
         final = cadence.is_last(step) or stop or ended
         if cadence.saves(step) or better or final:
-            writer.save(self._state, must=final)
+            writer.save(self._state, must=final, may_wait=self._may_wait)
         if stop:
             self._preemption.saved()
         if self._outside.profiler is not None:
@@ -116,6 +116,11 @@ class Edge(Callback):
         # After the last step, the trackers may take long to send what they hold.
         self._outside.watchdog.beat(patient=final)
         return final
+
+    def _may_wait(self) -> bool:
+        """Whether a failed save is tried again: not after a signal."""
+        self._outside.watchdog.beat(patient=True)
+        return not self._ranks.any(self._preemption.requested)
 
     def _training_row(self) -> dict[str, float]:
         row, writer = self._rows.row(), self._outside.writer
@@ -160,6 +165,10 @@ def run_to_end(
     preemption.install()
     try:
         trainer.fit(task, datamodule=data)
+    except SystemExit as ended:
+        if preemption.forced:
+            raise KeyboardInterrupt from ended  # Lightning turns it into exit code 1
+        raise
     finally:
         preemption.leave()
         if outside.metrics is not None:

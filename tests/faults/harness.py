@@ -28,6 +28,7 @@ class Running:
     """`ltx-train ...` in a session of its own; its output is appended to a file."""
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        log.touch()
         self._process = _SERVER.Process(target=_run, args=(arguments, str(log), {**os.environ, **environment}))
         self._process.start()
         assert self._process.pid is not None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ltx_train.contracts import Exit
 from ltx_train.evaluation import history
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command, settings
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def overrides(root: Path, clips: Path, runs: Path, *more: str) -> list[str]:
 
 
 def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(run / "metrics.jsonl")
 
 
 def weights(run: Path, step: int = 12) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ltx_train.data import index
 from ltx_train.data.index import Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import VIDEO, Reader
+from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
 
 PRESETS = sorted(p.stem for p in (REPOSITORY / "conf/mode").glob("*.yaml"))
@@ -63,7 +63,7 @@ def overrides(root: Path, runs: Path, clips: Path, *more: str) -> list[str]:
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(folder / "metrics.jsonl")
 
 
 @pytest.mark.slow

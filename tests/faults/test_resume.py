@@ -62,18 +62,38 @@ def test_stopped_at_13_of_30_equals_an_unbroken_run(
         assert all(bool((first[k] == second[k]).all()) for k in first)
 
 
-def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """A real signal to this process while the given step runs."""
+def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.Signals) -> None:
+    """Real signals to this process while the given step runs."""
     from ltx_train.training.step import Task
 
     original = Task.training_step
 
     def step_and_signal(task: Task, *arguments: object) -> object:
         if task.step_of_run.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in numbers or (signal.SIGTERM,):
+                os.kill(os.getpid(), number)
         return original(task, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Task, "training_step", step_and_signal)
+
+
+def test_a_second_ctrl_c_stops_without_a_save(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _stop_after(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
+    assert command(*fit(prepared, clips, tmp_path, "checkpoint.interval=2", "eval.interval=0")) == 75
+    assert newest(tmp_path / "audio_reference" / "main").name == "step-000002"
+    shown = capsys.readouterr().err
+    assert "ltx-train: stopped" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_closed_terminal_loses_nothing(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop_after(monkeypatch, 4, signal.SIGHUP)
+    assert command(*fit(prepared, clips, tmp_path, "eval.interval=0")) == 75
+    assert newest(tmp_path / "audio_reference" / "main").name == "step-000004"
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import random
 import resource
@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import register_implementation
 from safetensors.torch import load_file
 
 from ltx_train.config import Config, compose_config
+from ltx_train.contracts import DataError, StoreError
 from ltx_train.jobs import notices, supervisor
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
@@ -142,6 +145,90 @@ def test_the_best_checkpoint_stays_in_the_store(tmp_path: Path) -> None:
     assert (remote / "heldout.jsonl").is_file()
 
 
+def test_a_damaged_checkpoint_in_the_store_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped byte and a missing file: found when another machine fetches, replaced by its own save of that step."""
+    store, here, there = (
+        f"file://{tmp_path / 'store'}",
+        tmp_path / "a" / "exp" / "main",
+        tmp_path / "b" / "exp" / "main",
+    )
+    for step in (1, 2, 3):
+        saved(here, step)
+    RunStore(store, here).push(keep=9)
+    remote = tmp_path / "store" / "exp" / "main" / "checkpoints"
+    weights = remote / "step-000003" / "weights.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (remote / "step-000002" / "optimizer.safetensors").unlink()
+    mirror = RunStore(store, there)
+    assert mirror.pull() == "step-000001"
+    assert capsys.readouterr().err.count("is damaged: passed over") == 2
+    for step in (2, 3):
+        saved(there, step)
+    assert mirror.push(keep=9) == ["step-000002", "step-000003"]
+    assert weights.read_bytes() == good
+    assert mirror.push(keep=9) == []
+    for path in remote.glob("step-*/weights.safetensors"):
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(DataError, match="to start over at step 0"):
+        RunStore(store, tmp_path / "c" / "exp" / "main").pull()
+
+
+def test_a_store_cannot_write_outside_the_run(tmp_path: Path) -> None:
+    here, there = tmp_path / "a" / "exp" / "main", tmp_path / "b" / "exp" / "main"
+    store = f"file://{tmp_path / 'store'}"
+    saved(here, 1)
+    RunStore(store, here).push(keep=9)
+    path = tmp_path / "store" / "exp" / "main" / "checkpoints" / "step-000001" / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["files"]["../../../../../bashrc"] = {"size": 4, "sha256": "0"}
+    del raw["sha256"]
+    path.write_text(json.dumps(raw))
+    (tmp_path / "bashrc").write_text("evil")
+    with pytest.raises(DataError, match="is damaged"):
+        RunStore(store, there).pull()
+    assert [p.name for p in tmp_path.rglob("bashrc")] == ["bashrc"]
+
+
+class BrokenStore(LocalFileSystem):
+    """Raises what libraries of clouds raise, which is no OSError."""
+
+    protocol = "broken"
+    left = 0
+
+    def put_file(self, *arguments: Any, **named: Any) -> None:
+        if type(self).left > 0:
+            type(self).left -= 1
+            raise RuntimeError("the token has expired")
+        super().put_file(*arguments, **named)
+
+
+@pytest.mark.parametrize(("failures", "code"), [(3, 0), (99, 74)])
+def test_the_last_upload_is_repeated_and_its_failure_has_a_code(
+    failures: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_implementation("broken", BrokenStore, clobber=True)
+    monkeypatch.setattr(BrokenStore, "left", failures)
+    monkeypatch.setattr(supervisor, "_restarting", lambda *_: 0)
+    settings = ["supervise.backoff_s=0.01", f"supervise.store=broken://{tmp_path / 'store'}", f"run.root={tmp_path}"]
+    made = compose_config([*settings, "run.experiment=exp"])
+    saved(tmp_path / "exp" / "main", 1)
+    assert supervisor.supervise(made) == code
+    shown = capsys.readouterr().err
+    assert "RuntimeError: the token has expired" in shown
+    assert ("on this machine alone" in shown) == (code == 74)
+
+
+def test_a_store_that_cannot_be_read_does_not_start_the_run_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_restarting", lambda *_: 0)
+    settings = ["supervise.backoff_s=0.01", "supervise.store=http://127.0.0.1:9/x", f"run.root={tmp_path}"]
+    made = compose_config([*settings, "run.experiment=exp"])
+    with pytest.raises(StoreError, match="could not be read"):
+        supervisor.supervise(made)
+
+
 @pytest.mark.slow
 def test_a_machine_that_is_taken_away_is_continued_on_another(
     cloud: Cloud, prepared: Path, clips: Path, tmp_path: Path
@@ -167,8 +254,6 @@ def test_a_machine_that_is_taken_away_is_continued_on_another(
     whole = tmp_path / "whole" / "audio_reference" / "main"
     assert curve(second) == curve(whole)
     assert _same(newest(second), newest(whole))
-    ids = {hashlib.sha256("/".join(run.parts[-2:]).encode()).hexdigest() for run in (first, second)}
-    assert len(ids) == 1
 
 
 @pytest.mark.slow
@@ -209,6 +294,7 @@ def test_chaos(prepared: Path, clips: Path, tmp_path: Path) -> None:
         "eval.interval=30",
         "eval.max_samples=2",
         "checkpoint.interval=4",
+        "checkpoint.on_full=stop",
         "optim.schedule=constant",
     )
     broken = fit(prepared, clips, tmp_path / "broken", *steps)

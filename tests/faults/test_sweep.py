@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -19,6 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from ltx_train import config
 from ltx_train.config.settings import all_settings
 from ltx_train.contracts import ConfigError, UserError
+from ltx_train.data import index
 from ltx_train.evaluation.sweep_report import Trial, render
 from ltx_train.jobs import search, trials
 from ltx_train.training.tracking.metrics import read_rows
@@ -151,10 +152,8 @@ def test_a_search_without_held_out_losses_is_refused(
 ) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
-    index = json.loads((prepared / "index.json").read_text())
-    for record in index["records"]:
-        record["split"] = "train"
-    (alone / "index.json").write_text(json.dumps(index))
+    loaded = index.load(prepared)
+    index.save(replace(loaded, records=tuple(replace(record, split="train") for record in loaded.records)), alone)
     words = ["fit", str(prepared), "-m", "optim.lr=1e-4,1e-3", f"run.root={tmp_path}", change.format(alone=alone)]
     assert command(*words) == 77
     assert answer.format(alone=alone) in capsys.readouterr().err

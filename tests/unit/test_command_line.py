@@ -155,6 +155,22 @@ def test_output_outlives_its_reader() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "x" * 100 + "\n", "the end")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_during_imports_asks_for_a_restart(name: str, tmp_path: Path) -> None:
+    """It arrives in the middle of the import of torch: exit code 75 and one line."""
+    (tmp_path / "torch.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
+    )
+    (tmp_path / "index.json").touch()
+    arguments = ["fit", "model.weights=random", f"data.root={tmp_path}", "data.source=x", "strategy.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ltx_train", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=50,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (75, "ltx-train: stopped\n")
+
+
 def test_settings_of_a_folder_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--cfg job` over a folder and over a saved file; entries of a list by their number."""
     made = config.compose_config(["mode=v2v_ic", "optim.steps=7"])

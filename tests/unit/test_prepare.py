@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -290,14 +291,13 @@ def test_check_sees_spoiled_samples(
     """A speaker in both splits, a flipped byte, a truncated shard: each is an error with a name."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
-    original = (root / "index.json").read_text()
-    raw = json.loads(original)
-    heldout = next(r for r in raw["records"] if r["split"] == "heldout")
-    heldout["split"] = "train"
-    (root / "index.json").write_text(json.dumps(raw))
+    loaded = index.load(root)
+    victim = loaded.split("heldout")[0]
+    moved = tuple(replace(r, split="train") if r is victim else r for r in loaded.records)
+    index.save(replace(loaded, records=moved), root)
     assert command("check", *settings(root, clips), "check.previews=0") == 78
     assert "is in both splits" in capsys.readouterr().out
-    (root / "index.json").write_text(original)
+    index.save(loaded, root)
     shard = next((root / "shards").glob("train*"))
     whole = bytearray(shard.read_bytes())
     whole[2000] ^= 1

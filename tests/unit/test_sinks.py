@@ -55,7 +55,7 @@ def start(folder: Path, url: str, key: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WANDB_BASE_URL", url)
     monkeypatch.setenv("WANDB_API_KEY", key)
     wandb.teardown()
-    return sinks.WandB(folder, "online", "p", {"a": 1})
+    return sinks.WandB(folder, "online", "p", {"a": 1}, 0)
 
 
 @pytest.mark.slow
@@ -89,19 +89,19 @@ def test_a_dead_server_costs_ten_seconds_at_most_and_no_row(
 
 @pytest.mark.slow
 def test_offline_runs_take_reports_and_clips(tmp_path: Path) -> None:
-    """Page and clip are in the run's files; the run's id depends on its folder's name alone."""
+    """Page and clip are in the run's files. Two runs of one name have ids of their own, and a restart keeps its own."""
     page, clip = tmp_path / "report.html", tmp_path / "clip.mp4"
     page.write_text("<p>hello</p>")
     clip.write_bytes(b"not really a film")
     ids: list[str] = []
-    for place in ("here", "there"):
-        tracker = sinks.WandB(tmp_path / place / "e/main", "offline", "p", {"a": 1})
+    for place, first_step in (("here", 0), ("there", 0), ("here", 5)):
+        tracker = sinks.WandB(tmp_path / place / "e/main", "offline", "p", {"a": 1}, first_step)
         ids.append(tracker._run.id)
-        tracker.write(1, {"val/loss": 1.0})
-        tracker.media(1, clip, "clip")
+        tracker.write(first_step + 1, {"val/loss": 1.0})
+        tracker.media(first_step + 1, clip, "clip")
         tracker.page(page)
         tracker.close()
-    assert ids[0] == ids[1]
+    assert ids[0] == ids[2] != ids[1]
     files = [p.name for p in (tmp_path / "here/e/main/wandb").rglob("*") if p.is_file()]
     assert any(name.endswith(".html") for name in files)
     assert any(name.endswith(".mp4") for name in files)

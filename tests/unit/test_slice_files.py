@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.training.checkpoints import commit
+from ltx_train.training.checkpoints import commit, manifest
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.updates.slice_files import MOMENTS, StateSlice
 
@@ -130,7 +130,7 @@ def test_a_damaged_or_missing_shard_is_found(tmp_path: Path) -> None:
     files = list(json.loads((path / "manifest.json").read_text())["files"])
     part = files.index(victim.name) % 2
     with pytest.raises(DataError, match="shard-00001-of-00002"):
-        commit.verify(path, part, 2)
-    commit.verify(path, 1 - part, 2)
+        manifest.verify(path, part, 2)
+    manifest.verify(path, 1 - part, 2)
     victim.unlink()
     assert commit.committed(tmp_path) == []

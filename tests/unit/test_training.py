@@ -71,7 +71,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 
 def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
-    """Half-written folders are neither loaded nor counted, and are cleared away by the next save."""
+    """Half-written folders are neither loaded nor counted, and `remove_halves` clears the temporary ones away."""
     for step in (1, 2, 3):
         commit.save(tmp_path, checkpoint(step), keep=2)
     assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000003"]
@@ -80,6 +80,7 @@ def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     (tmp_path / "step-000003" / "weights.safetensors").write_bytes(b"short")
     assert [p.name for p in commit.committed(tmp_path)] == ["step-000002"]
     commit.save(tmp_path, checkpoint(4), keep=2)
+    commit.remove_halves(tmp_path)
     assert not list(tmp_path.glob("*.tmp-*"))
     assert [p.name for p in commit.committed(tmp_path)] == ["step-000002", "step-000004"]
 

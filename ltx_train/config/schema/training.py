@@ -157,7 +157,9 @@ class CheckpointConfig:
 
     interval: int = setting(250, "optimizer steps between two saves", least=1)
     keep: int = setting(3, "newest checkpoints that are kept; the best one stays too", least=1)
-    failures: int = setting(3, "failed saves in a row that end the run", least=1)
+    on_full: str = setting(
+        "wait", "when two saves in a row fail: wait until one succeeds, or stop the run", choices=("wait", "stop")
+    )
 
 
 @dataclass(kw_only=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from torch import Tensor
 
+from ltx_train import durable
 from ltx_train.contracts import DataError
 from ltx_train.data import index
 from ltx_train.data.index import Index, Record
@@ -26,8 +26,10 @@ from ltx_train.data.prepare.media import read_clip
 from ltx_train.data.prepare.sources import Clip, split_by_identity
 from ltx_train.data.reader import AUDIO, REFERENCE, VOICE
 from ltx_train.diffusion.grid import Bucket
+from ltx_train.model import sealed
 
-FORMAT = 1
+# Of items and contexts: sealed files, whose damage is found.
+FORMAT = 2
 Report = Callable[[int, int, str], None]
 
 
@@ -135,11 +137,13 @@ def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Pat
     """Returns a clip's record and whether the clip was encoded now. An item of the same content is reused."""
     source_sha = _file_sha256(clip.video)
     key = _item_key(clip, source_sha, recipe, encoders)
-    note = items / f"{key}.json"
-    new = not (note.is_file() and (items / f"{key}.safetensors").is_file())
-    if new:
-        _encode(clip, recipe, encoders, items / f"{key}.safetensors", note)
-    facts: dict[str, Any] = json.loads(note.read_text())
+    path = items / f"{key}.safetensors"
+    facts = _facts(path)
+    new = facts is None
+    if facts is None:
+        durable.write(path, _encoded(clip, recipe, encoders))
+        facts = _facts(path)
+        assert facts is not None, f"{path} is damaged right after it was written"
     if recipe.needs_audio and not facts["has_audio"]:
         raise DataError(f"{clip.video} has no sound, but the mode generates or reads audio")
     if recipe.needs_audio and facts["rms_db"] < recipe.silence_db:
@@ -151,7 +155,22 @@ def _item(clip: Clip, split: str, recipe: Recipe, encoders: Encoders, items: Pat
     return record, new
 
 
-def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note: Path) -> None:
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What the record of an item holds of it; None when the item is absent or damaged, and has to be encoded."""
+    tensors = _verified(path)
+    return None if tensors is None else json.loads(tensors[1]["facts"])
+
+
+def _verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Content of a sealed file, None when it is absent or damaged."""
+    try:
+        return sealed.unpack(path.read_bytes())
+    except (FileNotFoundError, DataError):
+        return None
+
+
+def _encoded(clip: Clip, recipe: Recipe, encoders: Encoders) -> bytes:
+    """The bytes of a clip's item: its tensors, with the facts about them as metadata."""
     media = read_clip(clip.video, list(recipe.buckets), recipe.fps)
     encoded = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
     encoded.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
@@ -163,8 +182,7 @@ def _encode(clip: Clip, recipe: Recipe, encoders: Encoders, tensors: Path, note:
         "own_reference": REFERENCE in encoded.tensors,
         "rms_db": round(encoded.rms_db, 2),
     }
-    _write(tensors, save(encoded.tensors))
-    _write(note, json.dumps(facts, sort_keys=True).encode())
+    return sealed.pack(encoded.tensors, {"facts": json.dumps(facts, sort_keys=True)})
 
 
 def _contexts(clip: Clip, recipe: Recipe, encoders: Encoders, contexts: Path) -> tuple[str, ...]:
@@ -174,12 +192,12 @@ def _contexts(clip: Clip, recipe: Recipe, encoders: Encoders, contexts: Path) ->
 
 
 def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -> str:
-    """Returns the digest of a caption's text context. Encodes the context if its file does not exist yet."""
+    """Returns the digest of a caption's text context. Encodes the context if its file is absent or damaged."""
     fingerprints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
-    digest = _digest(caption, fingerprints, recipe.latent_dtype)
+    digest = _digest(FORMAT, caption, fingerprints, recipe.latent_dtype)
     path = contexts / f"{digest}.safetensors"
-    if not path.is_file():
-        _write(path, save(encoders.caption(caption)))
+    if _verified(path) is None:
+        durable.write(path, sealed.pack(encoders.caption(caption), {}))
     return digest
 
 
@@ -188,7 +206,6 @@ def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -
     vaes = {k: v for k, v in encoders.fingerprints.items() if k.endswith("VAE")}
     files = {name: _file_sha256(path) for name, path in clip.files.items()}
     newer = {name: digest for name, digest in files.items() if name != "reference_audio"}
-    # The item of a clip without these newer inputs keeps the key of earlier releases, so that it is reused.
     extras = [newer, clip.audio_mask, recipe.reference_scale] if newer or clip.audio_mask else []
     return _digest(FORMAT, source_sha, files.get("reference_audio"), settings, vaes, *extras)
 
@@ -200,10 +217,3 @@ def _digest(*parts: Any) -> str:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file atomically: under a temporary name first, then renamed."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

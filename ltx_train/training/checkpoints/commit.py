@@ -7,14 +7,15 @@ written. Each rank of a sliced state writes its own file, and rank 0 commits the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ltx_train import durable
 from ltx_train.contracts import DataError
+from ltx_train.training.checkpoints import manifest
+from ltx_train.training.checkpoints.manifest import Entry
 from ltx_train.updates import slice_files
 from ltx_train.updates.slice_files import StateSlice
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+# The settings that a checkpoint was made with.
+SETTINGS = "config.yaml"
+_WEIGHTS, _OPTIMIZER, _STATE = manifest.WEIGHTS, "optimizer.safetensors", manifest.STATE
 _AVERAGE = "average.safetensors"
+_NAME = re.compile(r"step-\d+")
 _DONE, _PENDING = ".done", ".pending"
 # How long rank 0 waits for the other ranks' files.
 _PATIENCE_S = 1800.0
@@ -41,7 +46,8 @@ class Checkpoint:
     """step: optimizer steps done. weights: by plain name. optimizer: as `optimizer.state_dict()`. notes: JSON values.
 
     average: the moving average of the weights, empty when there is none. slice: this rank's slice of a sliced state;
-    `weights` and `optimizer` are empty then. name: suffix of the temporary folder, the same on all ranks.
+    `weights` and `optimizer` are empty then. settings: text of the run's configuration. name: suffix of the temporary
+    folder, the same on all ranks.
     """
 
     step: int
@@ -50,6 +56,7 @@ class Checkpoint:
     notes: Mapping[str, Any]
     average: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     slice: StateSlice | None = None
+    settings: str = ""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     @property
@@ -68,14 +75,18 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, protected: int | None 
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         _write_parts(temporary, checkpoint)
+        if checkpoint.settings:
+            (temporary / SETTINGS).write_text(checkpoint.settings, encoding="utf-8")
         known = _other_files(temporary, checkpoint.slice) if checkpoint.slice is not None else {}
-        _write_manifest(temporary, known)
+        manifest.write(temporary, known)
+        replaced = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
         if final.exists():
-            # Only now that the new checkpoint is complete: a kill before the rename loses this step, no other.
-            shutil.rmtree(final)
+            # Only now that the new checkpoint is complete: a kill before the second rename loses this step, no other.
+            os.rename(final, replaced)
         os.rename(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         # The rename is durable once the parent folder is flushed.
-        _sync(folder)
+        durable.sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DataError(
@@ -93,8 +104,8 @@ def contribute(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         slice_files.write(temporary, state_slice)
-        _sync(temporary / state_slice.file)
-        entry = _entry(temporary / state_slice.file)
+        durable.sync(temporary / state_slice.file)
+        entry = asdict(manifest.entry(temporary / state_slice.file))
     except (OSError, SafetensorError) as error:
         entry = {"error": str(error)}
     with contextlib.suppress(OSError):
@@ -106,32 +117,51 @@ def contribute(folder: Path, checkpoint: Checkpoint) -> None:
 
 def committed(folder: Path) -> list[Path]:
     """Complete checkpoints, sorted by step. Folders without a matching manifest do not count."""
-    return sorted(path for path in folder.glob("step-*") if ".tmp-" not in path.name and _is_complete(path))
+    return sorted((path for path in _named(folder) if manifest.is_complete(path)), key=step_of)
 
 
-def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Compares the digests of a checkpoint's files with its manifest; DataError names the file that differs.
+def damaged(folder: Path) -> list[Path]:
+    """Checkpoints by name that are not complete, sorted by step."""
+    return sorted((path for path in _named(folder) if not manifest.is_complete(path)), key=step_of)
 
-    part, parts: check every `parts`-th file, starting with number `part`.
-    """
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["schema"] != SCHEMA:
-        raise DataError(f"{path} was written by another release (schema {manifest['schema']}, this one reads {SCHEMA})")
-    for name, entry in list(manifest["files"].items())[part::parts]:
-        if _sha256(path / name) != entry["sha256"]:
-            raise DataError(f"{path / name} is damaged: remove {path} to continue from the checkpoint before it")
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name. Names have six digits or more, so they do not sort as text."""
+    return int(path.name.removeprefix("step-"))
+
+
+def remove_halves(folder: Path) -> None:
+    """Removes what killed processes have left of their saves. Call it while no other process writes to the folder:
+    before the first save, whose room it may take."""
+    for half in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _named(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
 
 
 def notes(path: Path) -> Mapping[str, Any]:
-    """Reads the notes of a checkpoint, without its tensors."""
-    return json.loads((path / _STATE).read_text())["notes"]
+    """Reads the notes of a checkpoint, without its tensors. DataError when they are damaged."""
+    return _state(path)["notes"]
+
+
+def settings(path: Path) -> str:
+    """The text of the configuration that a checkpoint was made with; empty for one of 0.1.0 or 0.2.0. DataError when it
+    is damaged."""
+    listed = manifest.read(path).get(SETTINGS)
+    if listed is None:
+        return ""
+    if not (path / SETTINGS).is_file() or manifest.entry(path / SETTINGS) != listed:
+        raise DataError(f"{path / SETTINGS} is damaged: remove {path} to continue from the checkpoint before it")
+    return (path / SETTINGS).read_text(encoding="utf-8")
 
 
 def load(path: Path, *, verified: bool = False) -> Checkpoint:
     """Reads a checkpoint, after `verify` unless verified. Tensors of a sliced one are read from disk at each access."""
     if not verified:
-        verify(path)
-    state = json.loads((path / _STATE).read_text())
+        manifest.verify(path)
+    state = _state(path)
     if (path / slice_files.LAYOUT).is_file():
         sliced = slice_files.SlicedState(path)
         return Checkpoint(step=state["step"], weights=sliced.weights, optimizer=sliced.optimizer, notes=state["notes"])
@@ -145,6 +175,15 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
         notes=state["notes"],
         average=average,
     )
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        if manifest.entry(path / _STATE) == manifest.read(path)[_STATE]:
+            return json.loads((path / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / _STATE} cannot be read ({error})") from error
+    raise DataError(f"{path / _STATE} is damaged: remove {path} to continue from the checkpoint before it")
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
@@ -165,9 +204,9 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / _STATE).write_text(json.dumps({**state, "optimizer": optimizer}, indent=1))
 
 
-def _other_files(folder: Path, state_slice: StateSlice) -> dict[str, Any]:
+def _other_files(folder: Path, state_slice: StateSlice) -> dict[str, Entry]:
     """Waits for the files of the other ranks and returns their manifest entries; OSError when a rank fails or hangs."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
     deadline = time.monotonic() + _PATIENCE_S
     for rank in range(1, state_slice.world):
         name = replace(state_slice, rank=rank).file
@@ -176,9 +215,10 @@ def _other_files(folder: Path, state_slice: StateSlice) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise OSError(f"rank {rank} has not written its file within {_PATIENCE_S / 60:.0f} min")
             time.sleep(0.05)
-        entries[name] = json.loads(mark.read_text())
-        if "error" in entries[name]:
-            raise OSError(f"rank {rank}: {entries[name]['error']}")
+        listed = json.loads(mark.read_text())
+        if "error" in listed:
+            raise OSError(f"rank {rank}: {listed['error']}")
+        entries[name] = Entry(**listed)
         mark.unlink()
     return entries
 
@@ -204,53 +244,20 @@ def _nested(*flats: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     return state
 
 
-def _write_manifest(folder: Path, known: Mapping[str, Any]) -> None:
-    """Writes the manifest, which commits the checkpoint, and flushes it after all files that it lists. known: entries
-    of files that other ranks have flushed."""
-    files: dict[str, Any] = dict(known)
-    for path in sorted(folder.iterdir()):
-        if path.name not in known:
-            _sync(path)
-            files[path.name] = _entry(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
-    _sync(manifest)
-    _sync(folder)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
 def _temporary(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / f"step-{checkpoint.step:06d}.tmp-{checkpoint.name}"
 
 
-def _is_complete(path: Path) -> bool:
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def _prune(folder: Path, keep: int, protected: int | None) -> None:
+    """Removes old checkpoints. What cannot be removed, as on a network disk where somebody reads it, stays: the new
+    checkpoint is committed, and a later prune tries again."""
     for old in committed(folder)[:-keep]:
-        if old.name == f"step-{protected or 0:06d}":
-            continue
-        shutil.rmtree(old)
-    for half in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        if step_of(old) != protected:
+            try:
+                # Without its manifest it no longer counts, even if only some of its files can be removed.
+                (old / manifest.NAME).unlink()
+                shutil.rmtree(old)
+            except OSError as error:
+                print(
+                    f"ltx-train: {old} could not be removed ({error}); trying again at the next save", file=sys.stderr
+                )

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ltx_train import durable
 from ltx_train.contracts import UserError
 
 Values = Mapping[str, float]
 _INIT_TIMEOUT_S = 8
+# File in the run's folder with the id of its W&B run.
+WANDB_ID = "wandb_id"
 
 
 class Sink(Protocol):
@@ -55,7 +58,7 @@ class Csv:
     def close(self) -> None: ...
 
     def _rewrite(self) -> None:
-        rows = [json.loads(line) for line in self._rows.read_text(encoding="utf-8").splitlines()]
+        rows = durable.read_lines(self._rows)
         self._columns = list(dict.fromkeys(name for row in rows for name in row))
         temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -87,10 +90,11 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run whose id depends on the run's folder alone, so that a restart continues it."""
+    """A W&B run. Its id is random and kept in the run's folder, so that a restart continues it and no other run, of the
+    same name or of somebody else in the project, writes into it."""
 
-    def __init__(self, folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
-        self._run = _start_wandb(folder, mode, project, config)
+    def __init__(self, folder: Path, mode: str, project: str, config: Mapping[str, Any], first_step: int) -> None:
+        self._run = _start_wandb(folder, mode, project, config, wandb_id(folder, first_step))
 
     def write(self, step: int, values: Values) -> None:
         self._run.log({"trainer/global_step": step, **values}, step=step)
@@ -109,7 +113,20 @@ class WandB:
         self._run.finish()
 
 
-def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> Any:
+def wandb_id(folder: Path, first_step: int) -> str:
+    """The id of the run's W&B run; a new one for a new run. Runs of 0.1.0 and 0.2.0 have an id made of their name."""
+    file = folder / WANDB_ID
+    if first_step > 0 and file.is_file() and (known := file.read_text(encoding="utf-8").strip()):
+        return known
+    if first_step > 0:
+        return hashlib.sha256("/".join(folder.parts[-2:]).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = secrets.token_hex(6)
+    durable.write(file, made + "\n")
+    return made
+
+
+def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any], run_id: str) -> Any:
     """Starts a W&B run, offline when the server does not answer within the timeout; UserError for a refused key."""
     # By default W&B reports its own errors to its vendor and prints a failed start to the terminal.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -118,7 +135,7 @@ def _start_wandb(folder: Path, mode: str, project: str, config: Mapping[str, Any
 
     name = "/".join(folder.parts[-2:])
     common: dict[str, Any] = {
-        "project": project, "id": hashlib.sha256(name.encode()).hexdigest()[:12], "dir": folder, "name": name,
+        "project": project, "id": run_id, "dir": folder, "name": name,
         "config": dict(config), "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, console="off"),
     }  # fmt: skip
     try:

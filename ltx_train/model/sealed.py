@@ -1,0 +1,61 @@
+"""safetensors files that hold the SHA-256 of their own content, so that a flipped bit in them is found.
+
+The digest covers names, dtypes, shapes and bytes of the tensors and all other metadata. It lies in the metadata, which
+readers of safetensors ignore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ltx_train.contracts import DataError
+
+DIGEST = "content_sha256"
+
+
+def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with the digest of the content."""
+    return {**metadata, DIGEST: _digest(tensors, metadata)}
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a sealed file."""
+    return save(dict(tensors), seal(tensors, metadata))
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a sealed file's bytes. DataError, without the file's name, when they are damaged."""
+    try:
+        tensors, header = load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata: dict[str, Any] = dict(header.get("__metadata__", {}))
+    except (SafetensorError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"not a readable safetensors file ({error})") from error
+    if DIGEST not in metadata:
+        raise DataError("it has no digest of its content")
+    verify(tensors, metadata)
+    return tensors, metadata
+
+
+def verify(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """DataError when the content does not have its digest. Files of other programs have none."""
+    own = {name: value for name, value in metadata.items() if name != DIGEST}
+    if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, own):
+        raise DataError("its content does not match its digest: the file is damaged")
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    ordered = sorted(tensors.items())
+    described = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in ordered]
+    digest = hashlib.sha256(json.dumps([described, dict(metadata)], sort_keys=True).encode())
+    for _, tensor in ordered:
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
