@@ -45,6 +45,7 @@ lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data docs tests
 	$(BIN)/ruff check --quiet ltx_train data docs tests
 	$(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
+	$(BIN)/shellcheck .ci/run launch/spot/start.sh docs/performance/measure.sh
 	$(BIN)/pyright
 
 format: setup ## rewrite to the house style

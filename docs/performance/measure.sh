@@ -29,8 +29,10 @@ declare -A cases=(
   [B_int8_20gib]="$B memory=int8 memory.budget_gib=20"
   [B_int8_16gib]="$B memory=int8 memory.budget_gib=16"
 )
+# shellcheck disable=SC2046  # names of cases are single words
 [ $# -gt 0 ] || set -- $(printf '%s\n' "${!cases[@]}" | sort)
 for name in "$@"; do
   echo "== $name" >&2
+  # shellcheck disable=SC2086  # a case is several words
   python3 -W ignore -m ltx_train bench ${cases[$name]} bench.case="$name" bench.out="$out" bench.warmup=4 || echo "$name failed" >&2
 done

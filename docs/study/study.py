@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ltx_train import config as configuration
@@ -38,7 +38,7 @@ from ltx_train.evaluation import attention_mass, verdicts
 from ltx_train.evaluation.rows import CORRECT, DROPPED, WRONG, Row, differences, paired
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.model import adapter
+from ltx_train.model import adapter, sealed
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.watchdog import Watchdog
 
@@ -114,7 +114,8 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
             context = who if case.caption else "constant"
             path = root / "contexts" / f"{context}.safetensors"
             if not path.exists():
-                save_file({AUDIO_CONTEXT: told, VIDEO_CONTEXT: torch.zeros(TEXT, VIDEO_WIDTH)}, path)
+                contexts = {AUDIO_CONTEXT: told, VIDEO_CONTEXT: torch.zeros(TEXT, VIDEO_WIDTH)}
+                path.write_bytes(sealed.pack(contexts, {}))
             items[key] = save(tensors)
             records.append(
                 Record(

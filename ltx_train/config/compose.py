@@ -142,12 +142,22 @@ def parse(text: str, path: Path) -> Config:
             f"{path} is not as it was written: it is damaged, or was edited. Remove its first line if the edit is meant"
         )
     try:
+        _refuse_foreign_syntax(text, path)
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
     assert isinstance(config, Config)
     return config
+
+
+def _refuse_foreign_syntax(text: str, path: Path) -> None:
+    """ConfigError for what `dump` never writes and a file from somebody else may hold: aliases, which grow without
+    bound, and values of the environment, which may be secrets. yaml.YAMLError for damage."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ConfigError(f"{path} is not a configuration of this release: it has YAML aliases")
+    if "${oc.env" in text:
+        raise ConfigError(f"{path} reads environment variables (${{oc.env...}}), which may be secrets: write the value")
 
 
 def _composed(overrides: list[str], extra_dir: str | None) -> Any:

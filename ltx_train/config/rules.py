@@ -10,6 +10,8 @@ from ltx_train.contracts import ConfigError
 from ltx_train.distributed.strategies import STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
+# Names get prefixes and endings; a file name may have 255 bytes.
+_LONGEST_NAME = 200
 _SEVERAL = ", ".join(kind.name for kind in STRATEGIES.values() if kind.several)
 
 
@@ -19,6 +21,7 @@ def validate(config: Config) -> None:
         check_value(config, setting)
     for bucket in config.data.buckets + ([config.sample.bucket] if config.sample.bucket else []):
         parse_bucket(bucket)
+    _validate_names(config)
     _validate_search(config)
     modes.validate(config)
     _validate_memory(config)
@@ -60,6 +63,20 @@ def micro_batches(config: Config, world: int) -> int:
             f"{mend}"
         )
     return count
+
+
+def _validate_names(config: Config) -> None:
+    """Names of folders stay inside the run root, and outputs have the ending of what is written."""
+    names = {"run.id": config.run.id, "run.experiment": config.run.experiment, "sweep.name": config.sweep.name}
+    for name, value in names.items():
+        if not value.isprintable() or "/" in value or "\\" in value or value.strip() in ("", ".", ".."):
+            raise ConfigError(f"{name}={value!r}: give a plain name of a folder, without slashes and line breaks")
+        if len(value.encode()) > _LONGEST_NAME:
+            raise ConfigError(f"{name} has {len(value.encode())} bytes: at most {_LONGEST_NAME} fit into a file name")
+    outputs = {"export.out": (config.export.out, ".safetensors"), "sample.out": (config.sample.out, ".mp4")}
+    for name, (value, ending) in outputs.items():
+        if value is not None and not value.endswith(ending):
+            raise ConfigError(f"{name}={value}: the file is a {ending} file and has to be named so")
 
 
 def _validate_search(config: Config) -> None:

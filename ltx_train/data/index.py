@@ -120,6 +120,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _record(raw: dict[str, Any]) -> Record:
     member = Member(**raw.pop("tensors"))
+    # Names are printed to terminals, and a foreign folder's may hold escape sequences.
+    strange = [raw[name] for name in ("key", "speaker", "shard", "source") if not raw[name].isprintable()]
+    if strange or "/" in raw["shard"]:
+        raise ValueError(f"the name {(strange or [raw['shard']])[0]!r}")
     variants = tuple(raw.pop("variants", ()))
     return Record(**raw, variants=variants, tensors=member)
 

@@ -59,8 +59,20 @@ def run_command(name: str, config: Config) -> int:
 
 def _run_here(name: str, config: Config) -> int:
     _silence_libraries()
+    _refuse_unusable_cache()
     entry: Entry = importlib.import_module(f"ltx_train.commands.{name}").run
     return entry(config)
+
+
+def _refuse_unusable_cache() -> None:
+    """ConfigError when the folder for compiled kernels cannot be made: torch would fail in its own words, also in
+    runs that compile nothing."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"TORCHINDUCTOR_CACHE_DIR={folder} cannot be used ({error}): unset it") from error
 
 
 def _silence_libraries() -> None:

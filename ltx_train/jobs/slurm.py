@@ -13,7 +13,7 @@ from ltx_train import config as configuration
 from ltx_train import durable
 from ltx_train.assembly import from_config, resolve
 from ltx_train.config import Config
-from ltx_train.contracts import UserError
+from ltx_train.contracts import ConfigError, UserError
 
 _TEMPLATE = "slurm/fit.sbatch"
 
@@ -45,10 +45,11 @@ def render(config: Config, settings: Path) -> str:
     folder = settings.parent
     python = shlex.quote(cluster.python or sys.executable)
     values = {
-        "name": f"{config.run.experiment}/{config.run.id}",
-        "nodes": cluster.nodes, "devices": cluster.devices, "cpus": cluster.cpus, "time": cluster.time,
+        "name": _quoted("run.id", f"{config.run.experiment}/{config.run.id}"),
+        "nodes": cluster.nodes, "devices": cluster.devices, "cpus": cluster.cpus,
+        "time": _word("cluster.time", cluster.time),
         "signal_s": cluster.signal_s, "hung_restarts": cluster.hung_restarts,
-        "logs": folder / ("slurm-%A_%a.log" if cluster.array else "slurm-%j.log"),
+        "logs": _quoted("run.root", str(folder / ("slurm-%A_%a.log" if cluster.array else "slurm-%j.log"))),
         "directives": "\n".join(f"#SBATCH {word}" for word in _directives(config)),
         "setup": "\n".join(cluster.setup),
         "tasks": _tasks(cluster.array),
@@ -62,18 +63,48 @@ def render(config: Config, settings: Path) -> str:
 
 def _directives(config: Config) -> list[str]:
     cluster = config.cluster
-    words = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(cluster, name))]
-    gres = cluster.gres
+    named = ((name, getattr(cluster, name)) for name in ("partition", "account"))
+    words = [f"--{name}={_word(f'cluster.{name}', value)}" for name, value in named if value]
+    gres = cluster.gres if cluster.gres is None else _word("cluster.gres", cluster.gres)
     if gres is None:
         gres = "" if resolve.launch(config).device == "cpu" else f"gpu:{cluster.devices}"
     words += [f"--gres={gres}"] if gres else []
     words += [f"--array=0-{len(cluster.array) - 1}"] if cluster.array else []
-    return [*words, *cluster.directives]
+    return [*words, *(_line("cluster.directives", line) for line in cluster.directives)]
 
 
 def _tasks(array: list[str]) -> str:
-    """A bash array of overrides, one element per task of the job array; empty for a single job."""
+    """The overrides of this task as a bash array: each stays one word, whatever characters it has."""
     if not array:
-        return 'overrides=""'
-    lines = "\n".join(f"  {shlex.quote(line)}" for line in array)
-    return f"all=(\n{lines}\n)\noverrides=${{all[$SLURM_ARRAY_TASK_ID]}}"
+        return "overrides=()"
+    cases = [f"  {number}) overrides=({_words(line)}) ;;" for number, line in enumerate(array)]
+    return "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"])
+
+
+def _words(line: str) -> str:
+    """The overrides of one line, quoted for bash. ConfigError when a quote in it is not closed."""
+    try:
+        return " ".join(shlex.quote(word) for word in shlex.split(line))
+    except ValueError as error:
+        raise ConfigError(f"cluster.array: {line!r}: {error}") from error
+
+
+def _line(name: str, text: str) -> str:
+    """ConfigError when a text would become several lines of the script."""
+    if not text.isprintable():
+        raise ConfigError(f"{name}={text!r}: a line break or a control character cannot stand in a #SBATCH line")
+    return text
+
+
+def _word(name: str, text: str) -> str:
+    """The value of a directive, which sbatch would cut at a blank."""
+    if re.search(r"[\s\"'#;]", _line(name, text)):
+        raise ConfigError(f"{name}={text!r}: blanks, quotes, `#` and `;` cannot stand in this directive")
+    return text
+
+
+def _quoted(name: str, text: str) -> str:
+    """A value in quotes as sbatch reads them."""
+    if '"' in _line(name, text) or "\\" in text:
+        raise ConfigError(f"{name}: {text!r} cannot be written into a #SBATCH line: leave out quotes and backslashes")
+    return f'"{text}"'

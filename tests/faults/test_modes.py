@@ -121,7 +121,7 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_train_export_and_prove_themselves(name: str, rich: Path, clips: Path, tmp_path: Path) -> None:
+def test_options_train_export_and_pass_inspect(name: str, rich: Path, clips: Path, tmp_path: Path) -> None:
     """`fit`, then `export`, whose file gives the trainer's own output when it is merged (`inspect`)."""
     asked = overrides(rich, tmp_path, clips, "mode=t2av", "adapter=auto", "run.experiment=o", *OPTIONS[name])
     assert command("fit", *asked) == Exit.DONE
@@ -158,7 +158,7 @@ def test_training_goes_on_from_one_lora_on_top_of_another(rich: Path, clips: Pat
 
 
 @pytest.mark.slow
-def test_layers_that_never_move_are_told(
+def test_layers_that_never_move_are_reported(
     rich: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["mode=t2av", "adapter=auto", "optim.lr=0", "optim.final_lr=0", "optim.steps=21", "eval.interval=0"]

@@ -146,11 +146,11 @@ def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
         before = steps_done(run)
         with started(arguments, tmp_path / "log") as process:
             wait_for(lambda: steps_done(run) > before + 1, process)  # noqa: B023
-            seen = steps_done(run)
+            steps_at_signal = steps_done(run)
             send(_alive(children(process.pid)), number)
             assert process.wait(60) == 75, name
         saved = int(newest(run).name[5:])
-        assert saved == steps_done(run) >= seen
+        assert saved == steps_done(run) >= steps_at_signal
     assert end(arguments, tmp_path / "log") == 0
     assert end(fit(prepared, clips, tmp_path / "whole", *TWO, steps), tmp_path / "log") == 0
     whole = tmp_path / "whole" / "audio_reference" / "main"
@@ -202,12 +202,12 @@ def test_a_killed_rank_ends_the_run(prepared: Path, clips: Path, tmp_path: Path)
     assert "Traceback" not in log
 
 
-def test_an_error_of_the_first_rank_is_said_once(prepared: Path, clips: Path, tmp_path: Path) -> None:
+def test_an_error_of_rank_0_is_printed_once(prepared: Path, clips: Path, tmp_path: Path) -> None:
     arguments = fit(prepared, clips, tmp_path, *TWO, "optim.steps=3", "optim.global_batch=3")
     assert end(arguments, tmp_path / "log") == 77
-    said = (tmp_path / "log").read_text()
-    assert said.count("optim.global_batch=3 is no multiple of 2 devices") == 1
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text()
+    assert log.count("optim.global_batch=3 is no multiple of 2 devices") == 1
+    assert "Traceback" not in log
 
 
 def test_doctor_lets_the_processes_of_a_run_meet(tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_doctor_lets_the_processes_of_a_run_meet(tmp_path: Path) -> None:
         f"run.root={tmp_path}", "strategy.device=cpu", *TWO,
     ]  # fmt: skip
     assert end(arguments, tmp_path / "log") == 0
-    said = (tmp_path / "log").read_text()
-    assert "all-reduce  2 processes: 64 MiB in" in said
+    log = (tmp_path / "log").read_text()
+    assert "all-reduce  2 processes: 64 MiB in" in log
 
 
 def test_who_this_process_is() -> None:

@@ -175,10 +175,10 @@ def test_a_change_that_is_meant_is_allowed(
     assert command(*arguments, *changed) == 77
     assert "run.allow=[optim.lr]" in capsys.readouterr().err
     assert command(*arguments, *changed, "run.allow=[optim.lr]") == 0
-    said = capsys.readouterr().out
-    assert "changed since the run was started: optim.lr: 0.0002 -> 0.5" in said
-    assert "at step 2 from" in said
-    assert ", 0 steps lost" in said
+    output = capsys.readouterr().out
+    assert "changed since the run was started: optim.lr: 0.0002 -> 0.5" in output
+    assert "at step 2 from" in output
+    assert ", 0 steps lost" in output
     assert read_rows(tmp_path / "audio_reference/main/metrics.jsonl")[-1]["optim/lr"] > 0.01
 
 

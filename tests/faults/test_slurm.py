@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
 from ltx_train.commands import submit
-from ltx_train.config import compose_config, from_file
+from ltx_train.config import changed, compose_config, from_file
+from ltx_train.contracts import ConfigError
+from ltx_train.jobs import slurm as slurm_jobs
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.harness import started, steps_done, wait_for
@@ -75,7 +81,7 @@ def test_two_nodes_save_requeue_and_finish(
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     waited(lambda: slurm.state(job) == "PENDING")
     slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
-    waited(lambda: slurm.state(job) == "COMPLETED", 180)
+    waited(lambda: slurm.state(job) == "COMPLETED", 900)
     assert "start 2 on n[1-2]" in _log(run, job)
     monkeypatch.undo()
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
@@ -144,7 +150,54 @@ def test_the_script_of_a_large_job(tmp_path: Path) -> None:
     assert from_file(str(run / "submit.yaml"), []).strategy.name == "ddp"
 
 
-def test_a_machine_without_slurm_says_so(
+def test_words_of_a_job_stay_words(tmp_path: Path) -> None:
+    """The script runs with stand-ins for srun and scontrol. Blanks, globs and `$()` of the overrides arrive as typed,
+    and nothing of them is executed. shellcheck finds nothing."""
+    values = ["run.id=a 'data.caption=a b *'", f"'data.trigger=$(touch {tmp_path}/pwned)' optim.steps=3"]
+    made = compose_config([
+        "experiment=audio_reference", f"run.root={tmp_path / 'ro ot'}", "cluster.python=python3",
+        f"cluster.array={json.dumps(values)}",
+    ])  # fmt: skip
+    script = slurm_jobs.write_script(made)
+    (tmp_path / "bin").mkdir()
+    for name, body in {"srun": 'printf "%s\\n" "$@"', "scontrol": "true"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "n",
+    }  # fmt: skip
+    words: list[list[str]] = []
+    for task in range(2):
+        done = subprocess.run(
+            ["bash", str(script)], env={**environment, "SLURM_ARRAY_TASK_ID": str(task)}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        words.append(done.stdout.splitlines())
+    assert {"run.id=a", "data.caption=a b *"} <= set(words[0])
+    assert {f"data.trigger=$(touch {tmp_path}/pwned)", "optim.steps=3"} <= set(words[1])
+    assert str(script.parent / "submit.yaml") in words[0]
+    assert not (tmp_path / "pwned").exists()
+    assert f'#SBATCH --output="{script.parent}/slurm-%A_%a.log"' in script.read_text()
+    check = Path(sys.executable).parent / "shellcheck"
+    subprocess.run([check, "--exclude=SC2034,SC2016", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("cluster.partition", "gpu\ntouch PWNED"), ("cluster.account", "a b"), ("cluster.time", "1:00;x"),
+        ("cluster.gres", "gpu:1\n"), ("cluster.directives", ["--exclusive\ntouch PWNED"]), ("run.root", 'a"b'),
+        ("cluster.array", ["run.id='open"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_stand_in_a_script_is_refused(setting: str, value: Any, tmp_path: Path) -> None:
+    made = changed(compose_config(["experiment=audio_reference", f"run.root={tmp_path}"]), {setting: value})
+    with pytest.raises(ConfigError, match=setting):
+        slurm_jobs.render(made, tmp_path / str(made.run.root) / "submit.yaml")
+
+
+def test_submit_without_sbatch_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")

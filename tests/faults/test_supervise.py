@@ -35,7 +35,7 @@ from tests.faults.test_resume import curve, fit, newest
 
 
 class Cloud:
-    """A metadata service of either cloud that announces the end when told to."""
+    """A metadata service of either cloud that announces the end while `leaving` is true."""
 
     def __init__(self) -> None:
         self.leaving, self.asked = False, 0

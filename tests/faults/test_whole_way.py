@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,23 @@ def test_every_command_names_the_next_one(prepared: Path, tmp_path: Path, capsys
     assert (tmp_path / "clip.mp4").stat().st_size > 1000
 
 
+@pytest.fixture
+def _kernels() -> Generator[None]:
+    """Restores the choice of kernels, which belongs to the process: later tests compare with other processes bit for
+    bit."""
+    sdp = torch.backends.cuda
+    names = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp")
+    before = {name: getattr(sdp, f"{name}_enabled")() for name in names}
+    variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    for name, value in before.items():
+        getattr(sdp, f"enable_{name}")(value)
+    if variable is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("option", ["fast", "limit", "overfit", "deterministic", "profile"])
 def test_debug_configurations_run(option: str, prepared: Path, tmp_path: Path) -> None:
     more = ["optim.steps=10"] if option in ("overfit", "deterministic") else []
@@ -104,7 +123,6 @@ def test_debug_configurations_run(option: str, prepared: Path, tmp_path: Path) -
         assert (run / "config.yaml").read_text().count("limit: 1\n") == 1
     if option == "deterministic":
         assert torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
     if option == "profile":
         assert "traceEvents" in json.loads((run / "profile" / "rank-0.json").read_text())
 

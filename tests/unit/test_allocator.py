@@ -21,13 +21,13 @@ GROWING, FIXED = "expandable_segments:True", "expandable_segments:False"
         ({NEW: "max_split_size_mb:64"}, {NEW: "max_split_size_mb:64"}),
     ],
 )
-def test_segments_grow_unless_the_user_says_otherwise(given: dict[str, str], expected: dict[str, str]) -> None:
+def test_segments_grow_unless_a_variable_is_set(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
     allocator.use_expandable_segments(environment)
     assert environment == expected
 
 
-def test_every_command_says_so_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_command_sets_the_variable_before_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     environment: dict[str, str] = {}
     monkeypatch.setattr(processes.os, "environ", environment)
     seen: list[str] = []

@@ -49,6 +49,11 @@ from tests.conftest import REPOSITORY, TINY, command
         ("fit optim.betas=[0.9]", ["optim.betas=[0.9]: give the two decay rates"]),
         ("fit memory.keep=None", ["memory.keep", "choose one of"]),
         ("sample sample.fps=0", ["sample.fps=0", "at least 1"]),
+        ("fit run.id=../../x", ["run.id='../../x'", "without slashes"]),
+        ("fit run.experiment=..", ["run.experiment='..'"]),
+        (f"fit run.id={'x' * 300}", ["run.id has 300 bytes: at most 200"]),
+        ("export export.out=precious.txt", ["export.out=precious.txt", ".safetensors"]),
+        ("sample sample.out=precious.txt", ["sample.out=precious.txt", ".mp4"]),
         ("fit data --config saved.yaml", ["--config beside the folder data"]),
         ("fit --config saved.yaml --config-dir mine", ["leave --config-dir out"]),
     ],
@@ -76,7 +81,7 @@ def test_a_mistake_is_answered_with_what_was_expected_and_the_mend(
         ("optm.lr", "optim.lr"), ("stream_blocks", "memory.stream_blocks"),
     ],
 )  # fmt: skip
-def test_names_of_other_trainers_are_understood(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_other_trainers_lead_to_ours(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", f"{typed}=1") == Exit.CONFIG
     assert f"did you mean {meant!r}?" in capsys.readouterr().err
 
@@ -136,7 +141,7 @@ def test_bash_completes_commands_settings_and_choices() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_every_setting_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_lists_every_setting_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("completion", shell) == Exit.DONE
     shown = capsys.readouterr().out
     assert all(name in shown for name in all_settings())
@@ -184,10 +189,34 @@ def test_settings_of_a_folder_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_damaged_configuration_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("a: [", "\x00", "!!python/object/apply:os.system ['x']"):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(8)
+    )
+    for text in ("a: [", "\x00", "!!python/object/apply:os.system ['x']", bomb):
         (tmp_path / "config.yaml").write_text(text)
         assert command("fit", "--config", str(tmp_path / "config.yaml")) == Exit.CONFIG
         assert "config.yaml is not a configuration of this release" in capsys.readouterr().err
+
+
+def test_an_unusable_folder_for_kernels_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nope")
+    assert command("plan", "plan.card=RTX 4090") == Exit.CONFIG
+    assert "TORCHINDUCTOR_CACHE_DIR=/proc/nope cannot be used" in capsys.readouterr().err
+
+
+def test_a_configuration_from_others_reads_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    text = config.dump(config.compose_config([])).partition("\n")[2]
+    assert "caption: null" in text
+    (tmp_path / "config.yaml").write_text(text.replace("caption: null", "caption: ${oc.env:SECRET}"))
+    assert command("fit", "--config", str(tmp_path / "config.yaml"), "--cfg", "job") == Exit.CONFIG
+    shown = capsys.readouterr()
+    assert "environment variables" in shown.err
+    assert "s3cr3t" not in shown.out + shown.err
 
 
 def test_processes_of_another_launcher_must_be_as_many_as_the_strategy_has(

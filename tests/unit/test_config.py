@@ -213,7 +213,7 @@ def test_drift_is_sorted_into_harmless_and_refused(tmp_path: Path) -> None:
         ("memory.budget_gib=9", ""),
     ],
 )
-def test_drift_that_may_be_says_what_it_means(change: str, why: str, tmp_path: Path) -> None:
+def test_allowed_drift_names_its_consequence(change: str, why: str, tmp_path: Path) -> None:
     said = config.refuse_drift(config.compose_config([]), config.compose_config(change.split()), tmp_path)
     line = next(line for line in said if not line.startswith("run.allow"))
     assert ("warning" in line) == bool(why)

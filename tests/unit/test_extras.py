@@ -89,7 +89,7 @@ def rich(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_prepare_puts_them_into_the_shards(rich: Path) -> None:
+def test_shards_hold_controls_masks_and_a_second_caption(rich: Path) -> None:
     found = index.load(rich)
     reader = Reader(rich, found, seed=0)
     for record in found.records:

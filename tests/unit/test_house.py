@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: who reads raw settings, arguments by name, sizes, one home for a table."""
+"""Rules of the house that no linter checks: who reads raw settings, arguments by name, sizes, one home for a table."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_optimizers_and_strategies_are_named_in_their_tables_alone() -> None:
         assert set(quoted) == {home}, word
 
 
-def test_every_room_has_a_sign() -> None:
+def test_every_package_has_a_docstring() -> None:
     """Each package's docstring says what it owns."""
     for path in FILES:
         if path.name == "__init__.py":

@@ -76,7 +76,7 @@ def test_frozen_audio_stays_and_is_seen() -> None:
     assert not torch.equal(video, changed)
 
 
-def test_a_model_that_knows_the_answer_is_followed_to_it() -> None:
+def test_the_true_velocity_leads_to_the_clean_sample() -> None:
     """With the true velocity at every level the loop ends in the clean sample."""
     begin, made = start(Mode())
     assert made.video is not None

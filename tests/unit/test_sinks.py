@@ -134,7 +134,7 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(1, 0.25), (2, 0.5)]
 
 
-def test_the_configuration_says_where_numbers_go(tmp_path: Path) -> None:
+def test_logger_also_selects_the_sinks(tmp_path: Path) -> None:
     made = config.compose_config(["logger=local", "logger.also=[csv,tensorboard]", "data.root=x", "data.source=y"])
     found = trackers.sinks(made, tmp_path, 0)
     assert [type(sink).__name__ for sink in found] == ["Csv", "TensorBoard"]

@@ -41,7 +41,7 @@ def test_gradients_are_added_once_each_and_in_order() -> None:
     assert seen == [("a", [1.0]), ("b", [2.0]), ("a", [3.0])]
 
 
-def test_a_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -109,7 +109,7 @@ def test_int8_weights_stream_and_video_alone_does_too() -> None:
     second.square().mean().backward()
 
 
-def test_norm_ratio_knows_the_weights_that_are_elsewhere() -> None:
+def test_norm_ratio_of_streamed_weights_equals_that_of_resident_ones() -> None:
     resident, _ = model([], 0, Keep.inputs)
     made, _ = model([0, 1, 2], 2, Keep.inputs)
     assert adapter.norm_ratios(made)[""] == pytest.approx(adapter.norm_ratios(resident)[""], rel=1e-6)
@@ -142,7 +142,7 @@ def test_a_block_that_never_came_is_an_error() -> None:
 
 @pytest.mark.parametrize("keep", list(Keep))
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_streamed_block_may_keep_whatever_it_likes(keep: Keep, quantize: str) -> None:
+def test_a_streamed_block_gives_equal_gradients_for_every_way_of_keeping(keep: Keep, quantize: str) -> None:
     """What is saved for backward are the parameters themselves, which the stream fills again before it."""
     resident, _ = model([], 0, keep, quantize)
     made, _ = model([0, 1, 2], 2, keep, quantize)

@@ -59,7 +59,7 @@ def said(people: int = 8, alike: float | None = 0.0, **arms: Loss) -> list[Kind]
         ({CAPTION: lambda _s: 0.0}, []),
     ],
 )
-def test_every_kind_of_sentence(arms: dict[str, Loss], expected: list[Kind]) -> None:
+def test_every_kind_of_verdict(arms: dict[str, Loss], expected: list[Kind]) -> None:
     assert said(**arms) == expected
 
 

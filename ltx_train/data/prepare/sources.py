@@ -95,6 +95,9 @@ def _clip(row: Any, number: int, table: Path) -> Clip:
         raise DataError(f"{where}: needs the columns video (or file) and caption, but has {', '.join(sorted(row))}")
     if values.get("split", "") not in _SPLITS:
         raise DataError(f"{where}: split is {values['split']!r}, but must be train or heldout")
+    strange = [values[name] for name in ("video", "speaker") if not values.get(name, "").isprintable()]
+    if strange:
+        raise DataError(f"{where}: {strange[0]!r} has control characters: rename it")
     return Clip(
         key=sample_key(values["video"]),
         video=table.parent / values["video"],

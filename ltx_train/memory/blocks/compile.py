@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def keep_cache() -> None:
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     if os.environ.get(_VARIABLE) in (None, default_cache_dir()):
-        os.environ[_VARIABLE] = str(root / "ltx-train" / "compiled")
+        folder = root / "ltx-train" / "compiled"
+        with suppress(OSError):  # a home that cannot be written to: torch's default remains
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ[_VARIABLE] = str(folder)
 
 
 def graphs() -> int:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from ltx_train.contracts import UserError
 
 Values = Mapping[str, float]
 _INIT_TIMEOUT_S = 8
+# A record of W&B begins with a header; how long to wait for more than it after the end of a run.
+_HEADER_BYTES, _FLUSH_S = 7, 30.0
 # File in the run's folder with the id of its W&B run.
 WANDB_ID = "wandb_id"
 
@@ -110,7 +113,15 @@ class WandB:
         self._run.log({f"samples/{caption}": wandb.Video(str(path), caption=caption, format="mp4")}, step=step)
 
     def close(self) -> None:
+        """Waits until W&B's own process has written what it was sent, which takes long on a loaded machine."""
+        recorded = Path(self._run.settings.sync_file or "")
         self._run.finish()
+        until = time.monotonic() + _FLUSH_S
+        while recorded.is_file() and recorded.stat().st_size <= _HEADER_BYTES:
+            if time.monotonic() > until:
+                print(f"ltx-train: W&B has not written {recorded}; metrics.jsonl has all rows", file=sys.stderr)
+                return
+            time.sleep(0.1)
 
 
 def wandb_id(folder: Path, first_step: int) -> str:
