@@ -139,7 +139,8 @@ def parse(text: str, path: Path) -> Config:
     first, _, rest = text.partition("\n")
     if first.startswith(_DIGEST) and first != _DIGEST + hashlib.sha256(rest.encode()).hexdigest():
         raise ConfigError(
-            f"{path} is not as it was written: it is damaged, or was edited. Remove its first line if the edit is meant"
+            f"{path} does not match its digest: the file is damaged or was edited. "
+            "To use an edited file, remove its first line"
         )
     try:
         _refuse_foreign_syntax(text, path)
