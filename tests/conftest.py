@@ -15,6 +15,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `nohup make test` ignores it, in all processes that tests start too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Commands that tests start compile the package once, not each of them again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden" / "data"
 TINY = GOLDEN / "ltx-2.3-tiny.safetensors"

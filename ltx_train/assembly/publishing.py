@@ -36,7 +36,7 @@ def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
         "alpha_folded": "true", "targets": ",".join(config.adapter.targets), "base_fingerprint": base,
         "step": str(step), "mode": ";".join(f"{k}={v}" for k, v in facts.items()),
         "trigger": config.data.trigger or "", "merged_before": Path(config.model.merge or "").name,
-        "trainer": "ltx-train", **({"reference_downscale_factor": str(max(scales))} if scales else {}),
+        "trainer": export.TRAINER, **({"reference_downscale_factor": str(max(scales))} if scales else {}),
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ltx_train import config as configuration
-from ltx_train.assembly import memory_plan, resolve, run_builder, summary, timing, update_builder
+from ltx_train import durable
+from ltx_train.assembly import memory_plan, outputs, resolve, run_builder, summary, timing, update_builder
 from ltx_train.assembly.setup import Setup, settled
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
@@ -31,6 +32,7 @@ def run(config: Config) -> int:
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single strategy.devices=1")
+    outputs.check_output(config, "bench.out", config.bench.out)
     peer = _peer(config) if config.bench.baseline else {}
     with process_group(ranks, resolve.device(config, ranks), resolve.launch(config).rendezvous_timeout_s):
         return _run(config, ranks, peer)
@@ -115,6 +117,6 @@ def _about(config: Config) -> dict[str, Any]:
 
 
 def _collect(path: Path, record: dict[str, Any]) -> None:
-    records: list[Any] = json.loads(path.read_text()) if path.is_file() else []
+    records = outputs.read_records(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*records, record], indent=1) + "\n")
+    durable.write(path, json.dumps([*records, record], indent=1) + "\n")

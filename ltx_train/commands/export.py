@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ltx_train.assembly import from_config, model_source, publishing, resolve
+from ltx_train.assembly import from_config, model_source, outputs, publishing, resolve
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
@@ -15,6 +15,7 @@ from ltx_train.model.loaders import TRANSFORMER_PREFIX
 
 def run(config: Config) -> int:
     """Writes a LoRA that ComfyUI loads, or for a full fine-tune a single-file checkpoint in the original layout."""
+    outputs.check_output(config, "export.out", config.export.out)
     folder = Path(config.export.run) if config.export.run else from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
     source, kind = model_source.weights(trained_with), resolve.trained_kind(trained_with)

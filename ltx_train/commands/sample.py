@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_train.assembly import from_config, model_builder, model_source, resolve
+from ltx_train.assembly import from_config, model_builder, model_source, outputs, resolve
 from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config, parse_bucket
@@ -37,6 +37,7 @@ class SampleRequest:
 
 def run(config: Config) -> int:
     """Writes sample.out. The encoders are freed before the transformer is loaded."""
+    outputs.check_output(config, "sample.out", config.sample.out)
     bucket = parse_bucket(config.sample.bucket or config.data.buckets[0])
     fps = config.sample.fps or config.data.fps
     request = _request(config, from_config.encoders(config), bucket, fps)

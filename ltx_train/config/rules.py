@@ -73,7 +73,10 @@ def _validate_names(config: Config) -> None:
             raise ConfigError(f"{name}={value!r}: give a plain name of a folder, without slashes and line breaks")
         if len(value.encode()) > _LONGEST_NAME:
             raise ConfigError(f"{name} has {len(value.encode())} bytes: at most {_LONGEST_NAME} fit into a file name")
-    outputs = {"export.out": (config.export.out, ".safetensors"), "sample.out": (config.sample.out, ".mp4")}
+    outputs = {
+        "export.out": (config.export.out, ".safetensors"), "sample.out": (config.sample.out, ".mp4"),
+        "bench.out": (config.bench.out, ".json"),
+    }  # fmt: skip
     for name, (value, ending) in outputs.items():
         if value is not None and not value.endswith(ending):
             raise ConfigError(f"{name}={value}: the file is a {ending} file and has to be named so")

@@ -21,6 +21,7 @@ from ltx_train.assembly import from_config
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, StoreError
 from ltx_train.jobs import notices, processes
+from ltx_train.jobs.uploads import Uploads
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.mirror import RunStore
 
@@ -29,7 +30,7 @@ _FINAL = (Exit.DONE, Exit.CONFIG, Exit.DATA, Exit.DIVERGED)
 _LONGEST_WAIT_S = 300.0
 # What a shell adds to a signal's number.
 _SIGNALLED = 128
-# Tries to reach the store at the start and after the end of a run, each after a longer pause.
+# Tries to reach the store at the start, each after a longer pause.
 _STORE_TRIES = 4
 
 
@@ -38,6 +39,7 @@ class _State:
     """State that signal handlers and notices change."""
 
     stopping: bool = False
+    interrupts: int = 0
     child: Any = None
 
 
@@ -49,12 +51,13 @@ def supervise(config: Config) -> int:
     """
     folder = from_config.run_dir(config)
     store = RunStore(config.supervise.store, folder) if config.supervise.store else None
+    uploads = Uploads(store, config.checkpoint.keep, config.supervise.backoff_s) if store is not None else None
     state = _State()
     previous = {number: signal.signal(number, _stopping(state)) for number in signals.handled()}
     try:
         _fetch(config, folder, store, state)
-        code = Exit.PREEMPTED if state.stopping else _restarting(config, folder, store, state)
-        return code if _mirror_finally(config, store, state) else code or Exit.STORE
+        code = Exit.PREEMPTED if state.stopping else _restarting(config, folder, uploads, state)
+        return code if uploads is None or uploads.finish(in_haste=state.stopping) else code or Exit.STORE
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -78,25 +81,11 @@ def _fetch(config: Config, folder: Path, store: RunStore | None, state: _State) 
         return
 
 
-def _mirror_finally(config: Config, store: RunStore | None, state: _State) -> bool:
-    """The last upload, which nothing repeats. Returns whether the store has everything."""
-    for attempt in range(_STORE_TRIES):
-        if _mirror(config, store):
-            return True
-        # The machine may be gone in seconds.
-        pause = 1.0 if state.stopping else config.supervise.backoff_s * 2**attempt
-        time.sleep(min(pause, _LONGEST_WAIT_S) if attempt < _STORE_TRIES - 1 else 0)
-    print(
-        f"ltx-train: the run's last state is on this machine alone: {config.supervise.store} lacks it", file=sys.stderr
-    )
-    return False
-
-
-def _restarting(config: Config, folder: Path, store: RunStore | None, state: _State) -> int:
+def _restarting(config: Config, folder: Path, uploads: Uploads | None, state: _State) -> int:
     restarts = idle = 0
     while True:
         before = _newest(folder)
-        code = _run_once(config, folder, store, state, restarts)
+        code = _run_once(config, folder, uploads, state, restarts)
         if state.stopping and code > _SIGNALLED:
             return Exit.PREEMPTED  # the signal came before the run had set up its handlers
         if code in _FINAL or state.stopping:
@@ -113,8 +102,8 @@ def _restarting(config: Config, folder: Path, store: RunStore | None, state: _St
             return Exit.PREEMPTED
 
 
-def _run_once(config: Config, folder: Path, store: RunStore | None, state: _State, restarts: int) -> int:
-    """Starts `fit` once and returns its exit code. Mirrors its checkpoints while it runs and after its end."""
+def _run_once(config: Config, folder: Path, uploads: Uploads | None, state: _State, restarts: int) -> int:
+    """Starts `fit` once and returns its exit code. Uploads its checkpoints while it runs."""
     if state.stopping:
         return Exit.PREEMPTED
     poll = notices.source(config.supervise.notice, config.supervise.notice_url)
@@ -122,7 +111,7 @@ def _run_once(config: Config, folder: Path, store: RunStore | None, state: _Stat
     state.child = child
     if state.stopping:
         os.kill(child.pid, signal.SIGTERM)  # the signal came between the check and the start
-    mirrored, next_poll = -1, 0.0
+    next_poll = 0.0
     while child.is_alive():
         if not state.stopping and time.monotonic() >= next_poll:
             next_poll = time.monotonic() + config.supervise.poll_s
@@ -130,30 +119,23 @@ def _run_once(config: Config, folder: Path, store: RunStore | None, state: _Stat
                 print("ltx-train: this machine is being taken away: saving", file=sys.stderr)
                 state.stopping = True
                 os.kill(child.pid, signal.SIGUSR1)
-        newest = _newest(folder)
-        if newest != mirrored:
-            _mirror(config, store)
-            mirrored = newest
+        if uploads is not None:
+            uploads.offer(_newest(folder))
         child.join(0.2)
     return processes.shell_code(child.exitcode)
-
-
-def _mirror(config: Config, store: RunStore | None) -> bool:
-    """Uploads to the store. Returns False when that failed, which must not end a run whose disk is fine."""
-    try:
-        if store is not None:
-            store.push(config.checkpoint.keep)
-    except (StoreError, OSError) as error:
-        print(f"ltx-train: {error}; retrying later", file=sys.stderr)
-        return False
-    return True
 
 
 def _stopping(state: _State) -> Any:
     def forward(number: int, _frame: FrameType | None) -> None:
         state.stopping = True
+        if number == signal.SIGINT:
+            state.interrupts += 1
         if state.child is not None and state.child.is_alive():
             os.kill(state.child.pid, number)
+        elif state.interrupts > 1:
+            # A transfer is left, maybe with a store that does not answer. Ctrl-C alone gives it up: SIGTERM after a
+            # notice means that there are seconds left for it.
+            raise KeyboardInterrupt
 
     return forward
 

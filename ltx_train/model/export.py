@@ -27,6 +27,9 @@ from ltx_train.model.loaders import expected_tensors, transformer_original_name
 from ltx_train.model.lora_file import DORA, LORA_PREFIX, merged_weight, module_of, refuse_unbound
 from ltx_train.model.merged import MergedSource
 
+# Value of `trainer` in the metadata of every exported file.
+TRAINER = "ltx-train"
+
 
 def lora_tensors(parameters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
     """The adapter's tensors as `diffusion_model.<module>.lora_A/B.weight`, in `dtype` on the CPU.
@@ -140,7 +143,7 @@ def write_full(path: Path, base: TensorSource, trained: Mapping[str, Tensor], dt
             return trained_tensor
         return base.read(name, shapes[name], torch.device("cpu"))
 
-    _write_streamed(path, shapes, types, value, {"config": json.dumps(base.config), "model_version": "2.3.0"})
+    _write_streamed(path, shapes, types, value, {**_OF_FULL, "config": json.dumps(base.config)})
 
 
 def _write_streamed(
@@ -171,6 +174,7 @@ def _write_streamed(
         temporary.unlink(missing_ok=True)
 
 
+_OF_FULL = {"model_version": "2.3.0", "trainer": TRAINER}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _SIZES = {
     "F64": 8,

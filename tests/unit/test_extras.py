@@ -110,7 +110,7 @@ def test_captions_take_turns_and_are_dropped_as_often_as_asked(rich: Path) -> No
     reader = Reader(rich, found, seed=0, request=ReadRequest(caption_dropout=0.5, variants=True))
     drawn = [reader.caption(Address(record.key, n)) for n in range(400)]
     shares = [drawn.count(c) / 400 for c in (found.dropped_context, record.context, record.variants[0])]
-    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.08)
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=5 * 0.025)
     assert drawn == [reader.caption(Address(record.key, n)) for n in range(400)]
     seen = {c: reader.sample(Address(record.key, drawn.index(c))).video_context for c in set(drawn)}
     assert len({tuple(t.flatten()[:64].tolist()) for t in seen.values()}) == 3

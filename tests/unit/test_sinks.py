@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ from typing import Any
 
 import pytest
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
 from ltx_train import config
 from ltx_train.assembly import trackers
@@ -70,21 +75,64 @@ def test_a_refused_key_is_one_clear_line(
 
 
 @pytest.mark.slow
-def test_a_dead_server_costs_ten_seconds_at_most_and_no_row(
+def test_a_dead_server_costs_seconds_and_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    began = time.monotonic()
     folder = tmp_path / "e/main"
+    # W&B's own limit is 90 s.
+    began = time.monotonic()
     tracker = start(folder, "http://127.0.0.1:9", "a" * 40, monkeypatch)
-    assert time.monotonic() - began < 12  # the start itself may take 8, this machine is shared
+    assert time.monotonic() - began < 45
     assert "recording offline" in capsys.readouterr().err
     began = time.monotonic()
     for step in range(50):
         tracker.write(step, {"train/loss": 1.0})
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20
     tracker.close()
     wandb.teardown()
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Eight times as many busy processes as processors."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8 * len(os.sched_getaffinity(0)))
+    ]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_record_is_whole_when_its_tracker_is_closed_on_a_loaded_machine(tmp_path: Path, busy: None) -> None:
+    for run in range(3):
+        folder = tmp_path / str(run) / "e" / "main"
+        tracker = sinks.WandB(folder, "offline", "p", {"a": 1}, 0)
+        for step in range(1, 101):
+            tracker.write(step, {"train/loss": 1.0})
+        tracker.close()
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        kinds = list(records(file))
+        assert kinds.count("history") == 100
+        assert kinds[-1] in ("exit", "footer")
+
+
+def records(file: Path) -> Iterator[str]:
+    """The kinds of the records in W&B's file, a LevelDB log behind seven bytes: parts of records in blocks of 32 KiB,
+    each with 7 bytes of checksum, length and kind (1 whole, 2 first, 3 middle, 4 last)."""
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 2**15 - position % 2**15 < 7:  # too little for a header: the block is filled up
+            position += 2**15 - position % 2**15
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(parts).WhichOneof("record_type")
+            parts = b""
 
 
 @pytest.mark.slow

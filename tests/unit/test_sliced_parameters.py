@@ -35,9 +35,9 @@ class Meeting:
 
     def _all(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value.clone() if isinstance(value, Tensor) else value
-        self._barrier.wait(20)
+        self._barrier.wait(120)
         values = list(self._values)
-        self._barrier.wait(20)
+        self._barrier.wait(120)
         return values
 
     def exchange(self, rank: int) -> Exchange:

@@ -177,4 +177,5 @@ class RunConfig:
     )
     deterministic: bool = setting(False, "deterministic kernels: equal runs are equal bit for bit, but slower")
     profile: int = setting(0, "optimizer steps whose kernels are recorded to <run>/profile; 0: none", least=0)
+    overwrite: bool = setting(False, "outputs may replace files that ltx-train did not write")
     allow: list[str] = setting(list[str](), "settings that may differ from the run's own although its course changes")

@@ -54,7 +54,7 @@ class RunStore:
         with self._transfer("written"):
             local = commit.committed(self._folder / _CHECKPOINTS)
             stored, uploaded = set(self._committed()), list[str]()
-            for path in local:
+            for path in reversed(local):  # the newest first: this machine may be gone before the others are sent
                 if path.name not in stored or path.name in self._damaged or not self._is_same(path):
                     self._send(path)
                     self._damaged.discard(path.name)
@@ -63,7 +63,7 @@ class RunStore:
             retained = {path.name for path in local} | _best(local)
             for name in [n for n in self._committed()[:-keep] if n not in retained]:
                 self._system.rm(f"{self._root}/{_CHECKPOINTS}/{name}", recursive=True)
-        return uploaded
+        return sorted(uploaded)
 
     def pull(self) -> str | None:
         """Downloads the newest complete checkpoint if it is newer than the local ones. Returns its name, or None.

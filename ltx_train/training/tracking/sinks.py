@@ -114,8 +114,12 @@ class WandB:
 
     def close(self) -> None:
         """Waits until W&B's own process has written what it was sent, which takes long on a loaded machine."""
+        import wandb
+
         recorded = Path(self._run.settings.sync_file or "")
         self._run.finish()
+        # `finish` returns while that process still writes; it ends when all is written.
+        wandb.teardown()
         until = time.monotonic() + _FLUSH_S
         while recorded.is_file() and recorded.stat().st_size <= _HEADER_BYTES:
             if time.monotonic() > until:
