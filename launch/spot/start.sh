@@ -14,7 +14,7 @@ id ltx > /dev/null 2>&1 || useradd --system --create-home ltx
 mkdir -p /opt/ltx-train /data
 cd /opt/ltx-train
 python3.11 -m venv .venv
-.venv/bin/pip install --quiet fsspec s3fs
+.venv/bin/pip install --quiet s3fs
 fetch='import sys, fsspec; fs, root = fsspec.core.url_to_fs(sys.argv[1]); fs.get(root, sys.argv[2], recursive=len(sys.argv) > 3)'
 .venv/bin/python -c "$fetch" "$WHEEL" "/opt/ltx-train/$(basename "$WHEEL")"
 .venv/bin/pip install --quiet "/opt/ltx-train/$(basename "$WHEEL")"

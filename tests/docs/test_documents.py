@@ -63,6 +63,18 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_the_tests_that_documents_name_exist() -> None:
+    pages = "\n".join(page.read_text() for page in (REPOSITORY / "docs").rglob("*.md"))
+    named = set(re.findall(r"(test_\w+\.py)::(\w+)", pages))
+    assert len(named) > 15
+    known = {
+        (path.name, name)
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert named <= known, named - known
+
+
 def test_help_lists_every_target_and_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert all(f"make {t}" in out.stdout for t in ("help", "setup", "demo", "test", "lint"))
