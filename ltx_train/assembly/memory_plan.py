@@ -71,7 +71,7 @@ def _problem(config: Config, host_gib: float | None, *, training: bool) -> tuple
         constraints = replace(constraints, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
     elif sharing.block_slices > 1:
         constraints = replace(constraints, stream_blocks=needed.size.layers, slices=sharing.block_slices)
-    if sharing.offload is not None or sharing.sequence > 1:
+    if sharing.offload is not None or sharing.sequence > 1 or sharing.by_deepspeed:
         constraints = replace(constraints, graphs=False)
     return needed, constraints
 

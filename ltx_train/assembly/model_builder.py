@@ -17,6 +17,7 @@ from ltx_train.distributed.exchange import Exchange
 from ltx_train.distributed.sequence import SequenceGroup
 from ltx_train.memory.activations.input_offload import InputOffload
 from ltx_train.memory.blocks.cuda_graphs import CudaRecorder, StepGraphs
+from ltx_train.memory.blocks.hooked import HookedRunner
 from ltx_train.memory.blocks.keep import arrange
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.memory.planning.cards import GIB
@@ -24,8 +25,9 @@ from ltx_train.memory.weights.quantize import block_quantizer
 from ltx_train.memory.weights.stores import HostStore, PeerStore
 from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
+from ltx_train.model.linear import remember_norms
 from ltx_train.model.loaders import load_transformer
-from ltx_train.model.transformer import Transformer
+from ltx_train.model.transformer import Block, Transformer
 from ltx_train.updates.sliced_parameters import SlicedParameters
 from ltx_train.updates.state_offload import StateOffload
 
@@ -125,7 +127,7 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
     source = model_source.weights(setup.config)
     layers = source.config["transformer"]["num_layers"]
     # Masters are slices, so training gathers blocks on one rank too. A measurement on one rank has whole blocks.
-    gathers = setup.sharing.slices_blocks if exchange is not None else setup.sharing.gathers_blocks
+    gathers = setup.sharing.streams_slices if exchange is not None else setup.sharing.gathers_blocks
     arranged = arrange(
         layers, memory.keep, keep_everything=memory.keep_everything,
         stream_blocks=layers if gathers else memory.stream_blocks, offload_inputs=memory.offload_inputs,
@@ -146,8 +148,21 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
         torch.cuda.empty_cache()  # loading took memory for whole blocks
     transformer.sequence_group = _sequence_group(setup, transformer)
     offload = InputOffload(arranged.offloaded, device) if arranged.offloaded else None
-    transformer.run_block = BlockRunner(arranged.keep, compiled=setup.compiled, stream=stream, offload=offload)
+    transformer.run_block = BlockRunner(
+        arranged.keep, compiled=setup.compiled, stream=stream, offload=offload, casts=not setup.sharing.by_deepspeed
+    )
     return transformer
+
+
+def enter_through_hooks(setup: Setup, transformer: Transformer) -> None:
+    """Lets the blocks be called through hooks that gather their weights."""
+    memory, blocks = setup.memory, [block for block in transformer.transformer_blocks if isinstance(block, Block)]
+    for block in blocks:
+        remember_norms(block)  # no rank has the weights afterwards
+    arranged = arrange(
+        len(blocks), memory.keep, keep_everything=memory.keep_everything, stream_blocks=0, offload_inputs=False
+    )
+    transformer.run_block = HookedRunner(blocks, arranged.keep, compiled=setup.compiled)
 
 
 def _sequence_group(setup: Setup, transformer: Transformer) -> SequenceGroup | None:

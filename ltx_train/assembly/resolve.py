@@ -14,7 +14,7 @@ from ltx_train import config as configuration
 from ltx_train.config import Config, parse_bucket
 from ltx_train.contracts import ConfigError, ModalityName, Mode, Role, UserError
 from ltx_train.diffusion.grid import Bucket, audio_latents
-from ltx_train.distributed.strategies import STRATEGIES
+from ltx_train.distributed.strategies import DEEPSPEED, STRATEGIES
 from ltx_train.updates.kinds import OPTIMIZERS, OptimizerKind
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ltx_train.distributed.ranks import Ranks
     from ltx_train.memory.planning.footprint import MemoryChoice, Workload
     from ltx_train.memory.planning.search import PlanConstraints
+    from ltx_train.updates.deepspeed_engine import EngineSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +55,11 @@ class Sharing:
     world: ranks of the run; local_world: of this machine. sequence: ranks that share each sample's video tokens.
     full: every weight is trained, otherwise an adapter. update_stage: ZeRO stage of the trained weights, 0 when every
     rank updates all of them. slices_blocks: the blocks' weights are sliced and gathered for each pass (ZeRO-3).
-    offload: where a sliced optimizer state lives if not on the device: `cpu`, or a folder.
+    offload: where a sliced optimizer state lives if not on the device: `cpu`, or a folder. engine: whose ZeRO it is.
     """
 
     name: str
+    engine: str
     world: int
     local_world: int
     sequence: int
@@ -72,9 +74,18 @@ class Sharing:
         return self.update_stage > 0
 
     @property
+    def by_deepspeed(self) -> bool:
+        return self.engine == DEEPSPEED
+
+    @property
+    def streams_slices(self) -> bool:
+        """Whether the weight stream gathers sliced blocks."""
+        return self.slices_blocks and not self.by_deepspeed
+
+    @property
     def gathers_blocks(self) -> bool:
         """Whether the weight stream gathers blocks over several ranks."""
-        return self.slices_blocks and self.world > 1
+        return self.streams_slices and self.world > 1
 
     @property
     def saves_slices(self) -> bool:
@@ -89,7 +100,7 @@ class Sharing:
     @property
     def lockstep(self) -> bool:
         """Whether ranks communicate within a pass, so that all of them must run the same passes."""
-        return self.update_stage >= 2 or self.slices_blocks
+        return self.update_stage >= 2 or self.slices_blocks or self.by_deepspeed
 
     @property
     def measures_apart(self) -> bool:
@@ -126,9 +137,23 @@ def sharing(config: Config, ranks: Ranks | None = None) -> Sharing:
     if ranks is not None and world > 1:
         configuration.readers(config, world)
     return Sharing(
-        name=kind.name, world=world, local_world=strategy.devices, sequence=strategy.sequence, full=full,
-        update_stage=kind.update_stage(full=full), slices_blocks=kind.slices_frozen_blocks,
+        name=kind.name, engine=kind.engine, world=world, local_world=strategy.devices, sequence=strategy.sequence,
+        full=full, update_stage=kind.update_stage(full=full), slices_blocks=kind.slices_frozen_blocks,
         offload=strategy.offload,
+    )  # fmt: skip
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """DeepSpeed's part of the configuration. Adapters are trained in float32 whatever the model's dtype."""
+    import torch
+
+    from ltx_train.updates.deepspeed_engine import EngineSettings
+
+    strategy, shared = config.strategy, sharing(config)
+    halved = shared.full and config.model.dtype == "bfloat16"
+    return EngineSettings(
+        stage=shared.update_stage, dtype=torch.bfloat16 if halved else torch.float32, clip=config.optim.clip,
+        offload=shared.offload, hpz=strategy.hpz, extra=dict(strategy.deepspeed),
     )  # fmt: skip
 
 

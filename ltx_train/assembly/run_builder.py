@@ -52,6 +52,7 @@ from ltx_train.training.tracking.clock import Clock
 from ltx_train.training.tracking.metrics import Metrics
 from ltx_train.training.tracking.monitor import Monitor
 from ltx_train.training.watchdog import Watchdog
+from ltx_train.updates.deepspeed_engine import DeepSpeedUpdates
 from ltx_train.updates.protocol import Updates
 
 
@@ -94,7 +95,7 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     with profiled(start.folder, ranks.rank, config.run.profile) as profiler:
         return run_to_end(
             task, _data(setup, start), state, cadence, replace(outside, profiler=profiler), folder=start.folder,
-            ranks=ranks,
+            ranks=ranks, engine=updates.engine if isinstance(updates, DeepSpeedUpdates) else None,
         )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def step_recipe(
     setup: Setup, transformer: Transformer, updates: Updates, *, detailed: Callable[[int], bool] = lambda _step: False
 ) -> StepRecipe:  # fmt: skip
     """The optimizer step of an opened transformer, as CUDA graphs where the setup has them."""
-    plain = partial(objective.backward, transformer)
+    plain = partial(objective.backward, update_builder.predictor(transformer, updates))
     graphs = model_builder.pass_graphs(setup, transformer, updates.accumulating)
     ema = setup.config.adapter.ema
     recipe = plain_recipe(setup, plain if graphs is None else graphs, updates)

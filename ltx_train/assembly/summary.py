@@ -24,6 +24,7 @@ from ltx_train.memory.weights.stores import PeerStore
 from ltx_train.model import adapter
 from ltx_train.model.reach import sees_loss
 from ltx_train.model.transformer import Transformer
+from ltx_train.updates.deepspeed_engine import elements, own_slice
 
 
 def show(setup: Setup, transformer: Transformer, index: Index, folder: Path, step: int) -> None:
@@ -60,7 +61,7 @@ def _lines(
     config, optim = setup.config, setup.config.optim
     # Sizes from the meta device: parameters of streamed blocks are empty.
     base = {name: p.numel() for name, p in model_source.skeleton(config).named_parameters()}
-    trained = {name: base.get(name) or p.numel() for name, p in adapter.trainable_parameters(transformer).items()}
+    trained = {name: base.get(name) or elements(p) for name, p in adapter.trainable_parameters(transformer).items()}
     total, count = sum(base.values()), sum(trained.values())
     groups: Counter[str] = Counter()
     for name, size in trained.items():
@@ -132,7 +133,8 @@ def _tokens(setup: Setup) -> str:
 
 def memory(setup: Setup, transformer: Transformer, trained: int) -> str:
     """Frozen weights, and the float32 state of `trained` parameters on one device."""
-    frozen = sum(t.numel() * t.element_size() for t in transformer.parameters() if not t.requires_grad)
+    held = (own_slice(t) for t in transformer.parameters() if not t.requires_grad)
+    frozen = sum(t.numel() * t.element_size() for t in held)
     gradient_bytes = 4.0
     state = trained * (setup.optimizer.saved_bytes + gradient_bytes) / setup.sharing.update_slices / GIB
     kept = "in host memory or files" if setup.sharing.offload else "masters, gradients and moments"

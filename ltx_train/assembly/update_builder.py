@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ltx_train.assembly import from_config, model_builder
+from ltx_train.assembly import from_config, model_builder, resolve
 from ltx_train.assembly.setup import Setup
+from ltx_train.diffusion.objective import Predictor
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
+from ltx_train.updates.deepspeed_engine import DeepSpeedUpdates, open_engine
 from ltx_train.updates.optimizers import build_optimizer
 from ltx_train.updates.protocol import Updates
 from ltx_train.updates.slice_files import MOMENTS
@@ -20,11 +22,35 @@ from ltx_train.updates.whole import WholeUpdates
 
 def open_for_training(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Updates]:
     """The transformer to train, and how its weights are updated."""
+    if setup.sharing.by_deepspeed:
+        transformer = model_builder.open_trainable(setup, fresh=fresh)
+        return transformer, _deepspeed_updates(setup, transformer)
     if not setup.sharing.slices_updates:
         transformer = model_builder.open_trainable(setup, fresh=fresh)
         return transformer, whole_updates(setup, adapter.trainable_parameters(transformer))
     transformer, parameters = model_builder.open_sliced(setup, fresh=fresh)
     return transformer, _sliced_updates(setup, transformer, parameters)
+
+
+def predictor(transformer: Transformer, updates: Updates) -> Predictor:
+    """What a pass calls: the transformer, or the engine around it."""
+    return updates.engine if isinstance(updates, DeepSpeedUpdates) else transformer
+
+
+def _deepspeed_updates(setup: Setup, transformer: Transformer) -> DeepSpeedUpdates:
+    sharing, config = setup.sharing, setup.config
+    parameters = adapter.trainable_parameters(transformer)
+    optimizer = build_optimizer(
+        setup.optimizer, parameters.values(), from_config.optimizer_settings(config),
+        fused=True if sharing.offload else None,
+    )  # fmt: skip
+    settings = resolve.engine_settings(config)
+    if settings.stage == 3:
+        model_builder.enter_through_hooks(setup, transformer)
+    engine = open_engine(transformer, optimizer, settings, setup.device)
+    return DeepSpeedUpdates(
+        engine, parameters, stage=settings.stage, exchange=setup.ranks.exchange(), saves_slices=sharing.saves_slices
+    )
 
 
 def whole_updates(setup: Setup, parameters: Mapping[str, nn.Parameter]) -> WholeUpdates:

@@ -7,7 +7,7 @@ from ltx_train.config.buckets import parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import all_settings, check_value
 from ltx_train.contracts import ConfigError
-from ltx_train.distributed.strategies import STRATEGIES, StrategyKind
+from ltx_train.distributed.strategies import DEEPSPEED, STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
 # Names get prefixes and endings; a file name may have 255 bytes.
@@ -147,6 +147,33 @@ def _validate_strategy(config: Config) -> None:
         _validate_sliced_updates(config)
     if kind.slices_frozen_blocks:
         _validate_sliced_blocks(config)
+    _validate_engine(config, kind)
+
+
+def _validate_engine(config: Config, kind: StrategyKind) -> None:
+    """DeepSpeed's engine has settings of its own, and no place for some of this project's."""
+    strategy, memory = config.strategy, config.memory
+    if kind.engine != DEEPSPEED:
+        if strategy.deepspeed or strategy.hpz > 1:
+            raise ConfigError(
+                f"strategy.deepspeed and strategy.hpz are for DeepSpeed, and strategy={kind.name} is not: set "
+                "strategy=deepspeed_zero3, or leave them out"
+            )
+        return
+    refused = {
+        "optim.skip_spikes": (config.optim.skip_spikes, "its engine skips non-finite gradients alone"),
+        "memory.graphs": (memory.graphs, "its hooks cannot be recorded as CUDA graphs"),
+        "memory.stream_blocks": (memory.stream_blocks, "its engine keeps every block on the devices"),
+        "memory.offload_inputs": (memory.offload_inputs, "its hooks hold the inputs of blocks"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ConfigError(f"{name} does not work under strategy={kind.name}: {reason}; leave it out")
+    if config.adapter.ema and kind.slices_frozen_blocks:
+        raise ConfigError(
+            f"adapter.ema needs whole adapters on every rank, which strategy={kind.name} slices: set "
+            "strategy=deepspeed_zero2, or adapter.ema=0"
+        )
 
 
 def _validate_sequence(config: Config, kind: StrategyKind) -> None:

@@ -22,7 +22,9 @@ from ltx_train.contracts import ConfigError
 
 _UNSET = "???"
 # Groups whose entries the user names.
-OPEN_MAPPINGS = ("mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights")
+OPEN_MAPPINGS = (
+    "mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights", "strategy.deepspeed",
+)  # fmt: skip
 OPEN_PREFIXES = ("mode.conditions.", *(f"{name}." for name in OPEN_MAPPINGS))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+OWN, DEEPSPEED = "own", "deepspeed"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyKind:
@@ -17,7 +19,7 @@ class StrategyKind:
     full_stage: what each rank holds a slice of when all weights are trained: 0 nothing, 1 masters and moments,
     2 gradients too, 3 weights too. adapter_stage: the same when an adapter is trained.
     slices_frozen_blocks: whether the frozen blocks of an adapter run are sliced over the ranks.
-    trains_all_weights: whether every weight can be trained with it.
+    trains_all_weights: whether every weight can be trained with it. engine: whose ZeRO it is.
     """
 
     name: str
@@ -26,6 +28,7 @@ class StrategyKind:
     adapter_stage: int = 0
     slices_frozen_blocks: bool = False
     trains_all_weights: bool = True
+    engine: str = OWN
 
     def update_stage(self, *, full: bool) -> int:
         """The ZeRO stage of the trained weights."""
@@ -38,5 +41,8 @@ _KINDS = (
     StrategyKind(name="zero1", full_stage=1, adapter_stage=1),
     StrategyKind(name="zero2", full_stage=2, adapter_stage=2),
     StrategyKind(name="zero3", full_stage=3, slices_frozen_blocks=True),
+    StrategyKind(name="deepspeed_zero1", full_stage=1, adapter_stage=1, engine=DEEPSPEED),
+    StrategyKind(name="deepspeed_zero2", full_stage=2, adapter_stage=2, engine=DEEPSPEED),
+    StrategyKind(name="deepspeed_zero3", full_stage=3, adapter_stage=3, slices_frozen_blocks=True, engine=DEEPSPEED),
 )
 STRATEGIES: Mapping[str, StrategyKind] = {kind.name: kind for kind in _KINDS}

@@ -31,7 +31,8 @@ class TrainingRows:
         row |= {f"train/grad_norm/{group}": float(norm) for group, norm in step.grad_norms.items()}
         row |= recipe.balance.row() | self._state.clock.row()
         if adapter.lora_parameters(self._transformer):
-            row |= self._adapter()
+            with recipe.updates.whole():
+                row |= self._adapter()
         runner = self._transformer.run_block
         if isinstance(runner, BlockRunner) and runner.stream is not None:
             row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, step.step - self._last)

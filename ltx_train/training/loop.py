@@ -21,6 +21,7 @@ from ltx_train.data.module import ShardData
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.training.cadence import Cadence
 from ltx_train.training.debugging import StepProfiler
+from ltx_train.training.engine_strategy import AsGiven, EngineStrategy
 from ltx_train.training.logged_row import TrainingRows
 from ltx_train.training.preemption import Preemption
 from ltx_train.training.saving import CheckpointWriter
@@ -147,20 +148,26 @@ class Edge(Callback):
 
 
 def run_to_end(
-    task: Task, data: ShardData, state: RunState, cadence: Cadence, outside: Outside, *, folder: Path, ranks: Ranks
+    task: Task, data: ShardData, state: RunState, cadence: Cadence, outside: Outside, *, folder: Path, ranks: Ranks,
+    engine: Any = None,
 ) -> Exit:  # fmt: skip
-    """Trains to the last step or until early stopping. Returns DONE, or PREEMPTED after a signal and a save."""
+    """Trains to the last step or until early stopping. Returns DONE, or PREEMPTED after a signal and a save.
+
+    engine: DeepSpeed's, where it updates the weights.
+    """
     device: torch.device = state.step.recipe.device
     preemption = Preemption()
     rows = TrainingRows(state, task.transformer, cadence, ranks)
     edge = Edge(cadence, state, rows, outside, preemption=preemption, ranks=ranks)
     _silence_lightning()
     # One process per device with this project's collectives: Lightning must not search for other processes.
+    plugins: list[Any] = [LightningEnvironment(), *([] if engine is None else [AsGiven()])]
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=[device.index] if device.type == "cuda" else 1,
-        strategy="auto", plugins=[LightningEnvironment()], max_epochs=1, callbacks=[preemption, edge], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        limit_val_batches=0, use_distributed_sampler=False, default_root_dir=folder,
+        strategy="auto" if engine is None else EngineStrategy(engine), plugins=plugins, max_epochs=1,
+        callbacks=[preemption, edge], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, use_distributed_sampler=False,
+        default_root_dir=folder,
     )  # fmt: skip
     preemption.install()
     try:

@@ -7,6 +7,7 @@ save and restore the same state by parameter name and number, so that a run may 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ class Updates(Protocol):
     def step(self, clip: float, limit: Tensor | None = None) -> Tensor:
         """Clips to the norm `clip` (0: no clipping), updates the weights unless the norm is not finite or above
         `limit`, and resets the gradients. Returns the norm before clipping, a scalar on the device."""
+        ...
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Within the context, the trained weights are whole on every rank. Collective."""
         ...
 
     def state(self) -> TrainedState: ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from ltx_train.model import adapter
 from ltx_train.updates import slice_files
 from ltx_train.updates.optimizers import step_within
 from ltx_train.updates.protocol import TrainedState, allocate_gradients
-from ltx_train.updates.slice_files import MOMENTS, StateSlice
-from ltx_train.updates.sliced_parameters import ParameterPlace, SlicedParameters, Unit
+from ltx_train.updates.slice_files import MOMENTS
+from ltx_train.updates.sliced_parameters import SlicedParameters
+from ltx_train.updates.unit_slices import Place, UnitSlice, UnitSlices
 
 # torch.nn.utils.clip_grad_norm_ adds the same to the norm; equal losses on one and on several ranks depend on it.
 _CLIP_EPS = 1e-6
@@ -34,7 +36,7 @@ class SlicedUpdates:
         deferred_units: Sequence[str], reduce_each_pass: bool, saves_slices: bool, in_place: bool,
     ) -> None:  # fmt: skip
         self._parameters, self.optimizer, self._deferred = parameters, optimizer, deferred_units
-        self._number = {name: number for number, name in enumerate(order)}
+        self._order = order
         self._reduce_each_pass, self._saves_slices, self._in_place = reduce_each_pass, saves_slices, in_place
         if in_place:
             allocate_gradients(self.accumulating)
@@ -70,79 +72,42 @@ class SlicedUpdates:
         self._parameters.publish()
         return norm
 
+    def whole(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def state(self) -> TrainedState:
-        state = self.optimizer.state
-        own = {
-            name: {"master": master.detach(), **{k: state[master][k] for k in MOMENTS if k in state[master]}}
-            for name, master in self._parameters.masters.items()
-        }
-        steps = state[next(iter(self._parameters.masters.values()))].get("step")
-        # One group holds all masters here, one parameter a unit; a single process has one group of all parameters.
-        # The numbers of that group are therefore written by name order and the rest of the group as it is.
-        group = self.optimizer.state_dict()["param_groups"][0]
-        groups = [{**group, "params": list(range(len(self._number)))}]
-        if not self._saves_slices:
-            return self._gathered(own, steps, groups)
-        layout = {
-            name: [(place.name, place.start, list(place.shape)) for place in unit.places]
-            for name, unit in self._parameters.units.items()
-        }
-        exchange = self._parameters.exchange
-        return TrainedState(
-            slice=StateSlice(
-                rank=exchange.rank, world=exchange.world, tensors=own, layout=layout, order=list(self._number),
-                groups=groups, steps=None if steps is None else float(steps),
-            )
-        )  # fmt: skip
+        slices = self._slices()
+        return slices.own() if self._saves_slices else slices.gathered()
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
         expected = {place.name: place.shape for unit in self._parameters.units.values() for place in unit.places}
         adapter.refuse_misfit(expected, slice_files.shapes(weights))
-        for name, unit in self._parameters.units.items():
+        slices, saved = self._slices(), optimizer["state"]
+        slices.fill_masters(weights)
+        for name in self._parameters.units if saved else ():
             master = self._parameters.masters[name]
-            # Tensor by tensor: the whole state of a full fine-tune does not fit into one rank's memory.
-            self._fill(master, [(place, lambda own=place.name: weights[own]) for place in unit.places])
-            if optimizer["state"]:
-                self.optimizer.state[master] = self._moments(master, unit, optimizer["state"])
+            # torch keeps the number of steps on the device that its kernel reads it from.
+            place = master.device if self.optimizer.param_groups[0].get("fused") else "cpu"
+            steps = torch.as_tensor(saved[0]["step"], dtype=torch.float32).to(place, copy=True)
+            self.optimizer.state[master] = {**slices.saved_moments(name, saved), "step": steps}
         self._parameters.publish()
 
-    def _moments(self, master: Tensor, unit: Unit, saved: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        numbered = [(place, saved[self._number[place.name]]) for place in unit.places]
-        present = self.optimizer.state.get(master, {})
-        state = {kind: present[kind] if kind in present else torch.zeros_like(master) for kind in MOMENTS}
-        for kind, own in state.items():
-            self._fill(own, [(place, lambda values=values, kind=kind: values[kind]) for place, values in numbered])
-        steps = torch.as_tensor(numbered[0][1]["step"], dtype=torch.float32)
-        # torch keeps the number of steps on the device that its kernel reads it from.
-        fused = self.optimizer.param_groups[0].get("fused")
-        return {**state, "step": steps.to(master.device if fused else "cpu", copy=True)}
+    def _slices(self) -> UnitSlices:
+        state, masters = self.optimizer.state, self._parameters.masters
+        steps = state[next(iter(masters.values()))].get("step")
+        units = {
+            name: UnitSlice(
+                places=[Place(name=p.name, start=p.start, shape=p.shape) for p in unit.places], master=masters[name],
+                moments={kind: state[masters[name]][kind] for kind in MOMENTS if kind in state[masters[name]]},
+            )
+            for name, unit in self._parameters.units.items()
+        }  # fmt: skip
+        return UnitSlices(
+            units=units, exchange=self._parameters.exchange, order=self._order,
+            group=self.optimizer.state_dict()["param_groups"][0], steps=None if steps is None else float(steps),
+        )  # fmt: skip
 
     def _reduce(self) -> None:
         for name in self._deferred:
             self._parameters.reduce(name, in_place=self._in_place)
-
-    def _fill(self, own: Tensor, sources: Sequence[tuple[ParameterPlace, Callable[[], Tensor]]]) -> None:
-        """Copies the parts of tensors that lie in this rank's slice; tensors outside it are not read."""
-        begin = own.numel() * self._parameters.exchange.rank
-        for place, read in sources:
-            first, last = max(place.start, begin), min(place.stop, begin + own.numel())
-            if first < last:
-                own[first - begin : last - begin].copy_(read().reshape(-1)[first - place.start : last - place.start])
-
-    def _gathered(
-        self, own: Mapping[str, Mapping[str, Tensor]], steps: Tensor | None, groups: list[Any]
-    ) -> TrainedState:
-        """The state as a single process would save it: for adapters, which are small."""
-        state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._number))}
-        for name, unit in self._parameters.units.items():
-            for kind in MOMENTS if steps is not None else ():
-                whole = torch.empty(unit.size, device=self._parameters.device)
-                self._parameters.exchange.all_gather(whole, own[name][kind])
-                for place in unit.places:
-                    state[self._number[place.name]][kind] = whole[place.start : place.stop].view(place.shape)
-        if steps is None:
-            state = {}
-        weights = {name: p.detach() for name, p in self._parameters.parameters}
-        optimizer = {"state": {n: {"step": steps, **s} for n, s in state.items()}, "param_groups": groups}
-        return TrainedState(weights, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class WholeUpdates:
         step_within(self.optimizer, norm, limit)
         self.optimizer.zero_grad(set_to_none=not self._in_place)
         return norm
+
+    def whole(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def state(self) -> TrainedState:
         return TrainedState({name: p.detach() for name, p in self._named.items()}, self.optimizer.state_dict())

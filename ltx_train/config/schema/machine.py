@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ltx_train.config.schema.fields import setting
 from ltx_train.distributed.strategies import STRATEGIES
@@ -38,6 +39,8 @@ class StrategyConfig:
     offload: str | None = setting(
         None, "masters and moments of a full fine-tune: cpu, a folder on a fast disk, or null: the device"
     )
+    hpz: int = setting(1, "DeepSpeed's ZeRO-3: devices that keep a second slice of the weights; 1: none", least=1)
+    deepspeed: dict[str, Any] = setting(dict[str, Any](), "DeepSpeed's own settings, merged over this project's")
     sequence: int = setting(1, "devices that share each sample's video tokens, for long clips", least=1)
     device: str = setting("auto", "kind of device", choices=("auto", "cpu", "cuda"))
     devices: int = setting(1, "processes on this machine, one for each device", least=1)

@@ -58,14 +58,17 @@ class SideStream(Protocol):
 class BlockRunner:
     """`transformer.run_block`: calls block `index` in the planned way.
 
-    keep: per block. After construction, updates that slice gradients register themselves with `reduce_with`.
+    keep: per block. casts: whether a block's adapter is cast in one launch; gradients then reach its matrices without
+    autograd, which hooks on them do not see. After construction, updates that slice gradients register themselves with
+    `reduce_with`.
     """
 
     def __init__(
         self, keep: Sequence[Keep], *, compiled: bool, stream: WeightStream | None = None,
-        offload: InputOffload | None = None,
+        offload: InputOffload | None = None, casts: bool = True,
     ) -> None:  # fmt: skip
         self._keep, self.stream, self._offload = list(keep), stream, offload
+        self._is_casting = casts
         self._side_streams: list[SideStream] = [copies for copies in (stream, offload) if copies is not None]
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
@@ -118,6 +121,8 @@ class BlockRunner:
         return self._offload is not None and index in self._offload
 
     def _cast(self, index: int, block: Block, video: Any, audio: Any) -> None:
+        if not self._is_casting:
+            return
         if index not in self._casts:
             self._casts[index] = CastAdapters(block)
         self._casts[index].cast(next(h.dtype for h in (video, audio) if h is not None))
@@ -185,22 +190,24 @@ def mark(call: Callable[[], None], pair: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _call(block: Block, *arguments: Any, **flags: bool) -> Pair:
-    return block(*arguments, **flags)
+    # The class's forward, without hooks: those of another engine lie outside (`hooked`).
+    return Block.forward(block, *arguments, **flags)
 
 
 def _recomputed(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
     """Dropout masks are keyed, so no random state has to be kept for the recomputation."""
     result: Any = checkpoint(
-        lambda v, a: block(v, a, *rest, **flags), video, audio, use_reentrant=False, preserve_rng_state=False
-    )
+        lambda v, a: Block.forward(block, v, a, *rest, **flags), video, audio, use_reentrant=False,
+        preserve_rng_state=False,
+    )  # fmt: skip
     return result
 
 
 def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
     contexts = partial(create_selective_checkpoint_contexts, _attention_policy)
     result: Any = checkpoint(
-        lambda v, a: block(v, a, *rest, **flags), video, audio, use_reentrant=False, preserve_rng_state=False,
-        context_fn=contexts,
+        lambda v, a: Block.forward(block, v, a, *rest, **flags), video, audio, use_reentrant=False,
+        preserve_rng_state=False, context_fn=contexts,
     )  # fmt: skip
     return result
 

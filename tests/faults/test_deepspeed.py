@@ -1,0 +1,128 @@
+"""DeepSpeed as the engine: the curve of one process, the project's own checkpoints, and moves between engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_train.training.tracking.metrics import read_rows
+from tests.conftest import command
+from tests.faults.harness import children, started, steps_done, wait_for
+from tests.faults.test_ranks import end, fit
+from tests.faults.test_resume import curve, newest
+from tests.faults.test_sliced import FULL, on, run, weights
+
+pytestmark = pytest.mark.slow
+# Otherwise all weights of the tiny model are too small to be sliced.
+SLICED = ("strategy.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",)
+LORA = ("memory=none", "memory.keep=inputs", "adapter.dropout=0.1", "optim.global_batch=2")
+MIXTURE = ("mixture={audio_reference: 2, a2v: 1, t2a: 1}", "eval.quantiles=1", "sigma.kind=high")
+INT8 = ("memory.quantize=int8",)
+
+
+def losses(root: Path) -> list[float]:
+    return [row["train/loss"] for row in read_rows(run(root) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("stages", "settings", "more"),
+    [
+        ((1, 2, 3), FULL, ()), ((2,), (*LORA, *MIXTURE), ()), ((2,), (*LORA, "optim.clip=0"), ()),
+        ((3,), (*LORA, *INT8), ("strategy.sequence=2",)), ((3,), FULL, ("strategy.offload=cpu",)),
+    ],
+    ids=["full", "mixture", "bitwise", "int8-sequence", "offload"],
+)  # fmt: skip
+def test_two_ranks_give_the_curve_of_one_process(
+    stages: tuple[int, ...], settings: tuple[str, ...], more: tuple[str, ...], prepared: Path, clips: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """20 steps, held-out losses included."""
+    settings = (*settings, "optim.steps=20", "eval.interval=20")
+    assert command(*fit(prepared, clips, tmp_path / "one", *settings)) == 0
+    one = run(tmp_path / "one")
+    for stage in stages:
+        root, log = tmp_path / str(stage), tmp_path / "log"
+        arguments = fit(prepared, clips, root, *settings, *on(f"deepspeed_zero{stage}"), *SLICED, *more)
+        assert end(arguments, log) == 0, log.read_text()[-3000:]
+        assert losses(root) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+        mine, theirs = (read_rows(folder / "metrics.jsonl")[-1] for folder in (run(root), one))
+        assert mine["val/loss"] == pytest.approx(theirs["val/loss"], rel=1e-6)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
+        if "optim.clip=0" in settings:
+            # Without a norm, which is summed in another order, nothing differs at all.
+            assert losses(root) == losses(tmp_path / "one")
+            for file in ("weights.safetensors", "optimizer.safetensors"):
+                first, other = load_file(newest(one) / file), load_file(newest(run(root)) / file)
+                assert first.keys() == other.keys()
+                assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        (FULL, ("deepspeed_zero3", "zero2", "deepspeed_zero2", "", "deepspeed_zero1", "zero3")),
+        (LORA, ("deepspeed_zero3", "ddp", "deepspeed_zero2", "", "deepspeed_zero3")),
+    ],
+    ids=["full", "adapter"],
+)
+def test_a_run_moves_between_engines(
+    settings: tuple[str, ...], way: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """Two steps each: DeepSpeed, this project's ZeRO, one process."""
+    count = 2 * len(way)
+    assert command(*fit(prepared, clips, tmp_path / "one", *settings, f"optim.steps={count}", "eval.interval=0")) == 0
+    for number, name in enumerate(way, start=1):
+        arguments = fit(prepared, clips, tmp_path / "moving", *settings, f"optim.steps={2 * number}", "eval.interval=0")
+        sliced = SLICED if "deepspeed" in name else ("strategy.deepspeed={}",)
+        assert (end([*arguments, *on(name), *sliced], tmp_path / "log") if name else command(*arguments)) == 0, name
+    assert losses(tmp_path / "moving") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    alone, moved = weights(tmp_path / "one"), weights(tmp_path / "moving")
+    assert alone.keys() == moved.keys()
+    assert all(torch.allclose(moved[name], alone[name], rtol=1e-3, atol=1e-4) for name in alone)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"), [(3, (*FULL, "model.dtype=bfloat16")), (2, LORA)], ids=["full-zero3-bf16", "adapter-zero2"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    stage: int, settings: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """A signal to one rank."""
+    more = (*settings, *on(f"deepspeed_zero{stage}"), *SLICED, "optim.steps=14", "eval.interval=0")
+    arguments, log = fit(prepared, clips, tmp_path / "broken", *more), tmp_path / "log"
+    with started(arguments, log) as process:
+        wait_for(lambda: steps_done(run(tmp_path / "broken")) > 3, process)
+        os.kill(children(process.pid)[1], signal.SIGTERM)
+        assert process.wait() == 75
+    assert end(arguments, log) == 0
+    assert end(fit(prepared, clips, tmp_path / "whole", *more), log) == 0
+    assert curve(run(tmp_path / "broken")) == curve(run(tmp_path / "whole"))
+    first, second = newest(run(tmp_path / "broken")), newest(run(tmp_path / "whole"))
+    files = [path.name for path in first.glob("*.safetensors")]
+    assert len(files) >= 2
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    more = (*on("deepspeed_zero3"), *SLICED, "optim.steps=20", "optim.lr=1e30", "optim.clip=0", "eval.interval=0")
+    assert end(fit(prepared, clips, tmp_path, *FULL, *more), tmp_path / "log") == 79
+    log = (tmp_path / "log").read_text()
+    assert "5 in a row" in log
+    assert "Traceback" not in log
+
+
+def test_an_adapter_is_exported_and_evaluated(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    arguments = fit(
+        prepared, clips, tmp_path, *LORA, *on("deepspeed_zero3"), *SLICED, "optim.steps=2", "eval.interval=2"
+    )
+    assert end(arguments, tmp_path / "log") == 0
+    assert "train/adapter_norm_ratio" in read_rows(run(tmp_path) / "metrics.jsonl")[-1]
+    assert command("evaluate", str(run(tmp_path))) == 0
+    assert command("export", str(run(tmp_path)), f"export.out={tmp_path / 'voice.safetensors'}") == 0
+    assert command("inspect", str(run(tmp_path)), f"inspect.file={tmp_path / 'voice.safetensors'}") == 0
