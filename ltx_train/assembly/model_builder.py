@@ -21,11 +21,11 @@ from ltx_train.memory.blocks.hooked import HookedRunner
 from ltx_train.memory.blocks.keep import arrange
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.memory.planning.cards import GIB
+from ltx_train.memory.weights.flat_blocks import FlatBlocks
 from ltx_train.memory.weights.quantize import block_quantizer
 from ltx_train.memory.weights.stores import HostStore, PeerStore
 from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
-from ltx_train.model.linear import remember_norms
 from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Block, Transformer
 from ltx_train.updates.sliced_parameters import SlicedParameters
@@ -92,7 +92,8 @@ def _add_units(sliced: SlicedParameters, transformer: Transformer, setup: Setup)
 def stream_of(transformer: Transformer) -> WeightStream | None:
     """The weight stream of an opened transformer, if blocks are streamed."""
     runner = transformer.run_block
-    return runner.stream if isinstance(runner, BlockRunner) else None
+    stream = runner.stream if isinstance(runner, BlockRunner) else None
+    return stream if isinstance(stream, WeightStream) else None
 
 
 def _state_offload(setup: Setup) -> StateOffload | None:
@@ -157,12 +158,10 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
 def enter_through_hooks(setup: Setup, transformer: Transformer) -> None:
     """Lets the blocks be called through hooks that gather their weights."""
     memory, blocks = setup.memory, [block for block in transformer.transformer_blocks if isinstance(block, Block)]
-    for block in blocks:
-        remember_norms(block)  # no rank has the weights afterwards
     arranged = arrange(
         len(blocks), memory.keep, keep_everything=memory.keep_everything, stream_blocks=0, offload_inputs=False
     )
-    transformer.run_block = HookedRunner(blocks, arranged.keep, compiled=setup.compiled)
+    transformer.run_block = HookedRunner(blocks, arranged.keep, compiled=setup.compiled, flat=FlatBlocks(blocks))
 
 
 def _sequence_group(setup: Setup, transformer: Transformer) -> SequenceGroup | None:
@@ -183,7 +182,7 @@ def pass_graphs(
     runner = transformer.run_block
     if not setup.memory.graphs or not isinstance(runner, BlockRunner):
         return None
-    store = runner.stream.store if runner.stream is not None else None
+    store = runner.stream.store if isinstance(runner.stream, WeightStream) else None
     if isinstance(store, PeerStore) and not store.direct:
         return None
     return StepGraphs(partial(objective.backward, transformer), accumulating, CudaRecorder(runner, setup.device))

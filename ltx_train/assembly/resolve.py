@@ -152,8 +152,8 @@ def engine_settings(config: Config) -> EngineSettings:
     strategy, shared = config.strategy, sharing(config)
     halved = shared.full and config.model.dtype == "bfloat16"
     return EngineSettings(
-        stage=shared.update_stage, dtype=torch.bfloat16 if halved else torch.float32, clip=config.optim.clip,
-        offload=shared.offload, hpz=strategy.hpz, extra=dict(strategy.deepspeed),
+        stage=shared.update_stage, full=shared.full, dtype=torch.bfloat16 if halved else torch.float32,
+        clip=config.optim.clip, offload=shared.offload, hpz=strategy.hpz, extra=dict(strategy.deepspeed),
     )  # fmt: skip
 
 

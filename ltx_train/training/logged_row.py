@@ -7,6 +7,7 @@ import sys
 
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.memory.blocks.runner import BlockRunner
+from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.cadence import Cadence
@@ -34,7 +35,7 @@ class TrainingRows:
             with recipe.updates.whole():
                 row |= self._adapter()
         runner = self._transformer.run_block
-        if isinstance(runner, BlockRunner) and runner.stream is not None:
+        if isinstance(runner, BlockRunner) and isinstance(runner.stream, WeightStream):
             row["perf/stream_stall_s"] = runner.stream.stall_seconds() / max(1, step.step - self._last)
         if step.guard.skipped:
             row["run/skipped_steps"] = step.guard.skipped

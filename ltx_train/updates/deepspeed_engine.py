@@ -28,18 +28,22 @@ from ltx_train.updates.protocol import TrainedState
 from ltx_train.updates.slice_files import MOMENTS
 from ltx_train.updates.unit_slices import Place, UnitSlice, UnitSlices
 
-# Elements that are reduced and gathered at a time; a block of the 22B model has 3.9e8.
+# Elements that are reduced and gathered at a time; a block of the 22B model has 3.9e8, and twice as many bytes.
 _BUCKET = int(4.2e8)
+# Parameters up to so many elements stay whole on every rank: vectors of a full fine-tune, all matrices of an adapter.
+_WHOLE_VECTORS, _WHOLE_ADAPTERS = 100_000, 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """stage: ZeRO stage of the trained weights; at 3 the frozen ones are sliced too. dtype: that the trained weights
-    have in the model. clip: gradient norm, 0: no clipping. offload: None, `cpu` or a folder on a fast disk. hpz: ranks
-    of a machine that keep a second slice of all weights, so that backward gathers within it; 1: none. extra: the user's
-    own settings, merged over all others."""
+    """stage: ZeRO stage of the trained weights; at 3 the frozen ones are sliced too. full: every weight is trained,
+    otherwise blocks are flat bytes (`memory.weights.flat_blocks`). dtype: that the trained weights have in the model.
+    clip: gradient norm, 0: no clipping. offload: None, `cpu` or a folder on a fast disk. hpz: ranks of a machine that
+    keep a second slice of all weights, so that backward gathers within it; 1: none. extra: the user's own settings,
+    merged over all others."""
 
     stage: int
+    full: bool
     dtype: torch.dtype
     clip: float
     offload: str | None
@@ -54,9 +58,11 @@ def configuration(settings: EngineSettings) -> dict[str, Any]:
         "allgather_bucket_size": _BUCKET, "overlap_comm": settings.stage > 1 and settings.offload is None,
     }  # fmt: skip
     if settings.stage == 3:
+        ahead = _BUCKET if settings.full else 2 * _BUCKET
         zero |= {
-            "stage3_prefetch_bucket_size": _BUCKET, "stage3_max_live_parameters": 4 * _BUCKET,
-            "stage3_max_reuse_distance": 2 * _BUCKET, "stage3_param_persistence_threshold": 100_000,
+            "stage3_prefetch_bucket_size": ahead, "stage3_max_live_parameters": 4 * ahead,
+            "stage3_max_reuse_distance": 2 * ahead,
+            "stage3_param_persistence_threshold": _WHOLE_VECTORS if settings.full else _WHOLE_ADAPTERS,
             "sub_group_size": 1_000_000_000, "zero_hpz_partition_size": settings.hpz,
             # True would replace torch.nn.functional.linear for the whole process, with other numbers.
             "memory_efficient_linear": False,

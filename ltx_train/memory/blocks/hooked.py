@@ -16,6 +16,7 @@ import torch
 
 from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.blocks.runner import BlockRunner
+from ltx_train.memory.weights.flat_blocks import FlatBlocks
 from ltx_train.model.transformer import Block, Pair
 
 
@@ -28,10 +29,10 @@ class _Beside:
 
 
 class HookedRunner(BlockRunner):
-    """blocks: their calls lead to this runner from now on."""
+    """blocks: their calls lead to this runner from now on. flat: their frozen weights."""
 
-    def __init__(self, blocks: Sequence[Block], keep: Sequence[Keep], *, compiled: bool) -> None:
-        super().__init__(keep, compiled=compiled, casts=False)
+    def __init__(self, blocks: Sequence[Block], keep: Sequence[Keep], *, compiled: bool, flat: FlatBlocks) -> None:
+        super().__init__(keep, compiled=compiled, casts=False, stream=flat)
         for index, block in enumerate(blocks):
             block.forward = partial(self._entered, index, block)  # pyright: ignore[reportAttributeAccessIssue]
 

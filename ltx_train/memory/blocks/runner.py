@@ -55,6 +55,16 @@ class SideStream(Protocol):
         ...
 
 
+class BlockWeights(Protocol):
+    """Weights that come and go: of a block that is in it, they are there between `begin` and `end`."""
+
+    def __contains__(self, index: int) -> bool: ...
+
+    def begin(self, index: int, *, backward: bool, training: bool) -> None: ...
+
+    def end(self, index: int) -> None: ...
+
+
 class BlockRunner:
     """`transformer.run_block`: calls block `index` in the planned way.
 
@@ -64,12 +74,13 @@ class BlockRunner:
     """
 
     def __init__(
-        self, keep: Sequence[Keep], *, compiled: bool, stream: WeightStream | None = None,
+        self, keep: Sequence[Keep], *, compiled: bool, stream: BlockWeights | None = None,
         offload: InputOffload | None = None, casts: bool = True,
     ) -> None:  # fmt: skip
         self._keep, self.stream, self._offload = list(keep), stream, offload
         self._is_casting = casts
-        self._side_streams: list[SideStream] = [copies for copies in (stream, offload) if copies is not None]
+        copies = (stream if isinstance(stream, WeightStream) else None, offload)
+        self._side_streams: list[SideStream] = [side for side in copies if side is not None]
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
         self._calls = {kind: compiled_call(call) if compiled else call for kind, call in calls.items()}
         self._casts: dict[int, CastAdapters] = {}
@@ -101,7 +112,7 @@ class BlockRunner:
         """Encloses the recording of a training pass as a CUDA graph; yields what to call after each replay."""
         for side in self._side_streams:
             side.fork()
-        yield (lambda: None) if self.stream is None else self.stream.replayed
+        yield self.stream.replayed if isinstance(self.stream, WeightStream) else lambda: None
         for side in self._side_streams:
             side.join()
 

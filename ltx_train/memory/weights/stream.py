@@ -82,17 +82,10 @@ class WeightStream:
     def stash(self, index: int, block: nn.Module) -> None:
         """Moves a block's frozen tensors to the store, as one buffer, and leaves empty tensors behind."""
         remember_norms(block)
-        tensors = list(_frozen_tensors(block))
-        places: list[TensorPlace] = []
-        offset = 0
-        for owner, name, tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            places.append(
-                TensorPlace(owner=owner, name=name, offset=offset, shape=tensor.shape, dtype=tensor.dtype, size=size)
-            )
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        buffer = self.store.allocate(offset)
-        for place, (_, _, tensor) in zip(places, tensors, strict=True):
+        places, size = layout_of(block)
+        buffer = self.store.allocate(size)
+        for place in places:
+            tensor = getattr(place.owner, place.name)
             buffer[place.offset : place.offset + place.size].copy_(tensor.detach().reshape(-1).view(torch.uint8))
             # The parameter object stays: optimizers, hooks and names refer to it.
             tensor.data = torch.empty(0, dtype=place.dtype, device=self._device)
@@ -261,6 +254,19 @@ class WeightStream:
         event = torch.cuda.Event()
         event.record()
         return event
+
+
+def layout_of(block: nn.Module) -> tuple[list[TensorPlace], int]:
+    """Where a block's frozen tensors lie in one flat buffer, and the buffer's size in bytes."""
+    places: list[TensorPlace] = []
+    offset = 0
+    for owner, name, tensor in _frozen_tensors(block):
+        size = tensor.numel() * tensor.element_size()
+        places.append(
+            TensorPlace(owner=owner, name=name, offset=offset, shape=tensor.shape, dtype=tensor.dtype, size=size)
+        )
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return places, offset
 
 
 def _elapsed(pairs: Sequence[tuple[Any, Any]]) -> float:
