@@ -155,13 +155,15 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
     return transformer
 
 
-def enter_through_hooks(setup: Setup, transformer: Transformer) -> None:
-    """Lets the blocks be called through hooks that gather their weights."""
+def enter_through_hooks(setup: Setup, transformer: Transformer) -> FlatBlocks:
+    """Makes the blocks flat parameters, and lets them be called through hooks that gather these."""
     memory, blocks = setup.memory, [block for block in transformer.transformer_blocks if isinstance(block, Block)]
     arranged = arrange(
         len(blocks), memory.keep, keep_everything=memory.keep_everything, stream_blocks=0, offload_inputs=False
     )
-    transformer.run_block = HookedRunner(blocks, arranged.keep, compiled=setup.compiled, flat=FlatBlocks(blocks))
+    flat = FlatBlocks(blocks)
+    transformer.run_block = HookedRunner(blocks, arranged.keep, compiled=setup.compiled, flat=flat)
+    return flat
 
 
 def _sequence_group(setup: Setup, transformer: Transformer) -> SequenceGroup | None:

@@ -89,7 +89,7 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
         _verify(start.checkpoint, ranks)
         state.restore(commit.load(start.checkpoint, verified=True), ranks)
     if ranks.leads:
-        summary.show(setup, transformer, start.index, start.folder, start.step)
+        summary.show(setup, transformer, updates.sizes(), start.index, folder=start.folder, step=start.step)
     outside = _outside(setup, start, state, transformer, metrics=metrics, watchdog=watchdog)
     task = Task(transformer, state.step)
     with profiled(start.folder, ranks.rank, config.run.profile) as profiler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -24,13 +25,15 @@ from ltx_train.memory.weights.stores import PeerStore
 from ltx_train.model import adapter
 from ltx_train.model.reach import sees_loss
 from ltx_train.model.transformer import Transformer
-from ltx_train.updates.deepspeed_engine import elements, own_slice
+from ltx_train.updates.deepspeed_engine import own_slice
 
 
-def show(setup: Setup, transformer: Transformer, index: Index, folder: Path, step: int) -> None:
+def show(
+    setup: Setup, transformer: Transformer, trained: Mapping[str, int], index: Index, *, folder: Path, step: int
+) -> None:
     """Prints the panel to the terminal. step: the step at which the run begins."""
     table = Table.grid(padding=(0, 2))
-    for name, text in _lines(setup, transformer, index, folder, step):
+    for name, text in _lines(setup, transformer, trained, index, folder=folder, step=step):
         table.add_row(f"[bold]{name}", text)
     console, run = Console(), setup.config.run
     console.print(Panel(table, title=f"ltx-train fit: {run.experiment}/{run.id}", expand=False))
@@ -56,12 +59,11 @@ def layers(config: Config, transformer: Transformer) -> Table:
 
 
 def _lines(
-    setup: Setup, transformer: Transformer, index: Index, folder: Path, step: int
+    setup: Setup, transformer: Transformer, trained: Mapping[str, int], index: Index, *, folder: Path, step: int
 ) -> list[tuple[str, str]]:  # fmt: skip
     config, optim = setup.config, setup.config.optim
     # Sizes from the meta device: parameters of streamed blocks are empty.
     base = {name: p.numel() for name, p in model_source.skeleton(config).named_parameters()}
-    trained = {name: base.get(name) or elements(p) for name, p in adapter.trainable_parameters(transformer).items()}
     total, count = sum(base.values()), sum(trained.values())
     groups: Counter[str] = Counter()
     for name, size in trained.items():

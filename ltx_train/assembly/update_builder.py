@@ -40,17 +40,18 @@ def predictor(transformer: Transformer, updates: Updates) -> Predictor:
 def _deepspeed_updates(setup: Setup, transformer: Transformer) -> DeepSpeedUpdates:
     sharing, config = setup.sharing, setup.config
     parameters = adapter.trainable_parameters(transformer)
-    optimizer = build_optimizer(
-        setup.optimizer, parameters.values(), from_config.optimizer_settings(config),
-        fused=True if sharing.offload else None,
-    )  # fmt: skip
+    sizes = {name: parameter.shape for name, parameter in parameters.items()}
     settings = resolve.engine_settings(config)
-    if settings.stage == 3:
-        model_builder.enter_through_hooks(setup, transformer)
+    flat = model_builder.enter_through_hooks(setup, transformer) if settings.stage == 3 else None
+    visible = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(
+        setup.optimizer, visible, from_config.optimizer_settings(config), fused=True if sharing.offload else None
+    )
     engine = open_engine(transformer, optimizer, settings, setup.device)
     return DeepSpeedUpdates(
-        engine, parameters, stage=settings.stage, exchange=setup.ranks.exchange(), saves_slices=sharing.saves_slices
-    )
+        engine, parameters, sizes, flat=flat, stage=settings.stage, exchange=setup.ranks.exchange(),
+        saves_slices=sharing.saves_slices,
+    )  # fmt: skip
 
 
 def whole_updates(setup: Setup, parameters: Mapping[str, nn.Parameter]) -> WholeUpdates:

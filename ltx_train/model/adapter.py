@@ -144,6 +144,10 @@ def detach(model: nn.Module) -> None:
         del model.peft_config
 
 
+def is_attached(model: nn.Module) -> bool:
+    return any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Adapter parameters as `<module>.lora_A.weight`, `<module>.lora_B.weight` and, with DoRA,
     `<module>.lora_magnitude_vector.weight`."""
@@ -211,7 +215,8 @@ class DropoutKeys:
     def _table(self, samples: int) -> Tensor:
         """(layers, samples) int32; each layer reads one row. All steps of a batch size use the same memory."""
         if samples not in self._tables:
-            device = next(self._layers[0].parameters()).device
+            first: Any = self._layers[0]
+            device = first.lora_A[_NAME].weight.device
             self._tables[samples] = torch.zeros(len(self._layers), samples, dtype=torch.int32, device=device)
         if samples != self._samples:
             self._samples = samples

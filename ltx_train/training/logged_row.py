@@ -31,7 +31,7 @@ class TrainingRows:
         row |= {"train/grad_norm": float(step.grad_norm), "optim/lr": recipe.schedule.at(step.step - 1)}
         row |= {f"train/grad_norm/{group}": float(norm) for group, norm in step.grad_norms.items()}
         row |= recipe.balance.row() | self._state.clock.row()
-        if adapter.lora_parameters(self._transformer):
+        if adapter.is_attached(self._transformer):
             with recipe.updates.whole():
                 row |= self._adapter()
         runner = self._transformer.run_block

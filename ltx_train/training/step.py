@@ -167,7 +167,11 @@ class Task(LightningModule):
     def training_step(self, batch: Batch | DataError, batch_idx: int) -> None:
         if isinstance(batch, DataError):
             raise batch
-        self.step_of_run.micro_batch(batch)
+        try:
+            self.step_of_run.micro_batch(batch)
+        except StopIteration as error:
+            # Lightning would take it for the end of the data and end the run without a word.
+            raise RuntimeError("an iterator inside the training step ended") from error
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.step_of_run.recipe.updates.optimizer

@@ -10,9 +10,9 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ltx_train.contracts import ConfigError
 from ltx_train.distributed.exchange import Exchange
+from ltx_train.memory.weights.flat_blocks import FlatBlocks
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Block, Transformer
 from ltx_train.updates import slice_files
@@ -124,28 +125,34 @@ def _import_for(device: torch.device) -> Any:
     return deepspeed
 
 
-def elements(parameter: Tensor) -> int:
-    """Elements of the whole tensor. The engine empties what it has sliced."""
-    return int(getattr(parameter, "ds_numel", 0)) or parameter.numel()
-
-
 def own_slice(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter between passes."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 class DeepSpeedUpdates:
-    """`Updates` by DeepSpeed's engine. saves_slices: every rank saves its slice; otherwise the leading rank saves the
-    whole state."""
+    """`Updates` by DeepSpeed's engine.
+
+    parameters, shapes: of everything that is trained, by name, in the order in which a single process numbers it.
+    flat: blocks whose trained tensors lie in flat parameters (stage 3). saves_slices: every rank saves its slice;
+    otherwise the leading rank saves the whole state.
+    """
 
     def __init__(
-        self, engine: Any, parameters: Mapping[str, nn.Parameter], *, stage: int, exchange: Exchange,
-        saves_slices: bool,
+        self, engine: Any, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size], *,
+        flat: FlatBlocks | None, stage: int, exchange: Exchange, saves_slices: bool,
     ) -> None:  # fmt: skip
         self.engine, self._zero = engine, engine.optimizer
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
-        self._parameters, self._stage, self._exchange = parameters, stage, exchange
-        self._saves_slices = saves_slices
+        self._parameters, self._shapes, self._flat, self._stage = parameters, shapes, flat, stage
+        self._exchange, self._saves_slices = exchange, saves_slices
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        # What lies in each parameter that the engine sees.
+        contents = {} if flat is None else flat.contents()
+        self._contents = {
+            id(whole): [Place(name=names[id(p.parameter)], start=p.start, shape=p.shape) for p in places]
+            for whole, places in contents.items()
+        } | {id(p): [Place(name=name, start=0, shape=shapes[name])] for name, p in parameters.items()}
 
     @property
     def accumulating(self) -> list[nn.Parameter]:
@@ -168,10 +175,22 @@ class DeepSpeedUpdates:
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(float("inf") if norm is None or self._zero.overflow else norm)
 
+    def sizes(self) -> Mapping[str, int]:
+        return {name: shape.numel() for name, shape in self._shapes.items()}
+
     def whole(self) -> AbstractContextManager[Any]:
         if self._stage < 3:
             return nullcontext()
-        return importlib.import_module("deepspeed").zero.GatheredParameters(list(self._parameters.values()))
+        return self._gathered()
+
+    @contextmanager
+    def _gathered(self) -> Generator[None]:
+        assert self._flat is not None
+        visible = [p for p in self.engine.module.parameters() if p.requires_grad]
+        with importlib.import_module("deepspeed").zero.GatheredParameters(visible):
+            self._flat.bind_trained()
+            yield
+            self._flat.release_trained()
 
     def state(self) -> TrainedState:
         slices = self._slices()
@@ -233,31 +252,29 @@ class DeepSpeedUpdates:
         parameters.
 
         Up to stage 2 a group of parameters is one flat tensor that is cut into equal parts: one unit. At stage 3 every
-        parameter is cut by itself: a unit each.
+        parameter that the engine sees is cut by itself: a unit each, named after the first tensor in it.
         """
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
         zero = self._zero
+        groups: list[dict[str, tuple[int, int, list[Place]]]] = []
         if self._stage < 3:
-            groups: list[dict[str, tuple[int, int, list[Place]]]] = []
-            for number, (parameters, offsets) in enumerate(
-                zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
-            ):
+            every = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+            for number, (parameters, offsets) in enumerate(every):
                 within = [
-                    Place(name=names[id(p)], start=offset, shape=p.shape)
-                    for p, offset in zip(parameters, offsets, strict=True)
+                    replace(place, start=offset)
+                    for parameter, offset in zip(parameters, offsets, strict=True)
+                    for place in self._contents[id(parameter)]
                 ]
                 length = zero.single_partition_of_fp32_groups[number].numel()
                 groups.append({f"group.{number}": (0, length, within)})
             return groups
-        partitioned: list[dict[str, tuple[int, int, list[Place]]]] = []
         for parameters in zero.fp16_groups:
-            start, places = 0, dict[str, tuple[int, int, list[Place]]]()
+            start, units = 0, dict[str, tuple[int, int, list[Place]]]()
             for parameter in parameters:
-                length, name = parameter.partition_numel(), names[id(parameter)]
-                places[name] = (start, length, [Place(name=name, start=0, shape=parameter.ds_shape)])
+                length, within = parameter.partition_numel(), self._contents[id(parameter)]
+                units[within[0].name] = (start, length, within)
                 start += length
-            partitioned.append(places)
-        return partitioned
+            groups.append(units)
+        return groups
 
 
 def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

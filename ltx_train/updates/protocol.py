@@ -53,6 +53,10 @@ class Updates(Protocol):
         `limit`, and resets the gradients. Returns the norm before clipping, a scalar on the device."""
         ...
 
+    def sizes(self) -> Mapping[str, int]:
+        """Elements of every trained parameter, by name."""
+        ...
+
     def whole(self) -> AbstractContextManager[Any]:
         """Within the context, the trained weights are whole on every rank. Collective."""
         ...

@@ -72,6 +72,11 @@ class SlicedUpdates:
         self._parameters.publish()
         return norm
 
+    def sizes(self) -> Mapping[str, int]:
+        units = self._parameters.units.values()
+        numbers = {place.name: place.shape.numel() for unit in units for place in unit.places}
+        return {name: numbers[name] for name in self._order}
+
     def whole(self) -> AbstractContextManager[Any]:
         return nullcontext()
 

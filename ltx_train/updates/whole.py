@@ -54,6 +54,9 @@ class WholeUpdates:
         self.optimizer.zero_grad(set_to_none=not self._in_place)
         return norm
 
+    def sizes(self) -> Mapping[str, int]:
+        return {name: parameter.numel() for name, parameter in self._named.items()}
+
     def whole(self) -> AbstractContextManager[Any]:
         return nullcontext()
 

@@ -32,7 +32,8 @@ class HookedRunner(BlockRunner):
     """blocks: their calls lead to this runner from now on. flat: their frozen weights."""
 
     def __init__(self, blocks: Sequence[Block], keep: Sequence[Keep], *, compiled: bool, flat: FlatBlocks) -> None:
-        super().__init__(keep, compiled=compiled, casts=False, stream=flat)
+        super().__init__(keep, compiled=compiled, stream=flat)
+        self.flat = flat
         for index, block in enumerate(blocks):
             block.forward = partial(self._entered, index, block)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -43,4 +44,7 @@ class HookedRunner(BlockRunner):
         return block(video, audio, _Beside(rest, flags))
 
     def _entered(self, index: int, block: Block, video: Any, audio: Any, beside: _Beside) -> Pair:
+        if torch.is_grad_enabled():
+            attached = iter(self.flat.attach(index, [h for h in (video, audio) if h is not None]))
+            video, audio = (None if h is None else next(attached) for h in (video, audio))
         return super().__call__(index, block, video, audio, *beside.arguments, **beside.flags)
