@@ -53,10 +53,15 @@ class EngineSettings:
 
 
 def configuration(settings: EngineSettings) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+    """DeepSpeed's own configuration.
+
+    The gradients of an adapter are small: reducing them on a stream of their own costs more than it hides (1.23 instead
+    of 1.09 s a step on two H200s).
+    """
+    overlapped = settings.full and settings.stage > 1 and settings.offload is None
     zero: dict[str, Any] = {
         "stage": settings.stage, "contiguous_gradients": True, "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET, "overlap_comm": settings.stage > 1 and settings.offload is None,
+        "allgather_bucket_size": _BUCKET, "overlap_comm": overlapped,
     }  # fmt: skip
     if settings.stage == 3:
         ahead = _BUCKET if settings.full else 2 * _BUCKET
