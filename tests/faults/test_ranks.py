@@ -170,6 +170,17 @@ def _two(pids: list[int]) -> list[int]:
     return pids
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.4, 1.2])
+def test_a_signal_while_ranks_start_is_a_preemption(delay: float, prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """They have just been started, or meet, or build the model."""
+    with started(fit(prepared, clips, tmp_path, *TWO, "optim.steps=500"), tmp_path / "log") as process:
+        wait_for(lambda: len(children(process.pid)) == 2, process)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 75
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_a_stopped_rank_is_noticed_and_named(prepared: Path, clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "audio_reference" / "main"
     arguments = fit(

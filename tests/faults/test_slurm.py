@@ -97,6 +97,24 @@ def test_two_nodes_save_requeue_and_finish(
 
 
 @needs_slurm
+def test_a_notice_while_a_job_starts_requeues_it(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The signal comes while the command imports, before it has set up anything."""
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=2", "eval.interval=0")
+    run = tmp_path / "audio_reference" / "main"
+    job = submitted(slurm, monkeypatch, capsys, arguments)
+    waited(lambda: "start 0 on" in _log(run, job))
+    time.sleep(1)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    waited(lambda: "ended with 75" in _log(run, job))
+    waited(lambda: slurm.state(job) == "COMPLETED")
+    assert "start 1 on" in _log(run, job)
+    assert steps_done(run) == 2
+
+
+@needs_slurm
 def test_a_job_array_is_one_run_per_line(
     slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
