@@ -31,7 +31,8 @@ from ltx_train.updates.unit_slices import Place, UnitSlice, UnitSlices
 
 # Elements that are reduced and gathered at a time; a block of the 22B model has 3.9e8, and twice as many bytes.
 _BUCKET = int(4.2e8)
-# Parameters up to so many elements stay whole on every rank: vectors of a full fine-tune, all matrices of an adapter.
+# Largest parameter, in elements, that ZeRO-3 keeps whole on every rank. A full fine-tune keeps the vectors outside the
+# blocks whole; an adapter run keeps the flat adapter of each block whole.
 _WHOLE_VECTORS, _WHOLE_ADAPTERS = 100_000, 10_000_000
 
 
