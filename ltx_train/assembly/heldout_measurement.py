@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ltx_train.assembly import from_config
 from ltx_train.assembly.setup import Setup
@@ -19,6 +20,8 @@ from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import read_rows
 
+T = TypeVar("T")
+
 
 @dataclass
 class Measurement:
@@ -30,11 +33,10 @@ class Measurement:
     _base: list[Row] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        config, ranks = self.setup.config, self.setup.ranks
+        config = self.setup.config
         self.grid: Grid = from_config.grid(config, self.index)
         self._settings = from_config.measurement_settings(config, self.grid)
-        self._apart = self.setup.sharing.measures_apart
-        self._share = (ranks.rank, ranks.world) if self._apart else (0, 1)
+        self._share = self.setup.share
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Measures the complete held-out split. Returns its rows on every rank."""
@@ -43,7 +45,7 @@ class Measurement:
             transformer, str(self.root), self.index, self._settings, device=self.setup.device,
             with_base=with_base, share=self._share,
         )  # fmt: skip
-        of_all_ranks = [row for rows in self.setup.ranks.gather(local) for row in rows] if self._apart else local
+        of_all_ranks = self._of_all_ranks(local)
         if with_base:
             self._base = [row for row in of_all_ranks if row.arm == BASE]
             return of_all_ranks
@@ -59,7 +61,12 @@ class Measurement:
             transformer, str(self.root), self.index, self._settings, levels=picked, device=self.setup.device,
             share=self._share,
         )  # fmt: skip
-        return [mass for masses in self.setup.ranks.gather(local) for mass in masses] if self._apart else local
+        return self._of_all_ranks(local)
+
+    def _of_all_ranks(self, local: list[T]) -> list[T]:
+        """The results of all ranks. Those that share samples have the same: the first of them counts."""
+        own = local if self.setup.ranks.rank % self.setup.sharing.sequence == 0 else []
+        return [result for results in self.setup.ranks.gather(own) for result in results]
 
     def likeness(self) -> float | None:
         """Similarity of references to their own targets beyond chance; None without references."""
@@ -81,7 +88,7 @@ def evaluator(
     """Returns a function that measures a step, or None when the run has no measurements. The function also writes the
     loss of every identity into the run's folder.
 
-    published: a context in which the model has the weights to publish. show: generates clips with them, on rank 0.
+    published: a context in which the model has the weights to publish. show: generates clips with them.
     """
     if setup.config.eval.interval == 0 or not index.split(HELDOUT):
         return None
@@ -90,7 +97,7 @@ def evaluator(
     def evaluate(step: int) -> Mapping[str, float]:
         with published():
             rows, masses = measurement.rows(transformer), measurement.masses(transformer)
-            if show is not None and setup.ranks.leads:
+            if show is not None:
                 show(step)
         if setup.ranks.leads:
             measured = history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main])

@@ -25,15 +25,16 @@ _HOST_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Where a run is to fit. host_gib: host memory for one process of this machine, None when another machine is
-    planned for."""
+    """Where a run is to fit: on `machines` of strategy.devices processes each. host_gib: host memory for one process of
+    this machine, None when another machine is planned for."""
 
     card: Card
     budget_gib: float
     host_gib: float | None
+    machines: int = 1
 
 
-def settle(config: Config, *, training: bool = True) -> tuple[Config, MemoryPlan | None]:
+def settle(config: Config, *, machines: int = 1, training: bool = True) -> tuple[Config, MemoryPlan | None]:
     """The configuration with every planned setting decided; UserError with mends when nothing fits.
 
     On a CPU without a budget nothing is planned and the plain settings hold.
@@ -43,7 +44,7 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, MemoryPlan
         raise UserError("memory.graphs=true records work of a GPU, and this run is on the CPU: leave it out")
     if on_cpu or not training:
         config = resolve.without_graphs(config)
-    room = here(config)
+    room = here(config, machines)
     if room is None:
         return resolve.with_choice(config, resolve.memory_choice(config)), None
     plan = plan_for(config, room, training=training)
@@ -55,23 +56,24 @@ def settle(config: Config, *, training: bool = True) -> tuple[Config, MemoryPlan
 def plan_for(config: Config, room: Room, *, training: bool = True) -> MemoryPlan | None:
     """The plan for a room, or None when nothing fits. training: otherwise a command that runs the model forward, in one
     process."""
-    needed, constraints = _problem(config, room.host_gib, training=training)
+    needed, constraints = _problem(config, room, training=training)
     _report_excess(constraints, needed.size.layers)
     return search.choose(needed, constraints, room.card, room.budget_gib)
 
 
-def _problem(config: Config, host_gib: float | None, *, training: bool) -> tuple[StepNeed, PlanConstraints]:
+def _problem(config: Config, room: Room, *, training: bool) -> tuple[StepNeed, PlanConstraints]:
     """What has to fit, and what the search may choose."""
+    machines = room.machines if training else 1
     if not training:
         config = resolve.for_one_process(config)
-    needed, sharing = need(config), resolve.sharing(config)
-    constraints = resolve.plan_constraints(config, host_gib)
+    needed, sharing = need(config, machines), resolve.sharing(config, on_machines=machines)
+    constraints = resolve.plan_constraints(config, room.host_gib)
     if not training:
         needed = replace(needed, trained=TrainedWeights(parameters=0, moment_bytes=0.0))
         constraints = replace(constraints, keep=Keep.inputs, keep_everything=0, offload_inputs=True)
     elif sharing.block_slices > 1:
         constraints = replace(constraints, stream_blocks=needed.size.layers, slices=sharing.block_slices)
-    if sharing.offload is not None or sharing.sequence > 1 or sharing.by_deepspeed:
+    if sharing.offload is not None or sharing.sequence > 1 or sharing.hooks_passes:
         constraints = replace(constraints, graphs=False)
     return needed, constraints
 
@@ -88,30 +90,37 @@ def _report_excess(constraints: PlanConstraints, layers: int) -> None:
             print(text, file=sys.stderr)
 
 
-def here(config: Config) -> Room | None:
-    """This machine's GPU and the budget on it. On a CPU a given budget is planned for as if it were a GPU's."""
+def here(config: Config, machines: int = 1) -> Room | None:
+    """This machine's GPU and the budget on it, as that of each machine. On a CPU a given budget is planned for as if it
+    were a GPU's."""
     device, budget_gib = resolve.device(config), resolve.budget_gib(config)
     processes = resolve.launch(config).processes
     host_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB * _HOST_SHARE / processes
     if device.type != "cuda":
         if budget_gib is None:
             return None
-        return Room(card=card_by_name(config.plan.card or "RTX 4090"), budget_gib=budget_gib, host_gib=host_gib)
+        return Room(
+            card=card_by_name(config.plan.card or "RTX 4090"),
+            budget_gib=budget_gib,
+            host_gib=host_gib,
+            machines=machines,
+        )
     free, total = torch.cuda.mem_get_info(device)
     card = card_of_device(torch.cuda.get_device_properties(device).name, total / GIB)
     budget_gib = budget_gib or (free + torch.cuda.memory_reserved(device)) / GIB
-    return Room(card=card, budget_gib=budget_gib, host_gib=host_gib)
+    return Room(card=card, budget_gib=budget_gib, host_gib=host_gib, machines=machines)
 
 
-def need(config: Config) -> StepNeed:
+def need(config: Config, machines: int = 1) -> StepNeed:
     """Sizes from the meta device; the largest bucket's tokens."""
     skeleton = model_source.skeleton(config)
-    return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained_weights(config, skeleton))
+    trained = trained_weights(config, skeleton, machines)
+    return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained)
 
 
 def refusal(config: Config, room: Room, *, training: bool = True) -> str:
     """Why a run, or a command that runs the model forward, does not fit, and the cheapest changes that make it fit."""
-    needed, constraints = _problem(config, None, training=training)
+    needed, constraints = _problem(config, replace(room, host_gib=None), training=training)
     least = search.smallest(needed, constraints, room.card).footprint
     lines = [
         f"this {'run' if training else 'command'} does not fit into {room.budget_gib:.1f} GiB on {room.card.name}: "
@@ -143,9 +152,9 @@ def out_of_memory(config: Config, plan: MemoryPlan | None) -> str:
     return "\n".join([*lines, *(f"  {mend}" for mend in cheapest)])
 
 
-def trained_weights(config: Config, skeleton: Transformer) -> TrainedWeights:
+def trained_weights(config: Config, skeleton: Transformer, machines: int = 1) -> TrainedWeights:
     """What is optimized, from a transformer on the meta device."""
-    shared = resolve.sharing(config)
+    shared = resolve.sharing(config, on_machines=machines)
     if shared.full:
         count = sum(p.numel() for p in skeleton.parameters())
     else:
@@ -162,5 +171,5 @@ def trained_weights(config: Config, skeleton: Transformer) -> TrainedWeights:
 
 def _accumulated(config: Config, shared: resolve.Sharing) -> int:
     """Micro-batches of an optimizer step as far as known before the processes are started."""
-    readers = max(1, shared.local_world // shared.sequence)
+    readers = max(1, shared.readers)
     return max(1, (config.optim.global_batch or 1) // (config.optim.batch_size * readers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 
 from ltx_train.assembly import from_config, model_source
 from ltx_train.assembly.setup import Setup
-from ltx_train.contracts import StepResult, UserError
+from ltx_train.contracts import ConfigError, StepResult, UserError
 from ltx_train.diffusion import objective
 from ltx_train.diffusion.objective import MicroBatch
+from ltx_train.distributed import mapped_memory
 from ltx_train.distributed.exchange import Exchange
 from ltx_train.distributed.sequence import SequenceGroup
 from ltx_train.memory.activations.input_offload import InputOffload
@@ -61,7 +63,7 @@ def open_sliced(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Slice
         sliced = SlicedParameters(
             exchange, setup.device, from_config.dtype(setup.config), offload=_state_offload(setup)
         )
-        transformer = open_frozen(setup, exchange).requires_grad_(True).train()
+        transformer = open_frozen(setup, sliced=True).requires_grad_(True).train()
     else:
         transformer = open_trainable(setup, fresh=fresh)
         sliced = SlicedParameters(exchange, setup.device, torch.float32)
@@ -71,7 +73,14 @@ def open_sliced(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Slice
     if setup.sharing.reduces_in_backward:
         runner.reduce_with(lambda index: sliced.reduce(block_unit(index)), sliced)
     sliced.prepare_gradients()
+    _report_fallback(setup, "gradients are summed", sliced.refusal)
     return transformer, sliced
+
+
+def _report_fallback(setup: Setup, work: str, refusal: str) -> None:
+    """A collective in the place of copies is a third slower: one line on the leading rank names the reason."""
+    if refusal and setup.ranks.leads:
+        print(f"ltx-train: {work} by NCCL, which is slower than copies between the devices: {refusal}", file=sys.stderr)
 
 
 def _add_units(sliced: SlicedParameters, transformer: Transformer, setup: Setup) -> None:
@@ -118,24 +127,24 @@ def unit_of(name: str) -> str:
     return block_unit(int(parts[1])) if parts[0] == "transformer_blocks" else OUTSIDE
 
 
-def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
+def open_frozen(setup: Setup, *, sliced: bool = False) -> Transformer:
     """The frozen transformer. Streamed weights are compared with their store before they are used.
 
-    exchange: of the ranks that will update slices of the blocks.
+    sliced: whether ranks will update slices of the blocks.
     """
     device, memory = setup.device, setup.memory
     _limit(setup)
     source = model_source.weights(setup.config)
     layers = source.config["transformer"]["num_layers"]
     # Masters are slices, so training gathers blocks on one rank too. A measurement on one rank has whole blocks.
-    gathers = setup.sharing.streams_slices if exchange is not None else setup.sharing.gathers_blocks
+    gathers = setup.sharing.streams_slices if sliced else setup.sharing.gathers_blocks
     arranged = arrange(
         layers, memory.keep, keep_everything=memory.keep_everything,
         stream_blocks=layers if gathers else memory.stream_blocks, offload_inputs=memory.offload_inputs,
     )  # fmt: skip
     stream = None
     if arranged.streamed:
-        store = PeerStore(exchange or setup.ranks.exchange(), device) if gathers else HostStore(device)
+        store = PeerStore(_machine_exchange(setup), device) if gathers else HostStore(device)
         stream = WeightStream(arranged.streamed, memory.stream_slots, device, store)
     transformer = load_transformer(
         source, device=device, dtype=from_config.dtype(setup.config),
@@ -145,18 +154,30 @@ def open_frozen(setup: Setup, exchange: Exchange | None = None) -> Transformer:
     if stream is not None:
         stream.allocate_ring()
         stream.verify()
+        if isinstance(stream.store, PeerStore):
+            _report_fallback(setup, "blocks are gathered", stream.store.refusal)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # loading took memory for whole blocks
     transformer.sequence_group = _sequence_group(setup, transformer)
     offload = InputOffload(arranged.offloaded, device) if arranged.offloaded else None
-    transformer.run_block = BlockRunner(
-        arranged.keep, compiled=setup.compiled, stream=stream, offload=offload, casts=not setup.sharing.by_deepspeed
-    )
+    transformer.run_block = BlockRunner(arranged.keep, compiled=setup.compiled, stream=stream, offload=offload)
     return transformer
 
 
+def _machine_exchange(setup: Setup) -> Exchange:
+    """Of the ranks of this machine. ConfigError, on all ranks, where neighbouring ranks are on several machines."""
+    size = setup.sharing.local_world
+    boots = setup.ranks.gather(mapped_memory.boot_id())
+    if any(len(set(boots[first : first + size])) > 1 for first in range(0, len(boots), size)):
+        raise ConfigError(
+            f"strategy.devices={size} neighbouring ranks are not on one machine: start as many on each machine, in "
+            "order (srun --ntasks-per-node, --distribution=block)"
+        )
+    return setup.ranks.exchange(size)
+
+
 def enter_through_hooks(setup: Setup, transformer: Transformer) -> FlatBlocks:
-    """Makes the blocks flat parameters, and lets them be called through hooks that gather these."""
+    """Makes the blocks flat parameters, and lets them be called through DeepSpeed's hooks, which gather these."""
     memory, blocks = setup.memory, [block for block in transformer.transformer_blocks if isinstance(block, Block)]
     arranged = arrange(
         len(blocks), memory.keep, keep_everything=memory.keep_everything, stream_blocks=0, offload_inputs=False

@@ -9,23 +9,25 @@ from ltx_train.assembly import from_config, model_source
 from ltx_train.assembly.setup import Setup
 from ltx_train.contracts import Batch, Clip, ModalityName
 from ltx_train.data.collate import collate
-from ltx_train.data.index import Index
+from ltx_train.data.index import Index, Record
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader
 from ltx_train.diffusion import conditions, references, sigma, transfer
 from ltx_train.evaluation import heldout
 from ltx_train.model import codecs
-from ltx_train.model.transformer import Transformer
+from ltx_train.model.transformer import Pair, Transformer
 from ltx_train.sampling import media, sampler
 from ltx_train.sampling.guidance import Guidance
 
 
 class Previews:
-    """Generates the same clips from the same noise for every adapter."""
+    """Generates the same clips from the same noise for every adapter. The ranks share the clips out."""
 
     def __init__(self, setup: Setup, root: Path, index: Index) -> None:
         config = setup.config
-        self._config, self._device = config, setup.device
+        self._config, self._device, self._share = config, setup.device, setup.share
+        # Of ranks that share each sample's tokens one writes.
+        self._writes = setup.ranks.rank % setup.sharing.sequence == 0
         settings = from_config.measurement_settings(config, from_config.grid(config, index))
         records = heldout.heldout_records(index, settings)[: config.eval.samples]
         reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
@@ -33,14 +35,13 @@ class Previews:
         self._decoder: media.Decoder | None = None
 
     def generate(self, transformer: Transformer, folder: Path) -> list[Clip]:
-        """Generates one mp4 in `folder` per held-out clip."""
-        clips: list[Clip] = []
+        """Generates one mp4 in `folder` per held-out clip. Returns the clips of all ranks, in their order."""
         with heldout.undisturbed(transformer):
-            for record, batch in self._samples:
-                path = folder / f"{record.key}.mp4"
-                self._generate_clip(transformer, batch, path, record.fps)
-                clips.append(Clip(f"{record.speaker}: {record.caption}", path))
-        return clips
+            for (record, batch), counts in self._share.turns(self._samples):
+                parts = self._generated(transformer, batch)
+                if counts and self._writes:
+                    media.write_mp4(_path(folder, record), *media.decode(self._open_decoder(), *parts), record.fps)
+        return [Clip(f"{record.speaker}: {record.caption}", _path(folder, record)) for record, _ in self._samples]
 
     def references(self, folder: Path) -> list[Clip]:
         """Decodes the references of the clips to mp4 files in `folder`."""
@@ -54,7 +55,8 @@ class Previews:
                 clips.append(Clip(f"{record.speaker}: {condition.name}", path))
         return clips
 
-    def _generate_clip(self, transformer: Transformer, batch: Batch, path: Path, fps: float) -> None:
+    def _generated(self, transformer: Transformer, batch: Batch) -> Pair:
+        """The latents of a clip, (C, F, H, W) of the video and (c, T, f) of the sound."""
         mode, s = self._config.mode, self._config.sample
         draws = conditions.draw(batch, mode, sigma.SigmaDistribution(), s.seed, sigma=1.0)
         inputs = conditions.assemble(transfer.batch_to(batch, self._device), references.always_open(mode), draws)
@@ -68,10 +70,14 @@ class Previews:
             clip = codecs.video_grid(video[:, : batch.video_latent[0, 0].numel()], sizes[0], sizes[1], sizes[2])[0]
         if audio is not None and batch.audio_latent is not None:
             sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
-        media.write_mp4(path, *media.decode(self._open_decoder(), clip, sound), fps)
+        return clip, sound
 
     def _open_decoder(self) -> media.Decoder:
         if self._decoder is None:
             source = model_source.weights(self._config)
             self._decoder = media.open_decoder(source, self._device, from_config.dtype(self._config))
         return self._decoder
+
+
+def _path(folder: Path, record: Record) -> Path:
+    return folder / f"{record.key}.mp4"

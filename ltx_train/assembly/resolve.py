@@ -48,14 +48,20 @@ def launch(config: Config) -> Launch:
     )  # fmt: skip
 
 
+def machines(config: Config, world: int) -> int:
+    """Machines of a run of `world` processes."""
+    return max(1, world // config.strategy.devices)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
     """What the ranks of a run share, and what each holds a slice of.
 
-    world: ranks of the run; local_world: of this machine. sequence: ranks that share each sample's video tokens.
+    world: ranks of the run; local_world: of each machine. sequence: ranks that share each sample's video tokens.
     full: every weight is trained, otherwise an adapter. update_stage: ZeRO stage of the trained weights, 0 when every
     rank updates all of them. slices_blocks: the blocks' weights are sliced and gathered for each pass (ZeRO-3).
     offload: where a sliced optimizer state lives if not on the device: `cpu`, or a folder. engine: whose ZeRO it is.
+    hpz: ranks that keep a second slice of all weights under DeepSpeed's ZeRO-3, 1: none.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Sharing:
     update_stage: int
     slices_blocks: bool
     offload: str | None
+    hpz: int
 
     @property
     def slices_updates(self) -> bool:
@@ -78,14 +85,19 @@ class Sharing:
         return self.engine == DEEPSPEED
 
     @property
+    def hooks_passes(self) -> bool:
+        """Whether DeepSpeed's hooks work inside the passes. The gradients of an adapter are handed over behind them."""
+        return self.by_deepspeed and self.full
+
+    @property
     def streams_slices(self) -> bool:
-        """Whether the weight stream gathers sliced blocks."""
-        return self.slices_blocks and not self.by_deepspeed
+        """Whether the weight stream gathers blocks that are sliced over the devices of a machine."""
+        return self.slices_blocks and not self.hooks_passes
 
     @property
     def gathers_blocks(self) -> bool:
         """Whether the weight stream gathers blocks over several ranks."""
-        return self.streams_slices and self.world > 1
+        return self.streams_slices and self.local_world > 1
 
     @property
     def saves_slices(self) -> bool:
@@ -103,9 +115,9 @@ class Sharing:
         return self.update_stage >= 2 or self.slices_blocks or self.by_deepspeed
 
     @property
-    def measures_apart(self) -> bool:
-        """Whether each rank measures a part of the held-out split; otherwise all pass through the model together."""
-        return not self.slices_blocks and self.sequence == 1
+    def measures_together(self) -> bool:
+        """Whether ranks communicate within a forward pass, so that all of them must run equally many."""
+        return self.slices_blocks or self.sequence > 1
 
     @property
     def readers(self) -> int:
@@ -117,43 +129,48 @@ class Sharing:
 
     @property
     def block_slices(self) -> int:
-        """Over how many devices of this machine the blocks are sliced, 1 where they are not."""
-        return self.local_world if self.slices_blocks else 1
+        """Over how many devices the blocks are sliced, 1 where they are not. The own stream slices within a machine."""
+        if not self.slices_blocks:
+            return 1
+        return self.local_world if self.streams_slices else self.world
 
     @property
     def update_slices(self) -> int:
-        """Over how many devices of this machine the updates are sliced, 1 where they are not."""
-        return self.local_world if self.slices_updates else 1
+        """Over how many devices the updates are sliced, 1 where they are not."""
+        return self.world if self.slices_updates else 1
 
 
-def sharing(config: Config, ranks: Ranks | None = None) -> Sharing:
-    """ranks: of the running processes; None before they are started. ConfigError when the ranks do not make whole
-    sequence groups, UserError when several processes run a strategy for one."""
+def sharing(config: Config, ranks: Ranks | None = None, *, on_machines: int = 1) -> Sharing:
+    """ranks: of the running processes; None before they are started, when `on_machines` with strategy.devices each
+    are reckoned with. ConfigError when the ranks do not make whole sequence groups or the engine cannot span the
+    machines, UserError when several processes run a strategy for one."""
     strategy, kind, full = config.strategy, STRATEGIES[config.strategy.name], trains_all_weights(config)
-    world = strategy.devices if ranks is None else ranks.world
+    world = strategy.devices * on_machines if ranks is None else ranks.world
+    spanned = machines(config, world)
     if world > 1 and not kind.several:
         several = ", ".join(k.name for k in STRATEGIES.values() if k.several)
         raise UserError(f"{world} processes were started, but strategy={kind.name}: set strategy to one of {several}")
     if ranks is not None and world > 1:
         configuration.readers(config, world)
+    configuration.validate_engine(config, spanned)
+    engine = kind.engine(strategy.engine, spanned)
     return Sharing(
-        name=kind.name, engine=kind.engine, world=world, local_world=strategy.devices, sequence=strategy.sequence,
-        full=full, update_stage=kind.update_stage(full=full), slices_blocks=kind.slices_frozen_blocks,
-        offload=strategy.offload,
+        name=kind.name, engine=engine, world=world, local_world=strategy.devices, sequence=strategy.sequence,
+        full=full, update_stage=kind.update_stage(full=full, engine=engine), slices_blocks=kind.slices_frozen_blocks,
+        offload=strategy.offload, hpz=strategy.hpz or (strategy.devices if spanned > 1 else 1),
     )  # fmt: skip
 
 
-def engine_settings(config: Config) -> EngineSettings:
+def engine_settings(config: Config, shared: Sharing) -> EngineSettings:
     """DeepSpeed's part of the configuration. Adapters are trained in float32 whatever the model's dtype."""
     import torch
 
     from ltx_train.updates.deepspeed_engine import EngineSettings
 
-    strategy, shared = config.strategy, sharing(config)
     halved = shared.full and config.model.dtype == "bfloat16"
     return EngineSettings(
         stage=shared.update_stage, full=shared.full, dtype=torch.bfloat16 if halved else torch.float32,
-        clip=config.optim.clip, offload=shared.offload, hpz=strategy.hpz, extra=dict(strategy.deepspeed),
+        clip=config.optim.clip, offload=shared.offload, hpz=shared.hpz, extra=dict(config.strategy.deepspeed),
     )  # fmt: skip
 
 
@@ -175,7 +192,8 @@ def for_one_process(config: Config) -> Config:
 
 def with_strategy_of(config: Config, other: Config) -> Config:
     """The configuration with another one's strategy."""
-    return replace(config, strategy=replace(config.strategy, name=other.strategy.name))
+    strategy = replace(config.strategy, name=other.strategy.name, engine=other.strategy.engine)
+    return replace(config, strategy=strategy)
 
 
 def for_job(config: Config, nodes: int, devices: int) -> Config:
@@ -190,7 +208,9 @@ def for_job(config: Config, nodes: int, devices: int) -> Config:
         )
     several = nodes * devices > 1 and not STRATEGIES[config.strategy.name].several
     name = "ddp" if several else config.strategy.name
-    return configuration.changed(config, {"strategy.name": name, "strategy.devices": devices})
+    job = configuration.changed(config, {"strategy.name": name, "strategy.devices": devices})
+    configuration.validate_engine(job, nodes)
+    return job
 
 
 def device(config: Config, ranks: Ranks | None = None) -> torch.device:

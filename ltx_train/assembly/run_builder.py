@@ -52,7 +52,7 @@ from ltx_train.training.tracking.clock import Clock
 from ltx_train.training.tracking.metrics import Metrics
 from ltx_train.training.tracking.monitor import Monitor
 from ltx_train.training.watchdog import Watchdog
-from ltx_train.updates.deepspeed_engine import DeepSpeedUpdates
+from ltx_train.updates.deepspeed_updates import EngineUpdates
 from ltx_train.updates.protocol import Updates
 
 
@@ -77,6 +77,7 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
         use_deterministic_kernels()
     metrics = _open_metrics(setup, start)
     transformer, updates = update_builder.open_for_training(setup, fresh=start.checkpoint is None)
+    watchdog.explain_with(updates.awaited)
     cadence = _cadence(setup)
     recipe = step_recipe(setup, transformer, updates, detailed=cadence.logs)
     state = RunState(
@@ -95,7 +96,7 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     with profiled(start.folder, ranks.rank, config.run.profile) as profiler:
         return run_to_end(
             task, _data(setup, start), state, cadence, replace(outside, profiler=profiler), folder=start.folder,
-            ranks=ranks, engine=updates.engine if isinstance(updates, DeepSpeedUpdates) else None,
+            ranks=ranks, engine=updates.engine if isinstance(updates, EngineUpdates) else None,
         )  # fmt: skip
 
 
@@ -220,11 +221,15 @@ def _evaluate(
     """What measures a step and generates its clips; None when nothing is to be measured."""
     recipe, config = state.step.recipe, setup.config
     published = nullcontext if recipe.average is None else recipe.average.applied
-    previews = Previews(setup, start.root, start.index) if config.eval.samples and metrics is not None else None
+    previews = Previews(setup, start.root, start.index) if config.eval.samples else None
 
     def show(step: int) -> None:
-        if previews is not None and metrics is not None:
-            for clip in previews.generate(transformer, start.folder / "samples" / f"step-{step:06d}"):
+        if previews is None:
+            return
+        clips = previews.generate(transformer, start.folder / "samples" / f"step-{step:06d}")
+        setup.ranks.any(False)  # a barrier: all ranks have written theirs
+        if metrics is not None:
+            for clip in clips:
                 metrics.media(step, clip.path, clip.path.stem)
 
     measure = heldout_measurement.evaluator(

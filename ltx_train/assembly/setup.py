@@ -10,6 +10,7 @@ from ltx_train.assembly import memory_plan, resolve
 from ltx_train.assembly.resolve import Sharing
 from ltx_train.config import Config
 from ltx_train.distributed.ranks import ALONE, Ranks
+from ltx_train.evaluation.share import Share
 from ltx_train.memory.planning.footprint import MemoryChoice
 from ltx_train.memory.planning.search import MemoryPlan
 from ltx_train.updates.kinds import OptimizerKind
@@ -33,6 +34,13 @@ class Setup:
     plan: MemoryPlan | None
 
     @property
+    def share(self) -> Share:
+        """This rank's share of a measurement. Ranks that share samples have one together."""
+        ranks, sharing = self.ranks, self.sharing
+        most = (lambda count: max(ranks.gather(count))) if sharing.measures_together else None
+        return Share(part=sharing.reader(ranks.rank), parts=sharing.readers, most=most)
+
+    @property
     def planned_gib(self) -> float | None:
         return None if self.plan is None else self.plan.footprint.gib
 
@@ -49,7 +57,8 @@ def setup(config: Config, ranks: Ranks = ALONE, plan: MemoryPlan | None = None) 
 
 def settled(config: Config, ranks: Ranks = ALONE, *, training: bool = True) -> Setup:
     """Plans the memory on the leading rank, then the setup. UserError with mends when nothing fits."""
-    config, plan = ranks.lead(lambda: memory_plan.settle(config, training=training))
+    machines = resolve.machines(config, ranks.world)
+    config, plan = ranks.lead(lambda: memory_plan.settle(config, machines=machines, training=training))
     return setup(config, ranks, plan)
 
 

@@ -25,7 +25,6 @@ from ltx_train.memory.weights.stores import PeerStore
 from ltx_train.model import adapter
 from ltx_train.model.reach import sees_loss
 from ltx_train.model.transformer import Transformer
-from ltx_train.updates.deepspeed_engine import own_slice
 
 
 def show(
@@ -135,7 +134,7 @@ def _tokens(setup: Setup) -> str:
 
 def memory(setup: Setup, transformer: Transformer, trained: int) -> str:
     """Frozen weights, and the float32 state of `trained` parameters on one device."""
-    held = (own_slice(t) for t in transformer.parameters() if not t.requires_grad)
+    held = (t for t in transformer.parameters() if not t.requires_grad)
     frozen = sum(t.numel() * t.element_size() for t in held)
     gradient_bytes = 4.0
     state = trained * (setup.optimizer.saved_bytes + gradient_bytes) / setup.sharing.update_slices / GIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,9 @@ from ltx_train.assembly.setup import Setup
 from ltx_train.diffusion.objective import Predictor
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
-from ltx_train.updates.deepspeed_engine import DeepSpeedUpdates, open_engine
+from ltx_train.updates.deepspeed_engine import open_engine
+from ltx_train.updates.deepspeed_updates import AdapterUpdates, FullUpdates
+from ltx_train.updates.flat_adapter import FlatAdapter
 from ltx_train.updates.optimizers import build_optimizer
 from ltx_train.updates.protocol import Updates
 from ltx_train.updates.slice_files import MOMENTS
@@ -22,36 +25,44 @@ from ltx_train.updates.whole import WholeUpdates
 
 def open_for_training(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, Updates]:
     """The transformer to train, and how its weights are updated."""
-    if setup.sharing.by_deepspeed:
-        transformer = model_builder.open_trainable(setup, fresh=fresh)
-        return transformer, _deepspeed_updates(setup, transformer)
-    if not setup.sharing.slices_updates:
-        transformer = model_builder.open_trainable(setup, fresh=fresh)
+    if setup.sharing.slices_updates and not setup.sharing.by_deepspeed:
+        transformer, parameters = model_builder.open_sliced(setup, fresh=fresh)
+        return transformer, _sliced_updates(setup, transformer, parameters)
+    transformer = model_builder.open_trainable(setup, fresh=fresh)
+    if not setup.sharing.by_deepspeed:
         return transformer, whole_updates(setup, adapter.trainable_parameters(transformer))
-    transformer, parameters = model_builder.open_sliced(setup, fresh=fresh)
-    return transformer, _sliced_updates(setup, transformer, parameters)
+    return transformer, (_full_updates if setup.sharing.full else _adapter_updates)(setup, transformer)
 
 
 def predictor(transformer: Transformer, updates: Updates) -> Predictor:
     """What a pass calls: the transformer, or the engine around it."""
-    return updates.engine if isinstance(updates, DeepSpeedUpdates) else transformer
+    return updates.engine if isinstance(updates, FullUpdates) else transformer
 
 
-def _deepspeed_updates(setup: Setup, transformer: Transformer) -> DeepSpeedUpdates:
-    sharing, config = setup.sharing, setup.config
+def _full_updates(setup: Setup, transformer: Transformer) -> FullUpdates:
+    """DeepSpeed's engine around the transformer, all of whose weights it trains."""
     parameters = adapter.trainable_parameters(transformer)
-    sizes = {name: parameter.shape for name, parameter in parameters.items()}
-    settings = resolve.engine_settings(config)
-    flat = model_builder.enter_through_hooks(setup, transformer) if settings.stage == 3 else None
-    visible = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(
-        setup.optimizer, visible, from_config.optimizer_settings(config), fused=True if sharing.offload else None
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    stage = setup.sharing.update_stage
+    flat = model_builder.enter_through_hooks(setup, transformer) if stage == 3 else None
+    return FullUpdates(
+        _engine(setup, transformer), parameters, shapes, flat=flat, stage=stage, exchange=setup.ranks.exchange()
     )
-    engine = open_engine(transformer, optimizer, settings, setup.device)
-    return DeepSpeedUpdates(
-        engine, parameters, sizes, flat=flat, stage=settings.stage, exchange=setup.ranks.exchange(),
-        saves_slices=sharing.saves_slices,
+
+
+def _adapter_updates(setup: Setup, transformer: Transformer) -> AdapterUpdates:
+    """DeepSpeed's engine around the adapter alone."""
+    flat = FlatAdapter(adapter.trainable_parameters(transformer))
+    return AdapterUpdates(_engine(setup, flat), flat, stage=setup.sharing.update_stage, exchange=setup.ranks.exchange())
+
+
+def _engine(setup: Setup, module: nn.Module) -> Any:
+    visible = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(
+        setup.optimizer, visible, from_config.optimizer_settings(setup.config),
+        fused=True if setup.sharing.offload else None,
     )  # fmt: skip
+    return open_engine(module, optimizer, resolve.engine_settings(setup.config, setup.sharing), setup.device)
 
 
 def whole_updates(setup: Setup, parameters: Mapping[str, nn.Parameter]) -> WholeUpdates:

@@ -90,7 +90,8 @@ def _settle(config: Config, folder: Path, world: int) -> _Settled:
         )
     before = settings_of(folder, checkpoints[-1]) if checkpoints else None
     readers = configuration.readers(config, world)
-    config, plan = memory_plan.settle(configuration.continued(config, before, readers))
+    machines = resolve.machines(config, world)
+    config, plan = memory_plan.settle(configuration.continued(config, before, readers), machines=machines)
     configuration.micro_batches(config, world)
     if before is not None:
         for line in configuration.refuse_drift(before, config, folder):

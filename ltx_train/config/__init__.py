@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ltx_train.config.files import config_dir, shipped
     from ltx_train.config.modes import training_modes
     from ltx_train.config.requirements import require
-    from ltx_train.config.rules import micro_batches, readers, validate
+    from ltx_train.config.rules import micro_batches, readers, validate, validate_engine
     from ltx_train.config.runs import continued, flat, refuse_drift
     from ltx_train.config.schema import Config
     from ltx_train.config.targets import with_targets
@@ -26,14 +26,15 @@ _HOMES = {
     "changed": "compose", "compose_config": "compose", "dump": "compose", "from_file": "compose", "load": "compose",
     "parse": "compose",
     "to_yaml": "compose", "config_dir": "files", "shipped": "files", "training_modes": "modes",
-    "require": "requirements", "micro_batches": "rules", "readers": "rules", "validate": "rules", "continued": "runs",
+    "require": "requirements", "micro_batches": "rules", "readers": "rules", "validate": "rules",
+    "validate_engine": "rules", "continued": "runs",
     "flat": "runs", "refuse_drift": "runs", "Config": "schema", "with_targets": "targets",
 }  # fmt: skip
 
 __all__ = [
     "Config", "ConfigError", "changed", "compose_config", "config_dir", "continued", "dump", "flat", "from_file",
     "load", "micro_batches", "parse", "parse_bucket", "readers", "refuse_drift", "require", "shipped", "to_yaml",
-    "training_modes", "validate", "with_targets",
+    "training_modes", "validate", "validate_engine", "with_targets",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from ltx_train.config.buckets import parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import all_settings, check_value
 from ltx_train.contracts import ConfigError
-from ltx_train.distributed.strategies import DEEPSPEED, STRATEGIES, StrategyKind
+from ltx_train.distributed.strategies import AUTO, DEEPSPEED, STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
 # Names get prefixes and endings; a file name may have 255 bytes.
@@ -137,43 +137,66 @@ def _validate_strategy(config: Config) -> None:
         )
     if strategy.sequence > 1:
         _validate_sequence(config, kind)
-    stage = kind.update_stage(full=full)
-    if strategy.offload and not (full and stage):
+    if strategy.offload and not (full and kind.is_zero):
         raise ConfigError(
             "strategy.offload moves the optimizer state that a full fine-tune slices over devices: set adapter=full "
             "and strategy=zero3, or take memory.stream_blocks for a frozen base"
         )
-    if stage:
+    if strategy.offload and config.memory.graphs:
+        raise ConfigError(
+            "memory.graphs=true: passes in which the host accumulates gradients, as with strategy.offload, are not "
+            "recorded: leave it out"
+        )
+    if kind.slices_frozen_blocks and config.memory.stream_blocks:
+        raise ConfigError(
+            f"memory.stream_blocks is for blocks in host memory; under strategy={kind.name} they are on the other "
+            "ranks: leave it out"
+        )
+    validate_engine(config, machines=1)
+
+
+def validate_engine(config: Config, machines: int) -> None:
+    """The rules that depend on the number of machines, because whose ZeRO it is depends on it."""
+    strategy, kind = config.strategy, STRATEGIES[config.strategy.name]
+    full, engine = config.adapter.kind == "full", kind.engine(strategy.engine, machines)
+    if not kind.is_zero and strategy.engine == DEEPSPEED:
+        raise ConfigError(f"strategy.engine=deepspeed slices, and strategy={kind.name} does not: set strategy=zero3")
+    if kind.update_stage(full=full, engine=engine):
         _validate_sliced_updates(config)
-    if kind.slices_frozen_blocks:
-        _validate_sliced_blocks(config)
-    _validate_engine(config, kind)
-
-
-def _validate_engine(config: Config, kind: StrategyKind) -> None:
-    """DeepSpeed's engine has settings of its own, and no place for some of this project's."""
-    strategy, memory = config.strategy, config.memory
-    if kind.engine != DEEPSPEED:
-        if strategy.deepspeed or strategy.hpz > 1:
-            raise ConfigError(
-                f"strategy.deepspeed and strategy.hpz are for DeepSpeed, and strategy={kind.name} is not: set "
-                "strategy=deepspeed_zero3, or leave them out"
-            )
+    if engine == DEEPSPEED:
+        _validate_deepspeed(config)
         return
-    refused = {
-        "optim.skip_spikes": (config.optim.skip_spikes, "its engine skips non-finite gradients alone"),
-        "memory.graphs": (memory.graphs, "its hooks cannot be recorded as CUDA graphs"),
-        "memory.stream_blocks": (memory.stream_blocks, "its engine keeps every block on the devices"),
-        "memory.offload_inputs": (memory.offload_inputs, "its hooks hold the inputs of blocks"),
-    }
+    if kind.is_zero and machines > 1:
+        raise ConfigError(
+            f"strategy.engine=own copies slices between the devices of one machine, and there are {machines}: leave it "
+            "out, and DeepSpeed takes its place"
+        )
+    if machines == 1 and strategy.engine == AUTO and kind.is_zero:
+        return  # settings for several machines may stand in the configuration of a job
+    if strategy.deepspeed or (strategy.hpz or 1) > 1:
+        raise ConfigError(
+            f"strategy.deepspeed and strategy.hpz are for DeepSpeed, and strategy={kind.name} "
+            f"strategy.engine={strategy.engine} is not: set strategy=deepspeed_zero3, or leave them out"
+        )
+
+
+def _validate_deepspeed(config: Config) -> None:
+    """DeepSpeed's engine has no place for some of this project's settings."""
+    memory, full = config.memory, config.adapter.kind == "full"
+    refused = {"optim.skip_spikes": (config.optim.skip_spikes, "it skips non-finite gradients alone")}
+    if full:
+        refused |= {
+            "memory.graphs": (memory.graphs, "its hooks cannot be recorded as CUDA graphs"),
+            "memory.offload_inputs": (memory.offload_inputs, "its hooks hold the inputs of blocks"),
+        }
+    elif config.strategy.hpz is not None:
+        raise ConfigError(
+            "strategy.hpz is for full fine-tunes: the frozen base of an adapter is sliced within each machine always; "
+            "leave it out"
+        )
     for name, (value, reason) in refused.items():
         if value:
-            raise ConfigError(f"{name} does not work under strategy={kind.name}: {reason}; leave it out")
-    if config.adapter.ema and kind.slices_frozen_blocks:
-        raise ConfigError(
-            f"adapter.ema needs whole adapters on every rank, which strategy={kind.name} slices: set "
-            "strategy=deepspeed_zero2, or adapter.ema=0"
-        )
+            raise ConfigError(f"{name} does not work with DeepSpeed's engine: {reason}; leave it out")
 
 
 def _validate_sequence(config: Config, kind: StrategyKind) -> None:
@@ -184,11 +207,6 @@ def _validate_sequence(config: Config, kind: StrategyKind) -> None:
         raise ConfigError(
             "memory.graphs=true: passes in which ranks exchange tokens, as with strategy.sequence, are not recorded: "
             "leave it out"
-        )
-    if config.eval.samples > 0:
-        raise ConfigError(
-            "eval.samples: clips are generated on one rank, and with strategy.sequence no rank has all tokens: set "
-            "eval.samples=0 and look at clips with evaluate"
         )
     together, devices = config.strategy.sequence, config.strategy.devices
     if devices > 1 and together % devices:  # a group may span machines
@@ -203,26 +221,6 @@ def _validate_sliced_updates(config: Config) -> None:
         raise ConfigError(
             f"strategy={config.strategy.name} updates slices of the weights, for which optim={kind.name} needs whole "
             f"tensors: set optim={elementwise}"
-        )
-    if config.strategy.offload and config.memory.graphs:
-        raise ConfigError(
-            "memory.graphs=true: passes in which the host accumulates gradients, as with strategy.offload, are not "
-            "recorded: leave it out"
-        )
-
-
-def _validate_sliced_blocks(config: Config) -> None:
-    """Ranks that slice the blocks gather them together."""
-    name = config.strategy.name
-    if config.eval.samples > 0:
-        raise ConfigError(
-            f"eval.samples: clips are generated on one rank, and under strategy={name} no rank has the whole model: "
-            "set eval.samples=0 and look at clips with evaluate"
-        )
-    if config.memory.stream_blocks:
-        raise ConfigError(
-            f"memory.stream_blocks is for blocks in host memory; under strategy={name} they are on the other ranks: "
-            "leave it out"
         )
 
 

@@ -6,7 +6,7 @@ Owns that setting. Other processes cannot map expandable segments everywhere; me
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, MutableMapping
+from collections.abc import Callable, Generator, MutableMapping
 from contextlib import contextmanager
 
 _EXPANDABLE = "expandable_segments:True"
@@ -22,18 +22,23 @@ def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
 
 @contextmanager
 def mappable() -> Generator[None]:
-    """Memory that is allocated within the context can be mapped by other processes: no expandable segments there."""
+    """Memory that is allocated within the context can be mapped by other processes: no expandable segments there.
+
+    A torch without this private setting allocates as always: the memory cannot be mapped then, and collectives take
+    the place of copies.
+    """
     import torch
 
     settings = _settings(os.environ)
-    if _EXPANDABLE not in settings or not torch.cuda.is_available():
+    change: Callable[[str], None] | None = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if _EXPANDABLE not in settings or not torch.cuda.is_available() or change is None:
         yield
         return
-    torch._C._accelerator_setAllocatorSettings(settings.replace(_EXPANDABLE, "expandable_segments:False"))
+    change(settings.replace(_EXPANDABLE, "expandable_segments:False"))
     try:
         yield
     finally:
-        torch._C._accelerator_setAllocatorSettings(settings)
+        change(settings)
 
 
 def _settings(environment: MutableMapping[str, str]) -> str:

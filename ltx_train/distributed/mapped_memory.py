@@ -8,8 +8,10 @@ rank, and products that are laid out for all multiprocessors would wait for them
 from __future__ import annotations
 
 import ctypes
-import socket
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,28 +26,48 @@ from ltx_train.distributed.exchange import GatherObjects
 _HANDLE_ENTRIES, _HANDLE_DEVICE = 15, 6
 # The driver's CU_STREAM_WAIT_VALUE_EQ.
 _WAIT_UNTIL_EQUAL = 1
+# Seconds that the self-test may take.
+_SELF_TEST_S = 30.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappedTensors:
+    """Every rank's tensors by key and then by rank, or the reason why there are none. The same on all ranks."""
+
+    tensors: dict[int, list[Tensor]] | None = None
+    refusal: str = ""
+
+
+def boot_id() -> str:
+    """Identifies a running machine. Names do not: two machines may have the same, and containers of one their own."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def map_all_ranks(
     own: Mapping[int, Tensor], rank: int, device: torch.device, gather_objects: GatherObjects
-) -> dict[int, list[Tensor]] | None:
-    """Every rank's tensors by key and then by rank; None, on all ranks, where one rank cannot map another's.
-
-    Memory of another machine and memory that was not allocated under `mappable` cannot be mapped.
-    """
+) -> MappedTensors:
+    """Maps the tensors of all ranks. Memory of another machine and memory that was not allocated under `mappable`
+    cannot be mapped."""
     # Two rounds of messages. The first distributes the handles. Opening them can fail on a single rank, so the second
     # makes the outcome common: a rank that used mapped memory while another used collectives would wait forever.
-    offers = gather_objects((socket.gethostname(), _handles(own, device)))
+    offers: list[tuple[str, dict[int, Any]]] = gather_objects((boot_id(), _handles(own, device)))
     mapped: dict[int, list[Tensor]] | None = None
-    if all(host == offers[0][0] and len(handles) == len(own) for host, handles in offers):
+    refusal = ""
+    if any(boot != offers[0][0] for boot, _ in offers):
+        refusal = "the ranks are on several machines"
+    elif any(len(handles) < len(own) for _, handles in offers):
+        refusal = "this torch gives no handles for the memory"
+    else:
         try:
             mapped = {
                 key: [own[key] if r == rank else _opened(handles[key], device) for r, (_, handles) in enumerate(offers)]
                 for key in own
             }
-        except RuntimeError:
-            mapped = None
-    return mapped if all(gather_objects(mapped is not None)) else None
+        except (RuntimeError, AttributeError, TypeError) as error:
+            refusal = f"rank {rank} cannot open another device's memory ({str(error).splitlines()[0]})"
+    refusals = [text for text in gather_objects(refusal) if text]
+    return MappedTensors(refusal=refusals[0]) if refusals else MappedTensors(tensors=mapped)
 
 
 def _handles(tensors: Mapping[int, Tensor], device: torch.device) -> dict[int, Any]:
@@ -68,25 +90,42 @@ class Flags:
     receiver has cleared it (`PeerSums` alternates the two). Two values suffice for that, and unlike a growing counter
     they are the same in every replay of a CUDA graph.
 
-    A rank that dies leaves the others' streams waiting. The host notices: the watchdog ends the process.
+    A rank that dies leaves the others' streams waiting. The host notices: the watchdog ends the process, and reads
+    from host memory which flag the stream waits for.
     """
 
     def __init__(self, count: int, rank: int, device: torch.device) -> None:
         self._rank, self._count, self._device = rank, count, device
         self._one = torch.ones(1, dtype=torch.int32, device=device)
-        self._driver: Any = ctypes.CDLL("libcuda.so.1")
+        # 0, or 1 + the entry of the flag that the stream waits for. The stream writes it, the host reads it.
+        self._awaited = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._driver: Any = None
         # By rank, the flags that lie on that rank's device: entry `number * world + sender`.
         self._by_receiver: list[Tensor] = []
 
-    def map(self, world: int, gather_objects: GatherObjects) -> bool:
-        """Whether the flags of all ranks are mapped; the same answer on every rank."""
+    def map(self, world: int, gather_objects: GatherObjects) -> str:
+        """Maps the flags of all ranks. Returns the reason where that is not possible; the same on every rank."""
         with mappable():
             own = torch.zeros(self._count * world, dtype=torch.int32, device=self._device)
         # The zeros must be in memory before another rank receives the handle and can set a flag.
         torch.cuda.synchronize(self._device)
         mapped = map_all_ranks({0: own}, self._rank, self._device, gather_objects)
-        self._by_receiver = [] if mapped is None else mapped[0]
-        return mapped is not None
+        if mapped.tensors is not None:
+            self._by_receiver = mapped.tensors[0]
+        missing = _missing_driver_calls()
+        if not missing:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+        return next((reason for reason in (mapped.refusal, *gather_objects(missing)) if reason), "")
+
+    def awaited(self) -> tuple[int, int] | None:
+        """(number, sender) of the flag that this rank's stream waits for now, None for none. It asks no device."""
+        entry = int(self._awaited) - 1
+        return None if entry < 0 else divmod(entry, len(self._by_receiver))
+
+    def release(self) -> None:
+        """Sets all flags on this device from another stream: a stream that waits for one of them continues."""
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            self._by_receiver[self._rank].fill_(1)
 
     def set(self, number: int, receiver: int) -> None:
         """Sets a flag on another rank's device after everything that the current stream has been given.
@@ -101,13 +140,30 @@ class Flags:
     def wait(self, number: int, sender: int) -> None:
         """The current stream continues when `sender` has set its flag here; the flag is cleared."""
         own = self._by_receiver[self._rank]
-        address = own.data_ptr() + (number * len(self._by_receiver) + sender) * own.element_size()
+        entry = number * len(self._by_receiver) + sender
+        flag, awaited = own.data_ptr() + entry * own.element_size(), self._awaited.data_ptr()
+        self._call("Write", awaited, entry + 1, 0)
+        self._call("Wait", flag, 1, _WAIT_UNTIL_EQUAL)
+        self._call("Write", flag, 0, 0)
+        self._call("Write", awaited, 0, 0)
+
+    def _call(self, operation: str, address: int, value: int, mode: int) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        for operation, value, mode in (("Wait", 1, _WAIT_UNTIL_EQUAL), ("Write", 0, 0)):
-            call = getattr(self._driver, f"cuStream{operation}Value32_v2")
-            code = call(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(mode))
-            if code:
-                raise RuntimeError(f"cuStream{operation}Value32 failed with CUDA error {code}")
+        call = getattr(self._driver, f"cuStream{operation}Value32_v2")
+        code = call(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(mode))
+        if code:
+            raise RuntimeError(f"cuStream{operation}Value32 failed with CUDA error {code}")
+
+
+def _missing_driver_calls() -> str:
+    """Why the driver cannot set and await flags; empty when it can."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        for operation in ("Write", "Wait"):
+            getattr(driver, f"cuStream{operation}Value32_v2")
+    except (OSError, AttributeError) as error:
+        return f"the driver has no stream memory operations ({error})"
+    return ""
 
 
 class PeerSums:
@@ -125,14 +181,57 @@ class PeerSums:
         self._gathered = torch.empty_like(slots[0])
 
     @classmethod
-    def over(cls, slots: list[Tensor], rank: int, world: int, gather_objects: GatherObjects) -> PeerSums | None:
-        """None, on all ranks, where one rank cannot map another's memory."""
+    def over(
+        cls, slots: list[Tensor], rank: int, world: int, gather_objects: GatherObjects
+    ) -> tuple[PeerSums | None, str]:
+        """The sums over all ranks' slots, after a self-test; or None with the reason, the same on all ranks."""
         device = slots[0].device
         if world == 1 or device.type != "cuda":
-            return None
+            return None, ""
         mapped = map_all_ranks(dict(enumerate(slots)), rank, device, gather_objects)
+        if mapped.tensors is None:
+            return None, mapped.refusal
         flags = Flags(2 * len(slots), rank, device)
-        return cls(slots, mapped, flags, rank) if mapped is not None and flags.map(world, gather_objects) else None
+        refusal = flags.map(world, gather_objects)
+        if refusal:
+            return None, refusal
+        sums = cls(slots, mapped.tensors, flags, rank)
+        failures = [text for text in gather_objects(sums._self_test(world)) if text]
+        return (None, failures[0]) if failures else (sums, "")
+
+    def awaited(self) -> str:
+        """The flag that this rank's device waits for, in words; empty for none."""
+        awaited = self._flags.awaited()
+        if awaited is None:
+            return ""
+        number, sender = awaited
+        kind = "gradients of" if number < len(self._slots) else "confirmation that gradients were read by"
+        return f"its device waits for the {kind} rank {sender}"
+
+    def _self_test(self, world: int) -> str:
+        """Sums a known pattern through every slot. Returns what failed, empty for nothing.
+
+        The interfaces below are private to torch and the driver. A flag that never arrives would stop the device for
+        good, so the host waits for it and sets it itself when the time is over.
+        """
+        size, expected = world * 64, world * (world + 1) / 2
+        total = torch.empty(64, dtype=torch.float32, device=self._slots[0].device)
+        for number, slot in enumerate(self._slots):
+            slot[:size] = self._rank + 1
+            self(number, size, total)
+            done = torch.cuda.Event()
+            done.record()
+            deadline = time.monotonic() + _SELF_TEST_S
+            while not done.query():
+                if time.monotonic() > deadline:
+                    self._flags.release()
+                    done.synchronize()
+                    return f"flags between the devices did not arrive within {_SELF_TEST_S:.0f} s"
+                time.sleep(1e-4)
+            slot[:size] = 0
+            if not bool((total == expected).all()):
+                return "sums over the devices' memory came out wrong"
+        return ""
 
     def __call__(self, slot: int, size: int, total: Tensor) -> None:
         """The protocol, in the order of one stream:

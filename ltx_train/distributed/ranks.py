@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,22 +88,19 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank. Collective."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.world == 1 else _gathered(value, self.world, None)
 
-    def exchange(self) -> Exchange:
-        """Collectives over connections of their own, because they run beside other collectives. Every rank must call
-        it."""
-        if self.world == 1:
+    def exchange(self, size: int | None = None) -> Exchange:
+        """Collectives of `size` neighbouring ranks (None: of all) over connections of their own, because they run
+        beside other collectives. Every rank must call it."""
+        size = size or self.world
+        if size == 1:
             return single_process()
-        group = dist.new_group()
+        group = self._neighbours(size)
         return Exchange(
-            rank=self.rank, world=self.world, all_gather=partial(sequence.all_gather, group=group),
+            rank=self.rank % size, world=size, all_gather=partial(sequence.all_gather, group=group),
             reduce_scatter=partial(_reduce_scatter, group=group), all_reduce=partial(_all_reduce, group=group),
-            gather_objects=self.gather,
+            gather_objects=partial(_gathered, world=size, group=group),
         )  # fmt: skip
 
     def sequence_group(self, size: int) -> SequenceGroup | None:
@@ -110,8 +108,12 @@ class Ranks:
         must call it."""
         if self.world == 1 or size == 1:
             return None
+        return sequence.register_group(self._neighbours(size), self.rank % size, size)
+
+    def _neighbours(self, size: int) -> Any:
+        """A new group of this rank with its neighbours: ranks 0 to size - 1, size to 2 * size - 1, ..."""
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world, size)]
-        return sequence.register_group(groups[self.rank // size], self.rank % size, size)
+        return groups[self.rank // size]
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replaces gradients by their mean over the ranks (all-reduce in buckets of 64 MiB)."""
@@ -142,7 +144,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Gener
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events belong to the current device where none is named
-    for name, value in _rendezvous(os.environ).items():
+    for name, value in rendezvous(os.environ).items():
         os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
@@ -154,20 +156,38 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Gener
         dist.destroy_process_group()
 
 
-def _rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """Address and port under srun: the first node, and a port that two jobs on one node do not share."""
+def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """Address and port under srun: the first node of the step, and a port that two jobs on one node do not share."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "127.0.0.1"
-    address = environment.get("SLURM_LAUNCH_NODE_IPADDR") or first_host(nodes)
     port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return {"MASTER_ADDR": _address(first_host(nodes), environment), "MASTER_PORT": str(port)}
+
+
+def _address(host: str, environment: Mapping[str, str]) -> str:
+    """The host's name, or the address of the node that started the step where names of nodes are not host names.
+
+    That address does not come first: in a step that was started from a login node it is the login node's.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return environment.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: `gpu[03-07,9],login` gives gpu03."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    """The first name of a SLURM node list: `gpu[03-07,9].cluster,login` gives gpu03.cluster."""
+    # A part is a text without commas and brackets; a range in brackets stands for its first number.
+    match = re.match(r"((?:[^\[\],]+|\[[^\]]+\])+)", nodes)
     if match is None:
         raise UserError(f"the SLURM node list {nodes!r} cannot be read: set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[1])
+
+
+def _gathered(value: Any, world: int, group: Any) -> list[Any]:
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

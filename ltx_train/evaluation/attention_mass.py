@@ -15,6 +15,7 @@ from ltx_train.data.index import Index
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import heldout
 from ltx_train.evaluation.heldout import MeasurementSettings
+from ltx_train.evaluation.share import ALL, Share
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model.attention import key_mass
 from ltx_train.model.transformer import Block, Stream, Transformer
@@ -65,13 +66,10 @@ class Probe:
 
 def measure(
     transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *,
-    levels: Sequence[float],
-    device: torch.device, share: tuple[int, int] = (0, 1),
+    levels: Sequence[float], device: torch.device, share: Share = ALL,
 ) -> list[Mass]:  # fmt: skip
-    """Masses of the held-out split under its correct references; empty if the mode has no reference.
-
-    share (k, n): this process measures batches k, k + n, k + 2n, ...
-    """
+    """Masses of this process's share of the held-out split under its correct references; empty if the mode has no
+    reference."""
     streams = {c.stream for c in settings.mode.references}
     runner = transformer.run_block
     if not streams or not isinstance(runner, BlockRunner):
@@ -79,7 +77,7 @@ def measure(
     reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
     masses: list[Mass] = []
     with heldout.undisturbed(transformer):
-        for addresses in heldout.batches(index, settings)[share[0] :: share[1]]:
+        for addresses, counts in share.turns(heldout.batches(index, settings)):
             arm = next(heldout.arms(reader, addresses, settings, with_base=False))
             for sigma in levels:
                 inputs = heldout.inputs(arm, settings, sigma, device)
@@ -91,7 +89,8 @@ def measure(
                     probe = Probe(name, velocity.target.shape[1])
                     with runner.probed(probe):
                         transformer(inputs.video, inputs.audio)
-                    masses += [Mass(block, sigma, mass, even) for block, mass, even in probe.shares]
+                    if counts:
+                        masses += [Mass(block, sigma, mass, even) for block, mass, even in probe.shares]
     return masses
 
 

@@ -21,6 +21,7 @@ from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Row
+from ltx_train.evaluation.share import ALL, Share
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
@@ -53,20 +54,22 @@ class Arm:
 
 def measure(
     transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *, device: torch.device,
-    with_base: bool, share: tuple[int, int] = (0, 1),
+    with_base: bool, share: Share = ALL,
 ) -> list[Row]:  # fmt: skip
-    """The rows of the held-out split.
-
-    share (k, n): this process measures batches k, k + n, k + 2n, ... Restores training mode and torch's random state.
-    """
+    """The rows of this process's share of the held-out split. Restores training mode and torch's random state."""
     reader = Reader(root, index, seed=settings.seed, request=read_request(settings))
     rows: list[Row] = []
     with undisturbed(transformer):
-        for addresses in batches(index, settings)[share[0] :: share[1]]:
-            for arm in arms(reader, addresses, settings, with_base):
+        for addresses, counts in share.turns(batches(index, settings)):
+            versions = list(arms(reader, addresses, settings, with_base))
+            measured: list[Row] = []
+            for arm in versions:
                 off = adapter.disabled(transformer) if arm.name == BASE else nullcontext()
                 with off:
-                    rows += _losses(transformer, arm, settings, device)
+                    measured += _losses(transformer, arm, settings, device)
+            for _ in range(share.missing(len(versions))):
+                _losses(transformer, versions[0], settings, device)
+            rows += measured if counts else []
     return rows
 
 

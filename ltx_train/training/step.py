@@ -173,6 +173,9 @@ class Task(LightningModule):
             # Lightning would take it for the end of the data and end the run without a word.
             raise RuntimeError("an iterator inside the training step ended") from error
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Lightning drops all gradients before it trains. Here they belong to `updates`, and some keep their memory."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.step_of_run.recipe.updates.optimizer
 

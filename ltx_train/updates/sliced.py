@@ -80,6 +80,9 @@ class SlicedUpdates:
     def whole(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def awaited(self) -> str:
+        return self._parameters.awaited()
+
     def state(self) -> TrainedState:
         slices = self._slices()
         return slices.own() if self._saves_slices else slices.gathered()

@@ -95,6 +95,8 @@ class SlicedParameters:
         self._slots: list[_GradientSlot] = []
         self._layouts: dict[str, _GradientLayout] = {}
         self._sums: PeerSums | None = None
+        # Why a collective sums the gradients of GPUs; empty where mapped memory is summed.
+        self.refusal = ""
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -154,9 +156,13 @@ class SlicedParameters:
             padding = [memory[end:begin] for end, begin in zip(ends, begins, strict=True) if end < begin]
             self._layouts[name] = _GradientLayout(slot, parts, padding)
         exchange = self.exchange
-        self._sums = PeerSums.over(
+        self._sums, self.refusal = PeerSums.over(
             [s.memory for s in self._slots], exchange.rank, exchange.world, exchange.gather_objects
         )
+
+    def awaited(self) -> str:
+        """What this rank's device waits for, in words; empty for nothing that is known."""
+        return "" if self._sums is None else self._sums.awaited()
 
     def reduce(self, name: str, *, in_place: bool = False) -> None:
         """Reduce-scatter of one unit: adds this rank's slice of the mean gradient to the master's gradient.
@@ -271,26 +277,38 @@ class SlicedParameters:
         """All-gather: the weights follow their masters, which the optimizer has changed.
 
         Resident units are gathered here. Of streamed blocks the slices change here, and the stream gathers them for
-        each pass. The order matters: (1) this rank's slices are written, (2) an all-reduce of one zero is a barrier
-        between the devices, in stream order and without stopping the host: behind it every rank's slices are new,
-        (3) the ring fetches its blocks again. It runs on the exchange's own group because the default group may be in
-        use by control messages.
+        each pass. The order matters:
+
+        1. a barrier: no rank copies out of this rank's slices any more.
+        2. this rank's slices are written.
+        3. a barrier: every rank's slices are new.
+        4. the ring fetches its blocks again.
+
+        Example: rank 1 is late and still fetches block 7 for its backward. Without (1), rank 0 would give it a slice
+        of the next step.
         """
         for name, unit in self.units.items():
             if unit.whole is not None:
                 self.exchange.all_gather(unit.whole, self._cast(self.masters[name].detach()))
         if self._ring is None:
             return
+        stream, store = self._ring
+        stream.wait_for_copies()
+        self._barrier()
         names = list(self._streamed)
         if self._offload is None:
             torch._foreach_copy_([self._streamed[n] for n in names], [self.masters[n].detach() for n in names])
         else:
             for name in names:
                 self._offload.send(self.masters[name].detach(), self._streamed[name])
-        stream, store = self._ring
         store.slices_changed()
-        self.exchange.all_reduce(torch.zeros(1, device=self.device))
+        self._barrier()
         stream.refresh()
+
+    def _barrier(self) -> None:
+        """Between the devices, in the order of the current stream and without stopping the host: an all-reduce of one
+        zero. On the exchange's own connections, because the default ones may be in use by control messages."""
+        self.exchange.all_reduce(torch.zeros(1, device=self.device))
 
     def _cast(self, master: Tensor) -> Tensor:
         """The master in the weights' dtype, on the device."""
@@ -320,11 +338,11 @@ class SlicedParameters:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def _reduced(self, number: int, flat: Tensor) -> Tensor:
-        """This rank's slice of the ranks' sum: in float32 over mapped memory, else in the gradients' dtype."""
-        dtype = torch.float32 if self._sums is not None and self._offload is None else self.dtype
+        """This rank's slice of the ranks' sum, in float32, or in the gradients' dtype where the host accumulates it."""
+        dtype = self.dtype if self._offload is not None else torch.float32
         own = torch.empty(len(flat) // self.exchange.world, dtype=dtype, device=self.device)
         if self._sums is None:
-            self.exchange.reduce_scatter(own, flat)
+            self.exchange.reduce_scatter(own, flat.to(dtype))
         else:
             self._sums(number, len(flat), own)
         return own

@@ -60,6 +60,9 @@ class WholeUpdates:
     def whole(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def awaited(self) -> str:
+        return ""
+
     def state(self) -> TrainedState:
         return TrainedState({name: p.detach() for name, p in self._named.items()}, self.optimizer.state_dict())
 

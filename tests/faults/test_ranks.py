@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ltx_train.distributed.ranks import Ranks, first_host, ranks_from_environment
+from ltx_train.distributed.ranks import Ranks, first_host, ranks_from_environment, rendezvous
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command, settings
@@ -232,6 +232,16 @@ def test_who_this_process_is() -> None:
     assert ranks_from_environment({**slurm, "SLURM_NTASKS": "1"}) == Ranks()
     # The batch shell has these too, and is no task.
     assert ranks_from_environment({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}) == Ranks()
-    assert first_host("gpu[03-07,9],login") == "gpu03"
-    assert first_host("node1,node2") == "node1"
-    assert first_host("n[1-2]") == "n1"
+    names = {
+        "gpu[03-07,9],login": "gpu03", "node1,node2": "node1", "n[1-2]": "n1", "gpu[01-02].cluster": "gpu01.cluster",
+        "r[1-2]n[07,9].x,a": "r1n07.x",
+    }  # fmt: skip
+    assert {nodes: first_host(nodes) for nodes in names} == names
+
+
+def test_ranks_meet_on_the_first_node_of_their_step() -> None:
+    """A step that was started from a login node carries the login node's address."""
+    slurm = {"SLURM_STEP_NODELIST": "localhost,other", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "7"}
+    assert rendezvous(slurm) == {"MASTER_ADDR": "localhost", "MASTER_PORT": "20007"}
+    unknown = {**slurm, "SLURM_STEP_NODELIST": "no-such-host.invalid"}
+    assert rendezvous(unknown)["MASTER_ADDR"] == "10.0.0.1"

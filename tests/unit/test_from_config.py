@@ -14,6 +14,7 @@ from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.config.settings import all_settings
 from ltx_train.diffusion.sigma import levels
+from ltx_train.distributed.ranks import Ranks
 from ltx_train.evaluation.rows import Grid
 from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import RandomWeights
@@ -94,28 +95,56 @@ def test_panel_plan_and_checkpoints_count_the_bytes_of_one_table(name: str) -> N
     assert resolve.optimizer(run.config).saved_bytes == 4 + moments
 
 
+SLICED_FULL = ("adapter=full", "memory=recompute")
+
+
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "machines", "expected"),
     [
-        (["strategy=single"], (0, False, False, False, True)),
-        (["strategy=ddp"], (0, False, False, False, True)),
-        (["strategy=zero1"], (1, False, False, False, True)),
-        (["strategy=zero2"], (2, False, True, False, True)),
-        (["strategy=zero3"], (0, True, True, False, False)),
-        (["strategy=zero1", "adapter=full", "memory=none"], (1, False, False, True, True)),
-        (["strategy=zero2", "adapter=full", "memory=none"], (2, False, True, True, True)),
-        (["strategy=zero3", "adapter=full", "memory=recompute"], (3, True, True, True, False)),
-        (["strategy=ddp", "strategy.sequence=2"], (0, False, False, False, False)),
+        ((), 1, ("own", 0, False, False, False, False)),
+        (("strategy=ddp",), 2, ("own", 0, False, False, False, False)),
+        (("strategy=zero1",), 1, ("own", 1, False, False, False, False)),
+        (("strategy=zero2",), 1, ("own", 2, False, True, False, False)),
+        (("strategy=zero3",), 1, ("own", 0, True, True, False, True)),
+        (("strategy=zero1", *SLICED_FULL), 1, ("own", 1, False, False, True, False)),
+        (("strategy=zero2", *SLICED_FULL), 1, ("own", 2, False, True, True, False)),
+        (("strategy=zero3", *SLICED_FULL), 1, ("own", 3, True, True, True, True)),
+        (("strategy=ddp", "strategy.sequence=2"), 1, ("own", 0, False, False, False, True)),
+        (("strategy=zero1",), 2, ("deepspeed", 1, False, True, False, False)),
+        (("strategy=zero2", *SLICED_FULL), 2, ("deepspeed", 2, False, True, True, False)),
+        (("strategy=zero3",), 2, ("deepspeed", 2, True, True, False, True)),
+        (("strategy=deepspeed_zero3",), 1, ("deepspeed", 2, True, True, False, True)),
+        (("strategy=zero3", *SLICED_FULL), 2, ("deepspeed", 3, False, True, True, True)),
+        (("strategy=deepspeed_zero3", *SLICED_FULL), 1, ("deepspeed", 3, False, True, True, True)),
     ],
 )
-def test_what_ranks_share_is_decided_once(overrides: list[str], expected: tuple[int, bool, bool, bool, bool]) -> None:
-    devices = [] if overrides == ["strategy=single"] else ["strategy.devices=4"]
-    shared = resolve.sharing(config.compose_config([*overrides, "optim=adamw", *devices]))
+def test_what_ranks_share_is_decided_once(
+    overrides: tuple[str, ...], machines: int, expected: tuple[str, int, bool, bool, bool, bool]
+) -> None:
+    """The own ZeRO on one machine, DeepSpeed's on several, or on one by its name."""
+    devices = ["strategy.devices=4"] if overrides else []
+    made = config.compose_config([*overrides, "optim=adamw", *devices])
+    shared = resolve.sharing(made, on_machines=machines)
     found = (
-        shared.update_stage, shared.gathers_blocks, shared.lockstep, shared.saves_slices, shared.measures_apart,
+        shared.engine, shared.update_stage, shared.gathers_blocks, shared.lockstep, shared.saves_slices,
+        shared.measures_together,
     )  # fmt: skip
     assert found == expected
     assert shared.readers == shared.world // shared.sequence
+    assert shared.world == (4 if overrides else 1) * machines
+    # The own stream slices within a machine, DeepSpeed over all of them.
+    sliced = "strategy=zero3" in overrides or "strategy=deepspeed_zero3" in overrides
+    assert shared.block_slices == (1 if not sliced else 4 if shared.gathers_blocks else shared.world)
+    assert shared.hpz == (4 if machines > 1 and overrides else 1)
+
+
+def test_the_own_engine_is_refused_on_several_machines() -> None:
+    made = config.compose_config(["strategy=zero3", "strategy.engine=own", "optim=adamw", "strategy.devices=2"])
+    assert resolve.sharing(made, Ranks(0, 2)).engine == "own"
+    with pytest.raises(config.ConfigError, match="copies slices between the devices of one"):
+        resolve.sharing(made, Ranks(0, 4))
+    with pytest.raises(config.ConfigError, match="set optim=adamw"):
+        resolve.for_job(config.compose_config(["strategy=zero3", "optim=adamw8bit"]), 2, 2)
 
 
 def test_random_weights_need_no_file() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltx_train.config.schema.fields import setting
-from ltx_train.distributed.strategies import STRATEGIES
+from ltx_train.distributed.strategies import ENGINES, STRATEGIES
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,13 @@ class StrategyConfig:
     offload: str | None = setting(
         None, "masters and moments of a full fine-tune: cpu, a folder on a fast disk, or null: the device"
     )
-    hpz: int = setting(1, "DeepSpeed's ZeRO-3: devices that keep a second slice of the weights; 1: none", least=1)
+    engine: str = setting(
+        "auto", "whose ZeRO slices; auto: this project's on one machine, DeepSpeed's on several", choices=ENGINES
+    )
+    hpz: int | None = setting(
+        None, "DeepSpeed's full ZeRO-3: devices that hold a second slice of the weights; 1: none, null: a machine's",
+        least=1,
+    )  # fmt: skip
     deepspeed: dict[str, Any] = setting(dict[str, Any](), "DeepSpeed's own settings, merged over this project's")
     sequence: int = setting(1, "devices that share each sample's video tokens, for long clips", least=1)
     device: str = setting("auto", "kind of device", choices=("auto", "cpu", "cuda"))

@@ -29,7 +29,7 @@ class _Beside:
 
 
 class HookedRunner(BlockRunner):
-    """blocks: their calls lead to this runner from now on. flat: their frozen weights."""
+    """blocks: their calls lead to this runner from now on. flat: their weights."""
 
     def __init__(self, blocks: Sequence[Block], keep: Sequence[Keep], *, compiled: bool, flat: FlatBlocks) -> None:
         super().__init__(keep, compiled=compiled, stream=flat)

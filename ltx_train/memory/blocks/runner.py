@@ -68,17 +68,14 @@ class BlockWeights(Protocol):
 class BlockRunner:
     """`transformer.run_block`: calls block `index` in the planned way.
 
-    keep: per block. casts: whether a block's adapter is cast in one launch; gradients then reach its matrices without
-    autograd, which hooks on them do not see. After construction, updates that slice gradients register themselves with
-    `reduce_with`.
+    keep: per block. After construction, updates that slice gradients register themselves with `reduce_with`.
     """
 
     def __init__(
         self, keep: Sequence[Keep], *, compiled: bool, stream: BlockWeights | None = None,
-        offload: InputOffload | None = None, casts: bool = True,
+        offload: InputOffload | None = None,
     ) -> None:  # fmt: skip
         self._keep, self.stream, self._offload = list(keep), stream, offload
-        self._is_casting = casts
         copies = (stream if isinstance(stream, WeightStream) else None, offload)
         self._side_streams: list[SideStream] = [side for side in copies if side is not None]
         calls: dict[Keep, Call] = {Keep.everything: _call, Keep.inputs: _recomputed, Keep.attention: _keeping_attention}
@@ -132,8 +129,6 @@ class BlockRunner:
         return self._offload is not None and index in self._offload
 
     def _cast(self, index: int, block: Block, video: Any, audio: Any) -> None:
-        if not self._is_casting:
-            return
         if index not in self._casts:
             self._casts[index] = CastAdapters(block)
         self._casts[index].cast(next(h.dtype for h in (video, audio) if h is not None))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltx_train.distributed.allocator import mappable
 from ltx_train.distributed.exchange import Exchange
-from ltx_train.distributed.mapped_memory import map_all_ranks
+from ltx_train.distributed.mapped_memory import MappedTensors, map_all_ranks
 from ltx_train.memory.pinned import pinned
 
 # Bytes. Tensors within a block begin at multiples of it, and a block's slices are multiples of it.
@@ -74,18 +74,18 @@ class HostStore:
 class PeerStore:
     """One slice of every block on each rank's device (ZeRO-3). `copy_to` is the all-gather of a block.
 
-    On one machine the slices are copied out of the other devices' mapped memory by copy engines, which leaves all
-    streaming multiprocessors to the computation. Elsewhere a collective gathers them. Every rank copies the same
-    blocks in the same order. A rank holds its slices, the ring, and while loading one whole block.
+    All ranks are on one machine. The slices are copied out of the other devices' mapped memory by copy engines, which
+    leaves all streaming multiprocessors to the computation. Where memory cannot be mapped (`refusal`) a collective
+    gathers them. Every rank copies the same blocks in the same order. A rank holds its slices, the ring, and while
+    loading one whole block.
     """
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
         self._exchange, self._device = exchange, device
         self._slices: dict[int, Tensor] = {}
         self._checksums: dict[int, int] = {}
-        # By block, the slices of all ranks by rank; None where they cannot be mapped.
-        self._mapped: dict[int, list[Tensor]] | None = None
-        self._is_mapping_tried = False
+        # By block, the slices of all ranks by rank; None before the first copy.
+        self._mapping: MappedTensors | None = None
 
     @property
     def largest(self) -> int:
@@ -94,7 +94,12 @@ class PeerStore:
     @property
     def direct(self) -> bool:
         """Whether blocks are copied out of the other devices' mapped memory."""
-        return self._mapped is not None
+        return self._mapping is not None and self._mapping.tensors is not None
+
+    @property
+    def refusal(self) -> str:
+        """Why a collective gathers the blocks of GPUs; empty where they are copied."""
+        return "" if self._mapping is None or self._device.type != "cuda" else self._mapping.refusal
 
     def allocate(self, size: int) -> Tensor:
         step = self._exchange.world * ALIGNMENT
@@ -110,18 +115,18 @@ class PeerStore:
         """The first call is collective on the host too: the ranks exchange memory handles in it."""
         own, world = self._slices[index], self._exchange.world
         # Handles are exchanged at the first copy because only then every rank has stored all its blocks.
-        if not self._is_mapping_tried:
-            self._is_mapping_tried = True
-            self._mapped = map_all_ranks(self._slices, self._exchange.rank, self._device, self._exchange.gather_objects)
-        whole = target[: world * own.numel()]
-        if self._mapped is None:
+        if self._mapping is None:
+            exchange = self._exchange
+            self._mapping = map_all_ranks(self._slices, exchange.rank, self._device, exchange.gather_objects)
+        whole, mapped = target[: world * own.numel()], self._mapping.tensors
+        if mapped is None:
             self._exchange.all_gather(whole, own)
             return
         parts = whole.chunk(world)
         # Rank r begins with its own slice and goes on with r + 1: at no moment do all ranks read one device's link.
         for turn in range(world):
             rank = (self._exchange.rank + turn) % world
-            parts[rank].copy_(self._mapped[index][rank], non_blocking=True)
+            parts[rank].copy_(mapped[index][rank], non_blocking=True)
 
     def matches(self, index: int, target: Tensor) -> bool:
         """Compares with the block as it was loaded or, after `slices_changed`, with a second copy of it."""

@@ -18,7 +18,8 @@ it is [2, 1, 0]; block 0 belongs into slot 0, whose owner 3 is done: it is fetch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 
 from ltx_train.memory.weights.stores import ALIGNMENT, WeightStore
 from ltx_train.model.linear import remember_norms
+
+# Timed waits that are kept as pairs of events.
+_MOST_STALLS = 1024
 
 
 class TensorPlace(NamedTuple):
@@ -71,7 +75,9 @@ class WeightStream:
         self._places: dict[int, list[TensorPlace]] = {}
         self._views: dict[int, list[Tensor]] = {}
         self._slots: list[_Slot] = []
-        self._stalls: list[tuple[Any, Any]] = []
+        self._stalls: deque[tuple[Any, Any]] = deque()
+        # Of the pairs that were dropped from `_stalls`.
+        self._earlier_stalls_s = 0.0
         # Of the pass that a CUDA graph repeats: these events hold the times of the last replay.
         self._recorded_stalls: list[tuple[Any, Any]] = []
         self._replays = 0
@@ -132,11 +138,11 @@ class WeightStream:
         if not self._cuda:
             return 0.0
         torch.cuda.synchronize(self._device)
-        total = _elapsed(self._stalls)
+        total = self._earlier_stalls_s + _elapsed(self._stalls)
         if self._replays:
             total += self._replays * _elapsed(self._recorded_stalls)
         self._stalls.clear()
-        self._replays = 0
+        self._replays, self._earlier_stalls_s = 0, 0.0
         return total
 
     def wait_for_copies(self) -> None:
@@ -243,6 +249,9 @@ class WeightStream:
         torch.cuda.current_stream(self._device).wait_event(event)
         after.record()
         (self._recorded_stalls if recording else self._stalls).append((before, after))
+        # Two events a block and pass: without a bound they would grow for as long as `logger.every` steps.
+        while len(self._stalls) > _MOST_STALLS and self._stalls[0][1].query():
+            self._earlier_stalls_s += _elapsed([self._stalls.popleft()])
 
     def _renew_events(self) -> None:
         for slot in self._slots:
@@ -269,7 +278,7 @@ def layout_of(block: nn.Module) -> tuple[list[TensorPlace], int]:
     return places, offset
 
 
-def _elapsed(pairs: Sequence[tuple[Any, Any]]) -> float:
+def _elapsed(pairs: Iterable[tuple[Any, Any]]) -> float:
     return sum(before.elapsed_time(after) for before, after in pairs) / 1000
 
 

@@ -109,10 +109,8 @@ def contribute(folder: Path, checkpoint: Checkpoint) -> None:
     except (OSError, SafetensorError) as error:
         entry = {"error": str(error)}
     with contextlib.suppress(OSError):
-        mark = temporary / f"{state_slice.file}{_PENDING}"
-        # Renamed after the write, so that rank 0 never reads a partial mark.
-        mark.write_text(json.dumps(entry))
-        mark.rename(temporary / f"{state_slice.file}{_DONE}")
+        # Flushed and renamed, so that rank 0 reads no partial mark, on another machine either.
+        durable.write(temporary / f"{state_slice.file}{_DONE}", json.dumps(entry))
 
 
 def committed(folder: Path) -> list[Path]:
@@ -211,7 +209,8 @@ def _other_files(folder: Path, state_slice: StateSlice) -> dict[str, Entry]:
     for rank in range(1, state_slice.world):
         name = replace(state_slice, rank=rank).file
         mark = folder / f"{name}{_DONE}"
-        while not mark.is_file():
+        # Listed, because a network disk may remember for a minute that a single file was missing.
+        while mark.name not in os.listdir(folder):
             if time.monotonic() > deadline:
                 raise OSError(f"rank {rank} has not written its file within {_PATIENCE_S / 60:.0f} min")
             time.sleep(0.05)
