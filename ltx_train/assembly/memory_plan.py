@@ -12,9 +12,10 @@ from ltx_train.assembly import from_config, mends, model_source, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep
-from ltx_train.memory.planning import search
+from ltx_train.memory.planning import network, search
 from ltx_train.memory.planning.cards import GIB, Card, card_by_name, card_of_device
 from ltx_train.memory.planning.footprint import TrainedWeights, sizes
+from ltx_train.memory.planning.network import Traffic
 from ltx_train.memory.planning.search import MemoryPlan, PlanConstraints, StepNeed
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
@@ -116,6 +117,14 @@ def need(config: Config, machines: int = 1) -> StepNeed:
     skeleton = model_source.skeleton(config)
     trained = trained_weights(config, skeleton, machines)
     return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained)
+
+
+def traffic(config: Config, machines: int) -> Traffic:
+    """What a step of the run on `machines` sends between them."""
+    needed, sharing = need(config, machines), resolve.sharing(config, on_machines=machines)
+    return network.traffic(
+        needed.trained, machines, dtype_bytes=needed.work.dtype_bytes, gathers_within=sharing.hpz == sharing.local_world
+    )
 
 
 def refusal(config: Config, room: Room, *, training: bool = True) -> str:

@@ -53,6 +53,11 @@ def machines(config: Config, world: int) -> int:
     return max(1, world // config.strategy.devices)
 
 
+def spans_machines(config: Config) -> bool:
+    """Whether the run may go on several machines."""
+    return STRATEGIES[config.strategy.name].several
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
     """What the ranks of a run share, and what each holds a slice of.

@@ -15,9 +15,14 @@ from ltx_train.memory.planning.cards import CARDS, GIB, Card, card_by_name
 from ltx_train.memory.planning.footprint import MemoryChoice
 from ltx_train.memory.planning.search import MemoryPlan
 
+# Machines in the table of clusters, beside those of `cluster.nodes`.
+_CLUSTERS = (2, 8, 64)
+
 
 def run(config: Config) -> int:
     """Prints one card in detail, or a table of all known cards. UserError names fixes when the card is too small."""
+    if config.cluster.nodes > 1:
+        config = resolve.for_job(config, config.cluster.nodes, config.cluster.devices)
     room = _room(config)
     if room is None:
         _overview(config)
@@ -27,6 +32,8 @@ def run(config: Config) -> int:
     if plan is None:
         raise UserError(memory_plan.refusal(config, room))
     _detail(room, plan)
+    if resolve.spans_machines(config):
+        _network(config, plan)
     print(overrides(plan.choice))
     close(None, "ltx-train fit ... (it plans by itself; the line above fixes this plan)")
     return Exit.DONE
@@ -36,11 +43,12 @@ def _room(config: Config) -> Room | None:
     if config.plan.card is not None:
         return _room_on(config, card_by_name(config.plan.card))
     is_here = resolve.device(config).type == "cuda" or resolve.budget_gib(config) is not None
-    return memory_plan.here(config) if is_here else None
+    return memory_plan.here(config, config.cluster.nodes) if is_here else None
 
 
 def _room_on(config: Config, card: Card) -> Room:
-    return Room(card=card, budget_gib=resolve.budget_gib(config) or card.budget_gib, host_gib=None)
+    budget_gib = resolve.budget_gib(config) or card.budget_gib
+    return Room(card=card, budget_gib=budget_gib, host_gib=None, machines=config.cluster.nodes)
 
 
 def _overview(config: Config) -> None:
@@ -74,6 +82,19 @@ def _detail(room: Room, plan: MemoryPlan) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"about {foot.step_s:.2f} s a step; {foot.host_gib:.1f} GiB of host memory besides the program's own")
+
+
+def _network(config: Config, plan: MemoryPlan) -> None:
+    """What a step sends between machines, and its duration, for clusters of several sizes."""
+    links = config.plan.link_gbs
+    headings = [f"step at {link:g} GB/s" for link in links]
+    table = Table("machines", "GPUs", "into each machine, a step", *headings, title="over several machines")
+    for machines in sorted({*_CLUSTERS, config.cluster.nodes} - {1}):
+        sent = memory_plan.traffic(config, machines)
+        steps = [f"{sent.step_s(plan.footprint.step_s, link):.2f} s" for link in links]
+        gpus = machines * resolve.launch(config).processes
+        table.add_row(str(machines), str(gpus), f"{sent.total / 1e9:.1f} GB", *steps)
+    Console(width=120).print(table)
 
 
 def overrides(choice: MemoryChoice) -> str:

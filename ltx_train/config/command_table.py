@@ -44,7 +44,8 @@ _COMMANDS = (
     ),
     CommandKind(
         name="plan", summary="what will fit: peak memory, step time, chosen settings, before anything is loaded",
-        groups=("plan", "memory", "model", "mode", "adapter", "data", "optim", "strategy"), needs=("data.buckets",),
+        groups=("plan", "memory", "model", "mode", "adapter", "data", "optim", "strategy", "cluster"),
+        needs=("data.buckets",),
     ),
     CommandKind(
         name="fit", summary="train; the same command continues an interrupted run", groups=_FIT_GROUPS,

@@ -284,8 +284,7 @@ class SlicedParameters:
         3. a barrier: every rank's slices are new.
         4. the ring fetches its blocks again.
 
-        Example: rank 1 is late and still fetches block 7 for its backward. Without (1), rank 0 would give it a slice
-        of the next step.
+        Without (1), rank 1, late and still fetching block 7 for its backward, could get a slice of the next step.
         """
         for name, unit in self.units.items():
             if unit.whole is not None:

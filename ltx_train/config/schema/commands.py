@@ -94,3 +94,4 @@ class PlanConfig:
     """`plan`."""
 
     card: str | None = setting(None, "a GPU by name, for planning on a machine without it")
+    link_gbs: list[float] = setting([50.0, 400.0], "GB/s into a machine over its network cards; for several machines")
