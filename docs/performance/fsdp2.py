@@ -64,8 +64,8 @@ class Fsdp2Updates:
 class ShardedRunner(BlockRunner):
     """Calls blocks through FSDP2's hooks, with the compiled and recomputed forward inside."""
 
-    def __init__(self, blocks: list[Any], runner: BlockRunner) -> None:
-        super().__init__(runner._keep, compiled=True)
+    def __init__(self, blocks: list[Any], runner: BlockRunner, *, compiled: bool) -> None:
+        super().__init__(runner._keep, compiled=compiled)
         for index, block in enumerate(blocks):
             block.forward = partial(self._inside, index, block)
 
@@ -76,10 +76,10 @@ class ShardedRunner(BlockRunner):
         return super().__call__(index, block, *arguments, **flags)
 
 
-def shard(transformer: Transformer, *, full: bool, world: int) -> None:
+def shard(transformer: Transformer, kind: str, *, full: bool, world: int) -> None:
     reduce = torch.bfloat16 if os.environ.get("FSDP_REDUCE") == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce, None, False)
-    mesh, blocks = init_device_mesh("cuda", (world,)), list(transformer.transformer_blocks)
+    mesh, blocks = init_device_mesh(kind, (world,)), list(transformer.transformer_blocks)
     ignored = set() if full else {p for p in transformer.parameters() if p.requires_grad}
     for block in blocks:
         fully_shard(block.float() if full else block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -102,7 +102,7 @@ def main() -> None:
     out, case, *overrides = sys.argv[1:]
     ranks = ranks_from_environment(os.environ)
     # Whole weights to start from, and one sample for each rank.
-    plain = configuration.compose_config([*overrides, "strategy=zero2"], None, "bench")
+    plain = configuration.compose_config([*overrides, "strategy=zero2"])
     full = resolve.trains_all_weights(plain)
     whole = {"adapter.kind": "lora", "strategy.name": "ddp", "strategy.devices": ranks.world}
     config = configuration.changed(plain, whole)
@@ -115,14 +115,14 @@ def main() -> None:
             adapter.attach(transformer, from_config.lora(config), config.run.seed)
         transformer.train()
         runner = transformer.run_block
-        shard(transformer, full=full, world=ranks.world)
-        transformer.run_block = ShardedRunner(list(transformer.transformer_blocks), runner)
+        shard(transformer, setup.device.type, full=full, world=ranks.world)
+        transformer.run_block = ShardedRunner(list(transformer.transformer_blocks), runner, compiled=setup.compiled)
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         optimizer = build_optimizer(setup.optimizer, parameters, from_config.optimizer_settings(config))
         updates: Any = Fsdp2Updates(optimizer, parameters, None if full else ranks)
         recipe = run_builder.plain_recipe(setup, partial(objective.backward, transformer), updates)
         measured = timing.timed(setup, timing.random_steps(setup, recipe))
-        reserved = ranks.gather(measured["peak_reserved_gib"])
+        reserved = ranks.gather(measured.get("peak_reserved_gib", 0.0))
         if ranks.leads:
             about = {
                 **_about(config),
