@@ -52,10 +52,10 @@ class Fsdp2Updates:
             self._ranks.average([p.grad for p in self._parameters if p.grad is not None])
 
     def step(self, clip: float, _limit: Any = None) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def __getattr__(self, name: str) -> Any:
         return {"norms": dict, "awaited": str, "whole": nullcontext}[name]
