@@ -10,6 +10,7 @@ gathered in bfloat16, and gradients that are reduced in float32 (`FSDP_REDUCE=bf
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from ltx_train.assembly.setup import settled
 from ltx_train.commands.bench import _about, _collect
 from ltx_train.diffusion import objective
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
+from ltx_train.memory.blocks.hooked import _Beside
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
@@ -70,10 +72,12 @@ class ShardedRunner(BlockRunner):
             block.forward = partial(self._inside, index, block)
 
     def __call__(self, index: int, block: Any, video: Any, audio: Any, *rest: Any, **flags: bool) -> Any:
-        return block(video, audio, *rest, **flags)
+        # As under DeepSpeed's hooks: they would look at every tensor beside the tokens.
+        video, audio = (None if h is None else h if h.requires_grad else h.requires_grad_() for h in (video, audio))
+        return block(video, audio, _Beside(rest, flags))
 
-    def _inside(self, index: int, block: Any, *arguments: Any, **flags: bool) -> Any:
-        return super().__call__(index, block, *arguments, **flags)
+    def _inside(self, index: int, block: Any, video: Any, audio: Any, beside: _Beside) -> Any:
+        return super().__call__(index, block, video, audio, *beside.arguments, **beside.flags)
 
 
 def shard(transformer: Transformer, kind: str, *, full: bool, world: int) -> None:
@@ -117,6 +121,8 @@ def main() -> None:
         runner = transformer.run_block
         shard(transformer, setup.device.type, full=full, world=ranks.world)
         transformer.run_block = ShardedRunner(list(transformer.transformer_blocks), runner, compiled=setup.compiled)
+        gc.collect()
+        torch.cuda.empty_cache()  # loading took memory for the whole model
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         optimizer = build_optimizer(setup.optimizer, parameters, from_config.optimizer_settings(config))
         updates: Any = Fsdp2Updates(optimizer, parameters, None if full else ranks)
