@@ -14,9 +14,9 @@ from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.planning import network, search
 from ltx_train.memory.planning.cards import GIB, Card, card_by_name, card_of_device
-from ltx_train.memory.planning.footprint import TrainedWeights, sizes
 from ltx_train.memory.planning.network import Traffic
 from ltx_train.memory.planning.search import MemoryPlan, PlanConstraints, StepNeed
+from ltx_train.memory.planning.sizes import TrainedWeights, sizes
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
@@ -123,8 +123,9 @@ def traffic(config: Config, machines: int) -> Traffic:
     """What a step of the run on `machines` sends between them."""
     needed, sharing = need(config, machines), resolve.sharing(config, on_machines=machines)
     return network.traffic(
-        needed.trained, machines, dtype_bytes=needed.work.dtype_bytes, gathers_within=sharing.hpz == sharing.local_world
-    )
+        needed.trained, sharing.world, dtype_bytes=needed.work.dtype_bytes,
+        gathers_within=sharing.hpz == sharing.local_world > 1,
+    )  # fmt: skip
 
 
 def refusal(config: Config, room: Room, *, training: bool = True) -> str:
@@ -175,6 +176,7 @@ def trained_weights(config: Config, skeleton: Transformer, machines: int = 1) ->
         parameters=count, moment_bytes=resolve.optimizer(config).moment_bytes, accumulate=_accumulated(config, shared),
         full=shared.full, averaged=config.adapter.ema > 0, stage=shared.update_stage, slices=shared.update_slices,
         offloaded=shared.offload is not None, in_files=shared.offload not in (None, "cpu"),
+        by_hooks=shared.hooks_passes and shared.update_stage == 3, second_slices=shared.hpz,
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from ltx_train.distributed.ranks import Ranks
-    from ltx_train.memory.planning.footprint import MemoryChoice, Workload
     from ltx_train.memory.planning.search import PlanConstraints
+    from ltx_train.memory.planning.sizes import MemoryChoice, Workload
     from ltx_train.updates.deepspeed_engine import EngineSettings
 
 
@@ -253,7 +253,7 @@ def workload(config: Config) -> Workload:
 
 def workload_of(config: Config, bucket: Bucket) -> Workload:
     """One micro-batch of a bucket, references included."""
-    from ltx_train.memory.planning.footprint import Workload
+    from ltx_train.memory.planning.sizes import Workload
 
     modes, shared = [m for _, m in configuration.training_modes(config)], sharing(config)
     voice = audio_latents(config.data.reference_s)
@@ -295,7 +295,7 @@ def plan_constraints(config: Config, host_gib: float | None) -> PlanConstraints:
 def memory_choice(config: Config) -> MemoryChoice:
     """The memory settings, with the plain way where they are open: nothing is traded but recomputation."""
     from ltx_train.memory.blocks.keep import Keep
-    from ltx_train.memory.planning.footprint import MemoryChoice
+    from ltx_train.memory.planning.sizes import MemoryChoice
 
     memory = config.memory
     return MemoryChoice(

@@ -32,7 +32,7 @@ from ltx_train.diffusion import objective
 from ltx_train.diffusion.conditions import ModelInputs
 from ltx_train.diffusion.objective import MicroBatch
 from ltx_train.distributed.ranks import Ranks
-from ltx_train.memory.planning import footprint
+from ltx_train.memory.planning import duration, sizes
 from ltx_train.memory.planning.cards import GIB, card_of_device
 from ltx_train.model import adapter
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
@@ -160,16 +160,14 @@ def plain_recipe(setup: Setup, backward: Callable[[MicroBatch], StepResult], upd
 
 def _flops(setup: Setup) -> Callable[[ModelInputs], float]:
     """The model's FLOPs for a micro-batch on this rank, from its numbers of tokens."""
-    size = footprint.sizes(model_source.skeleton(setup.config))
+    size = sizes.sizes(model_source.skeleton(setup.config))
 
     def count(inputs: ModelInputs) -> float:
         video, audio = (0 if m is None else m.latent.shape[1] for m in (inputs.video, inputs.audio))
         present = inputs.video or inputs.audio
         assert present is not None
-        work = footprint.Workload(
-            batch=present.latent.shape[0], video=video, audio=audio, text=present.context.shape[1]
-        )
-        return footprint.model_flops(size, work, full=setup.sharing.full) / setup.sharing.sequence
+        work = sizes.Workload(batch=present.latent.shape[0], video=video, audio=audio, text=present.context.shape[1])
+        return duration.model_flops(size, work, full=setup.sharing.full) / setup.sharing.sequence
 
     return count
 

@@ -11,8 +11,8 @@ from ltx_train.assembly.resolve import Sharing
 from ltx_train.config import Config
 from ltx_train.distributed.ranks import ALONE, Ranks
 from ltx_train.evaluation.share import Share
-from ltx_train.memory.planning.footprint import MemoryChoice
 from ltx_train.memory.planning.search import MemoryPlan
+from ltx_train.memory.planning.sizes import MemoryChoice
 from ltx_train.updates.kinds import OptimizerKind
 
 

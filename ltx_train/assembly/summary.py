@@ -19,8 +19,8 @@ from ltx_train.contracts import Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.evaluation import heldout
 from ltx_train.memory.planning.cards import GIB
-from ltx_train.memory.planning.footprint import MemoryChoice
 from ltx_train.memory.planning.search import MemoryPlan
+from ltx_train.memory.planning.sizes import MemoryChoice
 from ltx_train.memory.weights.stores import PeerStore
 from ltx_train.model import adapter
 from ltx_train.model.reach import sees_loss

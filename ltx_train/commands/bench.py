@@ -23,7 +23,7 @@ from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.memory.planning.cards import GIB, card_of_device
-from ltx_train.memory.planning.footprint import model_flops
+from ltx_train.memory.planning.duration import model_flops
 
 
 def run(config: Config) -> int:

@@ -12,8 +12,8 @@ from ltx_train.assembly.memory_plan import Room
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
 from ltx_train.memory.planning.cards import CARDS, GIB, Card, card_by_name
-from ltx_train.memory.planning.footprint import MemoryChoice
 from ltx_train.memory.planning.search import MemoryPlan
+from ltx_train.memory.planning.sizes import MemoryChoice
 
 # Machines in the table of clusters, beside those of `cluster.nodes`.
 _CLUSTERS = (2, 8, 64)

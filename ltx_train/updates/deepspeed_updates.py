@@ -81,10 +81,9 @@ class FullUpdates(EngineUpdates):
         self, engine: Any, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size], *,
         flat: FlatBlocks | None, stage: int, exchange: Exchange,
     ) -> None:  # fmt: skip
-        names = {id(parameter): name for name, parameter in parameters.items()}
         contents = {id(p): [Place(name=name, start=0, shape=shapes[name])] for name, p in parameters.items()}
         for whole, places in ({} if flat is None else flat.contents()).items():
-            contents[id(whole)] = [Place(name=names[id(p.parameter)], start=p.start, shape=p.shape) for p in places]
+            contents[id(whole)] = [Place(name=p.name, start=p.start, shape=p.shape) for p in places]
         super().__init__(engine, shapes, contents, stage=stage, exchange=exchange)
         self._parameters, self._flat = parameters, flat
 

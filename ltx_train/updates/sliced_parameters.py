@@ -26,24 +26,12 @@ from torch import Tensor, nn
 from ltx_train.distributed.allocator import mappable
 from ltx_train.distributed.exchange import Exchange
 from ltx_train.distributed.mapped_memory import PeerSums
+from ltx_train.memory.weights.flat_blocks import ParameterPlace
 from ltx_train.memory.weights.stores import ALIGNMENT, PeerStore
 from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.updates.state_offload import StateOffload, accumulate, norm
 
 _GRADIENT_SLOTS = 2
-
-
-class ParameterPlace(NamedTuple):
-    """One parameter inside its unit's flat buffer; `start` and `stop` count elements."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    shape: torch.Size
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.shape.numel()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

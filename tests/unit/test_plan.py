@@ -10,22 +10,17 @@ from typing import Any
 import pytest
 
 from ltx_train import config
-from ltx_train.assembly import memory_plan, resolve
+from ltx_train.assembly import memory_plan, model_source, resolve
 from ltx_train.assembly.memory_plan import Room
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep, arrange
 from ltx_train.memory.planning import search
 from ltx_train.memory.planning.cards import CARDS, card_by_name, card_of_device
-from ltx_train.memory.planning.footprint import (
-    MemoryChoice,
-    ModelSizes,
-    TrainedWeights,
-    Workload,
-    model_flops,
-    predict,
-    sizes,
-)
+from ltx_train.memory.planning.duration import model_flops
+from ltx_train.memory.planning.footprint import predict
 from ltx_train.memory.planning.search import PlanConstraints, StepNeed
+from ltx_train.memory.planning.sizes import MemoryChoice, ModelSizes, TrainedWeights, Workload, sizes
+from ltx_train.model import presets
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import build_transformer
 from ltx_train.updates.kinds import OPTIMIZERS
@@ -312,6 +307,62 @@ def test_the_measured_peaks_of_a_full_fine_tune_on_four_devices(kept: int, graph
     found = memory_plan.plan_for(made, Room(card=H200, budget_gib=180.0, host_gib=None))
     assert found is not None
     assert found.footprint.gib == pytest.approx(measured, rel=0.05)
+
+
+WORK_A_SETTINGS = (
+    "experiment=voice_reference_22b", "model.weights=random", "adapter.dropout=0", "optim=adamw", "memory=recompute",
+)  # fmt: skip
+FULL_A = (*WORK_A_SETTINGS, "adapter=full", "memory=recompute")
+
+
+@pytest.mark.parametrize(
+    ("settings", "machines", "blocks", "reserved_gib"),
+    [
+        ((*WORK_A_SETTINGS, "strategy=deepspeed_zero3", "strategy.devices=2"), 1, 48, 26.01),
+        ((*WORK_A_SETTINGS, "strategy=zero3"), 2, 48, 41.04),
+        ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2"), 1, 20, 87.25),
+        ((*FULL_A, "strategy=zero3"), 2, 4, 30.73),
+        ((*FULL_A, "strategy=zero3", "strategy.devices=2"), 2, 4, 23.18),
+    ],
+    ids=["adapter", "adapter-2x1", "full", "full-2x1", "full-2x2-hpz"],
+)
+def test_peaks_of_deepspeed_are_within_5_percent_of_measured_ones(
+    settings: tuple[str, ...], machines: int, blocks: int, reserved_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/performance/deepspeed.json; full fine-tunes with fewer of the 48 blocks."""
+    monkeypatch.setitem(presets.PRESETS, "fewer", replace(presets.PRESETS["ltx2_3_22b"], layers=blocks))
+    skeleton = build_transformer(RandomWeights("fewer"))
+    monkeypatch.setattr(model_source, "skeleton", lambda _config: skeleton)
+    place = Room(card=H200, budget_gib=138.0, host_gib=None, machines=machines)
+    found = memory_plan.plan_for(config.compose_config(list(settings)), place)
+    assert found is not None
+    assert found.footprint.gib == pytest.approx(reserved_gib, rel=0.05)
+
+
+def test_what_machines_send_each_other_is_what_was_counted() -> None:
+    """Two hosts of one GPU over a link of 8.36 GB/s: 1.741 GB a step into both, 0.835 to 0.857 s a step where one GPU
+    takes 0.741."""
+    made = config.compose_config([*WORK_A_SETTINGS, "strategy=zero3"])
+    sent = memory_plan.traffic(made, 2)
+    assert sent.total == pytest.approx(1.741e9 / 2, rel=0.01)
+    assert sent.step_s(0.741, 8.36) == pytest.approx(0.846, rel=0.02)
+
+
+def test_shares_and_traffic_follow_the_number_of_machines() -> None:
+    """By hand: masters and moments of 19 billion weights over 64 GPUs, and the gathers that hpZ keeps inside."""
+    made = config.compose_config([*FULL_A, "strategy=zero3", "strategy.devices=8"])
+    place = Room(card=card_by_name("H100"), budget_gib=79.0, host_gib=None, machines=8)
+    found = memory_plan.plan_for(made, place)
+    assert found is not None
+    assert found.footprint.parts["trained weights and moments"] == pytest.approx(18_988_838_144 * 12 / 64, rel=0.01)
+    assert found.footprint.parts["second slice of the weights"] == pytest.approx(18_988_838_144 * 2 / 8, rel=0.01)
+    crossing = 63 / 64 * 18_988_838_144
+    assert memory_plan.traffic(made, 8).total == pytest.approx(crossing * (2 + 4), rel=0.01)
+    without = config.changed(made, {"strategy.hpz": 1})
+    assert memory_plan.traffic(without, 8).total == pytest.approx(crossing * (2 * 2 + 4), rel=0.01)
+    copies = config.compose_config([*WORK_A_SETTINGS, "strategy=ddp", "strategy.devices=8"])
+    assert memory_plan.traffic(copies, 8).weights == 0
+    assert memory_plan.traffic(copies, 8).gradients == pytest.approx(2 * 4 * 63 / 64 * 144_703_488)
 
 
 def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:

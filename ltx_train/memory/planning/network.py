@@ -1,13 +1,13 @@
 """Predicts what a run on several machines sends between them, and how long its steps take then.
 
-Owns the formulas of the traffic. The time of a step within a machine is `footprint`'s.
+Owns the formulas of the traffic. The time of a step within a machine is `duration`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltx_train.memory.planning.footprint import TrainedWeights
+from ltx_train.memory.planning.sizes import TrainedWeights
 
 # Bytes of a gradient, and of an adapter's weight, on their way between ranks.
 _FLOAT32 = 4.0
@@ -31,15 +31,17 @@ class Traffic:
         return max(within_s, network) if self.overlaps else within_s + network
 
 
-def traffic(trained: TrainedWeights, machines: int, *, dtype_bytes: int, gathers_within: bool) -> Traffic:
-    """Of collectives in rings: a gather or a reduction brings (machines - 1) / machines of its bytes into a machine.
+def traffic(trained: TrainedWeights, world: int, *, dtype_bytes: int, gathers_within: bool) -> Traffic:
+    """Of collectives in rings over `world` ranks. A gather or a reduction brings (world - 1) / world of its bytes into
+    a machine, an all-reduce twice as many.
 
     gathers_within: whether backward gathers within a machine (hpZ). The frozen base of an adapter never crosses.
     """
-    crossing = (machines - 1) / machines * trained.parameters
+    crossing = (world - 1) / world * trained.parameters
     if not trained.full:
-        # An all-reduce, or a reduction to slices and a gather of updated ones: twice either way. After the passes.
-        return Traffic(weights=_FLOAT32 * crossing, gradients=_FLOAT32 * crossing, overlaps=False)
+        # DeepSpeed reduces an adapter's gradients by an all-reduce, and gathers its updated weights. After the passes.
+        weights = _FLOAT32 * crossing if trained.stage else 0.0
+        return Traffic(weights=weights, gradients=2 * _FLOAT32 * crossing, overlaps=False)
     gathers = trained.accumulate * (1 if gathers_within else 2) if trained.stage == 3 else 1
     reductions = trained.accumulate if trained.stage > 1 else 1
     return Traffic(

@@ -11,14 +11,8 @@ from itertools import product
 
 from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.planning.cards import Card
-from ltx_train.memory.planning.footprint import (
-    Footprint,
-    MemoryChoice,
-    ModelSizes,
-    TrainedWeights,
-    Workload,
-    predict,
-)
+from ltx_train.memory.planning.footprint import Footprint, predict
+from ltx_train.memory.planning.sizes import MemoryChoice, ModelSizes, TrainedWeights, Workload
 
 # Weights keep their precision where the run is at most this much slower.
 _WORTH_PRECISION = 1.05

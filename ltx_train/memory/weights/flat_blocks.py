@@ -13,8 +13,7 @@ engine as one gradient of the flat parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 _FLAT = "flat"
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedPlace:
-    """A trained tensor inside its block's flat parameter; start counts elements."""
+class ParameterPlace(NamedTuple):
+    """A trained parameter inside a flat tensor; start and stop count elements."""
 
+    name: str
     parameter: nn.Parameter
     start: int
     shape: torch.Size
@@ -40,12 +39,12 @@ class FlatBlocks:
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         self._blocks = list(blocks)
-        self._places = [_flatten(block) for block in self._blocks]
+        self._places = [_flatten(block, f"transformer_blocks.{index}") for index, block in enumerate(self._blocks)]
 
     def __contains__(self, index: int) -> bool:
         return True
 
-    def contents(self) -> dict[nn.Parameter, Sequence[TrainedPlace]]:
+    def contents(self) -> dict[nn.Parameter, Sequence[ParameterPlace]]:
         """What lies in each flat parameter."""
         return {getattr(block, _FLAT): places for block, places in zip(self._blocks, self._places, strict=True)}
 
@@ -77,7 +76,7 @@ class FlatBlocks:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, places: Sequence[TrainedPlace], flat: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, places: Sequence[ParameterPlace], flat: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
         ctx.places, ctx.like = places, (flat.shape, flat.dtype, flat.device)
         return tuple(h.view_as(h) for h in hidden)
 
@@ -92,20 +91,16 @@ class _Attach(torch.autograd.Function):
         return None, whole, *gradients
 
 
-def _flatten(block: nn.Module) -> list[TrainedPlace]:
-    named = [
-        (owner, name, parameter)
-        for owner in block.modules()
-        for name, parameter in owner._parameters.items()
-        if parameter is not None
-    ]
-    places: list[TrainedPlace] = []
-    for _, _, parameter in named:
-        places.append(TrainedPlace(parameter, places[-1].stop if places else 0, parameter.shape))
-    flat = torch.cat([parameter.detach().reshape(-1) for _, _, parameter in named])
-    for owner, name, parameter in named:
-        parameter.data = torch.empty(0, dtype=flat.dtype, device=flat.device)
+def _flatten(block: nn.Module, prefix: str) -> list[ParameterPlace]:
+    places: list[ParameterPlace] = []
+    for name, parameter in block.named_parameters(prefix):
+        places.append(ParameterPlace(name, parameter, places[-1].stop if places else 0, parameter.shape))
+    flat = torch.cat([place.parameter.detach().reshape(-1) for place in places])
+    for place in places:
+        owner, _, own = place.name.removeprefix(f"{prefix}.").rpartition(".")
         # A plain attribute: the engine would slice every parameter that it can see.
-        owner.__dict__[name] = owner._parameters.pop(name)
+        module = block.get_submodule(owner)
+        module.__dict__[own] = module._parameters.pop(own)
+        place.parameter.data = torch.empty(0, dtype=flat.dtype, device=flat.device)
     block.register_parameter(_FLAT, nn.Parameter(flat))
     return places

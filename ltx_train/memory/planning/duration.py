@@ -1,0 +1,102 @@
+"""Predicts the duration of a training step, from sizes and a card's datasheet.
+
+Owns the formulas and their fitted constants (docs/performance.md). What several machines send is `network`'s.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ltx_train.memory.blocks.keep import Keep
+from ltx_train.memory.planning.cards import Card
+from ltx_train.memory.planning.sizes import (
+    MemoryChoice,
+    ModelSizes,
+    TrainedWeights,
+    Workload,
+    dequantized_elements,
+    unit_bytes,
+)
+from ltx_train.memory.weights.quantize import MANY_ROWS
+
+# Rates: shares of a card's datasheet rates that kernels reach (products, attention, memory, host link), and passes of
+# the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
+# docs/performance/h200.json.
+_LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
+# Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
+_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
+_STREAM_OVERHEAD = 0.05
+# Share of the link between devices that copies reach, and bytes that the update of one weight moves in a full
+# fine-tune. From docs/performance/several.json.
+_PEER, _UPDATE_BYTES = 0.8, 80.0
+# Seconds to accumulate, clip and update one weight in host memory. Measured: 0.68e-9 for one device with 16 processors;
+# several devices share the memory's bandwidth.
+_OFFLOADED_UPDATE_S = 1.0e-9
+# Share of the host link left for weights while inputs travel the other way.
+_BOTH_WAYS = 0.87
+
+
+def seconds(
+    size: ModelSizes, work: Workload, trained: TrainedWeights, choice: MemoryChoice, *, card: Card,
+    streamed_bytes: float,
+) -> float:  # fmt: skip
+    """Seconds of a step: products and attention at the rates that kernels reach, passes over activations at memory
+    bandwidth. Copies overlap with them."""
+    everything = choice.keep_everything / size.layers
+    linear = size.layers * _linear_seconds(size, work, choice, card, everything=everything, full=trained.full)
+    forward = size.layers * _attention_flops(size, work)
+    again = 0.0 if choice.keep is not Keep.inputs else 1 - everything
+    attention = forward * (3.5 + again) / (card.bf16_tflops * 1e12 * _ATTENTION)
+    bandwidth = card.memory_gbs * 1e9 * _BANDWIDTH
+    passes = size.layers * unit_bytes(size, work) * _PASSES / bandwidth
+    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
+    compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
+    compute += size.layers * 6.0 * dequantized_elements(size, choice) / bandwidth
+    update_s = trained.parameters / trained.slices * _OFFLOADED_UPDATE_S if trained.offloaded else 0.0
+    if trained.full and not trained.offloaded:
+        compute += trained.parameters / trained.slices * _UPDATE_BYTES / bandwidth
+    if choice.offload_inputs:
+        compute *= 1.03
+    compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
+    if choice.slices > 1:
+        travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
+        return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
+    link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
+    return max(compute, 2 * streamed_bytes / link) + update_s
+
+
+def model_flops(size: ModelSizes, work: Workload, *, full: bool = False) -> float:
+    """Floating-point operations of one step without recomputation: forward, gradients of activations, and, when all
+    weights are trained (full), gradients of weights."""
+    rows = {"video": work.video, "audio": work.audio, "text": work.text}
+    linear = 0.0
+    for layer in size.linears:
+        times = (1 if layer.rows == "text" else 2) + full
+        linear += times * 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
+    return size.layers * (linear + 3.5 * _attention_flops(size, work))
+
+
+def _linear_seconds(
+    size: ModelSizes, work: Workload, choice: MemoryChoice, card: Card, *, everything: float, full: bool
+) -> float:  # fmt: skip
+    """Seconds of one block's products: forward, recomputation except the last product, gradients of inputs except text,
+    and, when all weights are trained (full), gradients of weights."""
+    rows = {"video": work.video, "audio": work.audio, "text": work.text}
+    total = 0.0
+    for layer in size.linears:
+        flops = 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
+        again = 0.0 if layer.name.endswith("ff.net.2") else 1 - everything
+        times = 1 + again + (0 if layer.rows == "text" else 1) + full
+        fp8 = choice.compute == "fp8" and card.fp8_tflops > 0 and re.fullmatch(MANY_ROWS, layer.name)
+        rate = card.fp8_tflops if fp8 else card.bf16_tflops
+        total += times * flops / (rate * 1e12 * _LINEAR)
+    return total
+
+
+def _attention_flops(size: ModelSizes, work: Workload) -> float:
+    """FLOPs of one block's attention in forward: two products each for the self, text and cross-modal attentions."""
+    v, a, t = work.video, work.audio, work.text
+    bridges = (1 + work.sequence) * v * a  # every device has all of audio's queries
+    pairs = size.width * (v * v * work.sequence + v * t) + size.audio_width * (a * a + a * t + bridges)
+
+    return 4.0 * work.batch * pairs
