@@ -45,7 +45,7 @@ lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data docs tests
 	$(BIN)/ruff check --quiet ltx_train data docs tests
 	$(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
-	$(BIN)/shellcheck .ci/run launch/spot/start.sh docs/performance/measure.sh
+	$(BIN)/shellcheck -x .ci/run launch/spot/start.sh launch/slurm/requeue.sh launch/slurm/venv.sbatch launch/slurm/container.sbatch docs/performance/measure.sh
 	$(BIN)/pyright
 
 format: setup ## rewrite to the house style
@@ -55,10 +55,13 @@ format: setup ## rewrite to the house style
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2
 
-tools: # a SLURM and a browser to test with, where they can be had; without them those tests are skipped
+tools: # a SLURM, a browser and libaio to test with, where they can be had; without them those tests are skipped
 	@command -v chromium google-chrome > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends chromium; } > $(VENV)/browser.log 2>&1; } || \
 	  echo "chromium could not be installed: the test that looks at the report is skipped"
+	@test -e /usr/include/libaio.h || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends libaio-dev; } > $(VENV)/aio.log 2>&1; } || \
+	  echo "libaio-dev could not be installed: the test of DeepSpeed's state in files is skipped"
 	@test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge; } > $(VENV)/tools.log 2>&1; } || \
 	  echo "slurm-wlm and munge could not be installed: the SLURM tests will be skipped"

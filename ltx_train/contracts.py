@@ -22,6 +22,7 @@ class Exit(IntEnum):
     """Process exit codes, stable across releases: a supervisor may act on them."""
 
     DONE = 0
+    DEVICE = 71
     STORE = 74
     PREEMPTED = 75
     HUNG = 76

@@ -76,12 +76,22 @@ def _lines(
         ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
         ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {config.data.root}"),
         ("batch", f"{optim.global_batch} samples, {optim.batch_size} at a time, {_tokens(setup)}"),
+        *([("devices", _devices(setup))] if setup.ranks.world > 1 else []),
         ("memory", memory(setup, transformer, count)),
         ("planned", "nothing: no GPU and no budget" if setup.plan is None else describe(setup.plan)),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
         ("measuring", _measuring(config, index)),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
     ]  # fmt: skip
+
+
+def _devices(setup: Setup) -> str:
+    """The ranks of a run and who updates its weights."""
+    sharing, world = setup.sharing, setup.ranks.world
+    machines = resolve.machines(setup.config, world)
+    places = f"{machines} machines" if machines > 1 else "one machine"
+    engine = "DeepSpeed's engine" if sharing.by_deepspeed else "this project's engine"
+    return f"{world} on {places}, strategy={sharing.name}" + (f", {engine}" if sharing.slices_updates else "")
 
 
 def _measuring(config: Config, index: Index) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from ltx_train import signals
 from ltx_train.contracts import Exit, UserError
@@ -19,6 +22,8 @@ _STORAGE = (
 # torch.distributed's errors when another process is gone.
 _LOST_RANK = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _FAILED = 1
+# What CUDA and NCCL report of this process's own device.
+_DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "ncclUnhandledCudaError", "uncorrectable ECC")
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
@@ -40,6 +45,8 @@ def exit_code_of(work: Callable[[], int]) -> int:
                 "the GPU ran out of memory: close other programs on it, or set a smaller memory.budget_gib or bucket"
             )
             return Exit.CONFIG
+        if is_device_fault(error):
+            return _device_fault()
         if type(error).__name__ in _LOST_RANK or "gloo" in str(error):
             _report("lost the connection to another rank")
             return _FAILED
@@ -48,6 +55,25 @@ def exit_code_of(work: Callable[[], int]) -> int:
         signals.ignore()
         _report("stopped")
         return Exit.PREEMPTED
+
+
+def is_device_fault(error: RuntimeError) -> bool:
+    """Whether this process's own GPU has failed. The loss of another rank's is a lost connection here."""
+    text = str(error)
+    return type(error).__name__ == "AcceleratorError" or any(words in text for words in _DEVICE_FAULTS)
+
+
+def _device_fault() -> int:
+    """The traceback stays: a failed kernel may be a defect of a program. A job script goes on without the node, whose
+    name it finds in the file LTX_TRAIN_LOST_DEVICES."""
+    traceback.print_exc()
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    _report(f"a GPU of {node} failed (dmesg shows Xid and ECC errors): the same command continues on another machine")
+    lost = os.environ.get("LTX_TRAIN_LOST_DEVICES")
+    if lost:
+        with suppress(OSError), open(lost, "a", encoding="utf-8") as file:
+            file.write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')} {node}\n")
+    return Exit.DEVICE
 
 
 def _report(text: str) -> None:

@@ -15,7 +15,7 @@ from ltx_train.assembly import from_config, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, UserError
 
-_TEMPLATE = "slurm/fit.sbatch"
+_TEMPLATE, _SHARED = "slurm/fit.sbatch", "slurm/requeue.sh"
 
 
 def write_script(config: Config) -> Path:
@@ -49,6 +49,8 @@ def render(config: Config, settings: Path) -> str:
         "nodes": cluster.nodes, "devices": cluster.devices, "cpus": cluster.cpus,
         "time": _word("cluster.time", cluster.time),
         "signal_s": cluster.signal_s, "hung_restarts": cluster.hung_restarts,
+        "device_restarts": cluster.device_restarts, "folder": shlex.quote(str(folder)),
+        "requeue": (configuration.shipped("launch") / _SHARED).read_text().rstrip(),
         "logs": _quoted("run.root", str(folder / ("slurm-%A_%a.log" if cluster.array else "slurm-%j.log"))),
         "directives": "\n".join(f"#SBATCH {word}" for word in _directives(config)),
         "setup": "\n".join(cluster.setup),

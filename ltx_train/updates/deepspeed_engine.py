@@ -85,7 +85,7 @@ def open_engine(
     deepspeed = _import_for(device)
     if settings.stage == 3:
         # Hooks per block instead of per layer: a block's weights are gathered and released together.
-        deepspeed.utils.set_z3_leaf_modules(module, [Block])
+        deepspeed.utils.set_z3_leaf_modules(module, [Block], raise_if_not_found=False)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(

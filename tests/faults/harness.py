@@ -20,8 +20,8 @@ from pathlib import Path
 from ltx_train.config.command_table import COMMANDS
 from ltx_train.training.tracking.metrics import read_rows
 
-_SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.faults.preload"])
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.faults.preload"])
 # What a loaded machine may take; a test that passes never waits for it.
 PATIENCE_S = 300.0
 
@@ -31,7 +31,7 @@ class Running:
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         log.touch()
-        self._process = _SERVER.Process(target=_run, args=(arguments, str(log), {**os.environ, **environment}))
+        self._process = SERVER.Process(target=_run, args=(arguments, str(log), {**os.environ, **environment}))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
-from tests.faults.harness import children, started, steps_done, wait_for
+from tests.faults.harness import PATIENCE_S, SERVER, children, started, steps_done, wait_for
 from tests.faults.test_ranks import end, fit
 from tests.faults.test_resume import curve, newest
 from tests.faults.test_sliced import FULL, on, run, weights
@@ -25,6 +28,12 @@ MIXTURE = ("mixture={audio_reference: 2, a2v: 1, t2a: 1}", "eval.quantiles=1", "
 INT8 = ("memory.quantize=int8",)
 
 
+needs_aio = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists() or shutil.which("g++") is None,
+    reason="DeepSpeed compiles its file access, which needs libaio-dev and g++ (make tools)",
+)
+
+
 def losses(root: Path) -> list[float]:
     return [row["train/loss"] for row in read_rows(run(root) / "metrics.jsonl")]
 
@@ -32,10 +41,11 @@ def losses(root: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("stages", "settings", "more"),
     [
-        ((1, 2, 3), FULL, ()), ((2,), (*LORA, *MIXTURE), ()), ((2,), (*LORA, "optim.clip=0"), ()),
+        ((1, 2, 3), FULL, ()), ((2,), (*LORA, *MIXTURE), ()), ((1, 2, 3), (*LORA, "optim.clip=0"), ()),
         ((3,), (*LORA, *INT8), ("strategy.sequence=2",)), ((3,), FULL, ("strategy.offload=cpu",)),
+        pytest.param((3,), FULL, ("strategy.offload={folder}",), marks=needs_aio),
     ],
-    ids=["full", "mixture", "bitwise", "int8-sequence", "offload"],
+    ids=["full", "mixture", "bitwise", "int8-sequence", "offload", "files"],
 )  # fmt: skip
 def test_two_ranks_give_the_curve_of_one_process(
     stages: tuple[int, ...], settings: tuple[str, ...], more: tuple[str, ...], prepared: Path, clips: Path,
@@ -47,7 +57,8 @@ def test_two_ranks_give_the_curve_of_one_process(
     one = run(tmp_path / "one")
     for stage in stages:
         root, log = tmp_path / str(stage), tmp_path / "log"
-        arguments = fit(prepared, clips, root, *settings, *on(f"deepspeed_zero{stage}"), *SLICED, *more)
+        given = [text.format(folder=tmp_path / "state") for text in more]
+        arguments = fit(prepared, clips, root, *settings, *on(f"deepspeed_zero{stage}"), *SLICED, *given)
         assert end(arguments, log) == 0, log.read_text()[-3000:]
         assert losses(root) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
         mine, theirs = (read_rows(folder / "metrics.jsonl")[-1] for folder in (run(root), one))
@@ -126,3 +137,57 @@ def test_an_adapter_is_exported_and_evaluated(prepared: Path, clips: Path, tmp_p
     assert command("evaluate", str(run(tmp_path))) == 0
     assert command("export", str(run(tmp_path)), f"export.out={tmp_path / 'voice.safetensors'}") == 0
     assert command("inspect", str(run(tmp_path)), f"inspect.file={tmp_path / 'voice.safetensors'}") == 0
+
+
+def _gathers_on_a_rank(rank: int, hpz: int, meeting: str, answers: Any) -> None:
+    """Puts (phase, ranks that gathered together) of every gather of two steps."""
+    from ltx_train.updates.deepspeed_engine import EngineSettings, open_engine
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    phase, plain = "start", dist.all_gather_into_tensor
+
+    def recorded(*arguments: Any, group: Any = None, **more: Any) -> Any:
+        seen.append((phase, tuple(dist.get_process_group_ranks(group or dist.group.WORLD))))
+        return plain(*arguments, group=group, **more)
+
+    dist.all_gather_into_tensor = recorded  # before DeepSpeed takes it
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=4)
+        module = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(3)])
+        more = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1}}
+        settings = EngineSettings(
+            stage=3, full=True, dtype=torch.float32, clip=0.0, offload=None, hpz=hpz, extra=more
+        )  # fmt: skip
+        engine = open_engine(module, torch.optim.AdamW(module.parameters()), settings, torch.device("cpu"))
+        for _ in range(2):
+            phase = "forward"
+            loss = engine(torch.randn(2, 32, generator=torch.Generator().manual_seed(rank))).square().mean()
+            phase = "backward"
+            engine.backward(loss)
+            phase = "step"
+            engine.step()
+    finally:
+        answers.put((rank, seen))
+
+
+@pytest.mark.parametrize("hpz", [1, 2])
+def test_backward_gathers_within_a_machine(hpz: int, tmp_path: Path) -> None:
+    """Four ranks on two machines. With a second slice of the weights, no gather of backward leaves a machine."""
+    answers = SERVER.Queue()
+    ranks = [
+        SERVER.Process(target=_gathers_on_a_rank, args=(rank, hpz, str(tmp_path / "meeting"), answers))
+        for rank in range(4)
+    ]  # fmt: skip
+    for process in ranks:
+        process.start()
+    seen = dict(answers.get(timeout=PATIENCE_S) for _ in ranks)
+    for process in ranks:
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
+    everyone = (0, 1, 2, 3)
+    for rank, gathers in seen.items():
+        own = everyone if hpz == 1 else everyone[rank // 2 * 2 :][:2]
+        # The first forward finds the second slice as new as the first.
+        assert everyone in {group for phase, group in gathers if phase == "forward"}
+        assert {group for phase, group in gathers if phase == "backward"} == {own}

@@ -26,6 +26,8 @@ from tests.conftest import command
 from tests.faults.harness import PATIENCE_S, started, steps_done, wait_for
 from tests.faults.slurm import Slurm
 from tests.faults.test_ranks import fit
+from tests.faults.test_resume import newest
+from tests.faults.test_sliced import FULL
 
 needs_slurm = pytest.mark.skipif(
     shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None, reason="slurm-wlm is not installed (make tools)"
@@ -34,6 +36,14 @@ pytestmark = pytest.mark.slow
 SMALL = (
     "cluster.cpus=1", "cluster.time=30", "cluster.signal_s=110", "cluster.setup=['export OMP_NUM_THREADS=1']",
 )  # fmt: skip
+
+
+ENDLESS = ("optim.steps=100000", "cluster.nodes=2")
+LAUNCH = Path(__file__).parent.parent.parent / "launch" / "slurm"
+BROKEN_GPU = """
+from ltx_train.jobs.exit_codes import exit_code_of
+def work(): raise RuntimeError('CUDA error: uncorrectable ECC error encountered')
+raise SystemExit(exit_code_of(work))"""
 
 
 @pytest.fixture(scope="module")
@@ -65,35 +75,111 @@ def test_two_nodes_save_requeue_and_finish(
     slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Two ranks on two nodes; the notice before the time limit (SLURM looks every 30 s, and may be a minute early);
-    then a node that is lost. Nothing is computed twice after the notice, and the curve is that of one process.
+    """An adapter on two nodes: under DeepSpeed, with slices of two kinds, and as copies of the model. The notice before
+    the time limit (SLURM looks every 30 s, and may be a minute early); then a node that is lost. Nothing is computed
+    twice after the notice, and the curve is that of one process.
 
-    The job cannot end by itself before both have happened; then `submit` writes the configuration again, with the
-    last step to make."""
+    The job cannot end by itself before both have happened. Its configuration is written again while it is pending."""
     arguments = fit(prepared, clips, tmp_path, "checkpoint.interval=5", "eval.interval=0")
     run = tmp_path / "audio_reference" / "main"
-    job = submitted(slurm, monkeypatch, capsys, [*arguments, "optim.steps=100000", "cluster.nodes=2"])
+    job = submitted(slurm, monkeypatch, capsys, [*arguments, *ENDLESS, "strategy=zero3"])
     waited(lambda: steps_done(run) > 3)
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     waited(lambda: "ended with 75" in _log(run, job))
+    _rewritten(arguments, *ENDLESS, "strategy=zero2")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     stopped = steps_done(run)
     waited(lambda: steps_done(run) > stopped + 2)
     assert "start 1 on n[1-2]" in _log(run, job)
     assert f"resuming {run} at step {stopped}" in _log(run, job)
-    slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    waited(lambda: slurm.state(job) == "PENDING")
+    _lose_a_node(slurm, job)
     steps = f"optim.steps={steps_done(run) + 5}"
-    assert command("submit", *arguments[1:], *SMALL, steps, "cluster.nodes=2", "cluster.submit=false") == 0
+    _rewritten(arguments, steps, "cluster.nodes=2", "strategy=ddp")
     slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
     waited(lambda: slurm.state(job) == "COMPLETED")
     assert "start 2 on n[1-2]" in _log(run, job)
-    monkeypatch.undo()
-    monkeypatch.chdir(Path(__file__).parent.parent.parent)
-    assert command(*fit(prepared, clips, tmp_path / "one", steps, "eval.interval=0")) == 0
-    one = read_rows(tmp_path / "one/audio_reference/main/metrics.jsonl")
-    losses = [r["train/loss"] for r in read_rows(run / "metrics.jsonl")]
-    assert losses == pytest.approx([r["train/loss"] for r in one], rel=1e-5)
+    assert _strategies(run, job) == ["zero3, DeepSpeed's engine", "zero2, DeepSpeed's engine", "ddp"]
+    _assert_curve_of_one_process(run, fit(prepared, clips, tmp_path / "one", steps, "eval.interval=0"), monkeypatch)
+
+
+@needs_slurm
+def test_two_nodes_train_every_weight(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A full fine-tune under DeepSpeed's three stages: a notice, then a lost node. Each node saves its slice."""
+    arguments = fit(prepared, clips, tmp_path, *FULL, "checkpoint.interval=5", "eval.interval=0")
+    run = tmp_path / "audio_reference" / "main"
+    job = submitted(slurm, monkeypatch, capsys, [*arguments, *ENDLESS, "strategy=zero3"])
+    waited(lambda: steps_done(run) > 3)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    waited(lambda: "ended with 75" in _log(run, job))
+    assert len(list(newest(run).glob("shard-*-of-00002.safetensors"))) == 2
+    _rewritten(arguments, *ENDLESS, "strategy=zero1")
+    stopped = steps_done(run)
+    waited(lambda: steps_done(run) > stopped + 5)
+    assert f"resuming {run} at step {stopped}" in _log(run, job)
+    _lose_a_node(slurm, job)
+    steps = f"optim.steps={steps_done(run) + 3}"
+    _rewritten(arguments, steps, "cluster.nodes=2", "strategy=zero2")
+    slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    waited(lambda: slurm.state(job) == "COMPLETED")
+    assert _strategies(run, job) == [f"zero{stage}, DeepSpeed's engine" for stage in (3, 1, 2)]
+    alone = fit(prepared, clips, tmp_path / "one", *FULL, steps, "eval.interval=0")
+    _assert_curve_of_one_process(run, alone, monkeypatch)
+
+
+@needs_slurm
+def test_a_job_goes_on_without_the_node_whose_gpu_failed(
+    slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The first start ends as a process does whose GPU fails."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        f'if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then exec {sys.executable} -c "{BROKEN_GPU}"; fi\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    arguments = fit(prepared, clips, tmp_path, "optim.steps=2", "eval.interval=0", f"cluster.python={python}")
+    run = tmp_path / "audio_reference" / "main"
+    job = submitted(slurm, monkeypatch, capsys, arguments)
+    waited(lambda: slurm.state(job) == "COMPLETED")
+    log = _log(run, job)
+    assert "a GPU of n1 failed" in log
+    assert "ended with 71" in log
+    assert "goes on without n1" in log
+    assert "start 1 on n2" in log
+    assert steps_done(run) == 2
+
+
+@needs_slurm
+@pytest.mark.parametrize("kind", ["venv", "container"])
+def test_launch_files_run_over_two_nodes(
+    kind: str, slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As they are shipped, with the numbers of this cluster. A stand-in for apptainer starts the command itself."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    apptainer = bin_folder / "apptainer"
+    apptainer.write_text(f'#!/bin/bash\nwhile [ "$1" != python ]; do shift; done\nshift\nexec {sys.executable} "$@"\n')
+    apptainer.chmod(0o755)
+    environment = {
+        **slurm.env, "PATH": f"{bin_folder}:{slurm.env['PATH']}", "LTX_TRAIN_LAUNCH": str(LAUNCH),
+        "LTX_TRAIN_VENV": str(Path(sys.executable).parent.parent), "LTX_TRAIN_PREPARED": str(prepared),
+        "LTX_TRAIN_DEVICES": "1", "OMP_NUM_THREADS": "1", "LTX_TRAIN_IMAGE": "none", "LTX_TRAIN_MOUNT": str(tmp_path),
+    }  # fmt: skip
+    settings = [
+        f"run.root={tmp_path}", "optim.steps=2", "optim.batch_size=1", "eval.interval=0", "strategy.device=cpu",
+        "data.workers=0",
+    ]  # fmt: skip
+    options = ["--gres=none", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    call = ["sbatch", "--parsable", *options, str(LAUNCH / f"{kind}.sbatch"), *settings]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+    waited(lambda: slurm.state(done.stdout.strip()) in ("COMPLETED", "FAILED"))
+    assert "2 on 2 machines, strategy=zero3, DeepSpeed's engine" in (tmp_path / "log").read_text()
+    assert steps_done(tmp_path / "audio_reference" / "main") == 2
 
 
 @needs_slurm
@@ -229,3 +315,27 @@ def test_submit_without_sbatch_is_refused(
 def _log(run: Path, job: str) -> str:
     path = run / f"slurm-{job}.log"
     return path.read_text() if path.is_file() else ""
+
+
+def _rewritten(arguments: list[str], *more: str) -> None:
+    """The configuration of a pending job."""
+    assert command("submit", *arguments[1:], *SMALL, *more, "cluster.submit=false") == 0
+
+
+def _lose_a_node(slurm: Slurm, job: str) -> None:
+    slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    waited(lambda: slurm.state(job) == "PENDING")
+
+
+def _strategies(run: Path, job: str) -> list[str]:
+    """What each start of a job printed of its strategy."""
+    return [found.strip() for found in re.findall(r"2 on 2 machines, strategy=([^│\n]*)", _log(run, job))]
+
+
+def _assert_curve_of_one_process(run: Path, alone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(LAUNCH.parent.parent)
+    assert command(*alone) == 0
+    one = Path(next(a for a in alone if a.startswith("run.root=")).partition("=")[2]) / "audio_reference" / "main"
+    found, expected = ([row["train/loss"] for row in read_rows(f / "metrics.jsonl")] for f in (run, one))
+    assert found == pytest.approx(expected, rel=1e-5)

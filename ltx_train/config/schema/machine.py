@@ -71,6 +71,7 @@ class ClusterConfig:
     array: list[str] = setting(list[str](), "a job array: one line of overrides for each task")
     signal_s: int = setting(120, "seconds of notice before the time limit", least=1)
     hung_restarts: int = setting(3, "restarts of a hung run", least=0)
+    device_restarts: int = setting(3, "restarts without the nodes whose GPUs failed", least=0)
     python: str | None = setting(None, "the interpreter on the nodes; null: this one")
     submit: bool = setting(True, "false: show the script and submit nothing")
 
