@@ -43,7 +43,7 @@ class StrategyConfig:
         "auto", "whose ZeRO slices; auto: this project's on one machine, DeepSpeed's on several", choices=ENGINES
     )
     hpz: int | None = setting(
-        None, "DeepSpeed's full ZeRO-3: devices that hold a second slice of the weights; 1: none, null: a machine's",
+        None, "DeepSpeed's ZeRO-3: devices that hold a second slice of all weights; 1: none, null: a machine's",
         least=1,
     )  # fmt: skip
     deepspeed: dict[str, Any] = setting(dict[str, Any](), "DeepSpeed's own settings, merged over this project's")
