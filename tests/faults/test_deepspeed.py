@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from ltx_train.jobs.processes import _free_port
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
 from tests.faults.harness import PATIENCE_S, SERVER, children, started, steps_done, wait_for
@@ -26,6 +30,7 @@ SLICED = ("strategy.deepspeed={zero_optimization: {stage3_param_persistence_thre
 LORA = ("memory=none", "memory.keep=inputs", "adapter.dropout=0.1", "optim.global_batch=2")
 MIXTURE = ("mixture={audio_reference: 2, a2v: 1, t2a: 1}", "eval.quantiles=1", "sigma.kind=high")
 INT8 = ("memory.quantize=int8",)
+CLIPS = ("eval.samples=3", "sample.steps=2")
 
 
 needs_aio = pytest.mark.skipif(
@@ -98,13 +103,19 @@ def test_a_run_moves_between_engines(
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings"), [(3, (*FULL, "model.dtype=bfloat16")), (2, LORA)], ids=["full-zero3-bf16", "adapter-zero2"]
-)
+    ("stage", "settings"),
+    [
+        (3, (*FULL, "model.dtype=bfloat16")), (2, LORA),
+        pytest.param(3, (*FULL, "strategy.offload={folder}"), marks=needs_aio),
+    ],
+    ids=["full-zero3-bf16", "adapter-zero2", "full-zero3-files"],
+)  # fmt: skip
 def test_a_stopped_run_goes_on_bit_for_bit(
     stage: int, settings: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path
 ) -> None:
     """A signal to one rank."""
-    more = (*settings, *on(f"deepspeed_zero{stage}"), *SLICED, "optim.steps=14", "eval.interval=0")
+    given = [text.format(folder=tmp_path / "state") for text in settings]
+    more = (*given, *on(f"deepspeed_zero{stage}"), *SLICED, "optim.steps=14", "eval.interval=0")
     arguments, log = fit(prepared, clips, tmp_path / "broken", *more), tmp_path / "log"
     with started(arguments, log) as process:
         wait_for(lambda: steps_done(run(tmp_path / "broken")) > 3, process)
@@ -137,6 +148,70 @@ def test_an_adapter_is_exported_and_evaluated(prepared: Path, clips: Path, tmp_p
     assert command("evaluate", str(run(tmp_path))) == 0
     assert command("export", str(run(tmp_path)), f"export.out={tmp_path / 'voice.safetensors'}") == 0
     assert command("inspect", str(run(tmp_path)), f"inspect.file={tmp_path / 'voice.safetensors'}") == 0
+
+
+def test_two_machines_of_two_ranks_give_the_curve_of_one_process(prepared: Path, clips: Path, tmp_path: Path) -> None:
+    """An int8 base sliced within each machine, gradients summed over both; held-out losses and clips shared out over
+    all four ranks."""
+    settings = (*LORA, *INT8, "optim.global_batch=4", "optim.steps=4", "eval.interval=4", *CLIPS)
+    assert command(*fit(prepared, clips, tmp_path / "one", *settings)) == 0
+    arguments = fit(prepared, clips, tmp_path / "four", *settings, *on("zero3"))
+    with ExitStack() as stack:
+        shared = {
+            "WORLD_SIZE": "4",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        ranks = [
+            stack.enter_context(
+                started(arguments, tmp_path / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank % 2), **shared)
+            )
+            for rank in range(4)
+        ]
+        assert [process.wait() for process in ranks] == [0] * 4, (tmp_path / "log0").read_text()[-2000:]
+    assert "4 on 2 machines, strategy=zero3, DeepSpeed's engine" in (tmp_path / "log0").read_text()
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    mine, theirs = (read_rows(run(tmp_path / name) / "metrics.jsonl")[-1] for name in ("four", "one"))
+    for name in (n for n in theirs if n.startswith("val/")):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-5 if "loss" in name else 1e-3, abs=1e-6), name
+    assert_same_clips(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [("zero3",), ("ddp", "strategy.sequence=2"), ("deepspeed_zero3", *FULL, *SLICED)],
+    ids=["own", "sequence", "full"],
+)
+def test_ranks_that_pass_together_generate_the_clips_of_one_process(
+    way: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path
+) -> None:
+    """Three clips on two ranks: one of them repeats a pass. The weights stay, and with them the clips."""
+    settings = (*way[1:], "optim.lr=0", "optim.steps=1", "eval.interval=1", "eval.quantiles=1", *CLIPS)
+    alone = [text for text in settings if not text.startswith("strategy.")]
+    assert command(*fit(prepared, clips, tmp_path / "one", *alone)) == 0
+    assert end(fit(prepared, clips, tmp_path / "two", *settings, *on(way[0])), tmp_path / "log") == 0
+    assert_same_clips(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_clips(first: Path, other: Path) -> None:
+    one, two = (sorted((run(root) / "samples").rglob("*.mp4")) for root in (first, other))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert len(one) == 3
+    for path, same in zip(one, two, strict=True):
+        (pictures, sound), (others, heard) = decoded(path), decoded(same)
+        np.testing.assert_allclose(sound, heard, atol=0.01)
+        # Of equal pixels H.264 encoders make pictures that differ here and there.
+        assert np.abs(pictures - others).mean() < 1
+
+
+def decoded(path: Path) -> tuple[Any, Any]:
+    """Pictures in 0 to 255 and the waveform of a clip."""
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray(format="rgb24").astype(float) for frame in container.decode(video=0)]
+    with av.open(str(path)) as container:
+        sound = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    return np.stack(pictures), np.concatenate(sound, -1)
 
 
 def _gathers_on_a_rank(rank: int, hpz: int, meeting: str, answers: Any) -> None:

@@ -37,8 +37,9 @@ def expected(rank: int, number: int) -> torch.Tensor:
 def sums_on(rank: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
     slots = [torch.zeros(SIZE + 256 * WORLD, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    sums = PeerSums.over(slots, rank, WORLD, gather_objects)
-    assert sums is not None
+    sums, refusal = PeerSums.over(slots, rank, WORLD, gather_objects)
+    assert sums is not None, refusal
+    assert sums.awaited() == ""
     shares = [torch.empty(SIZE // WORLD, device="cuda") for _ in range(2)]
     given = [torch.empty(SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,6 +240,27 @@ def test_a_streamed_units_weights_follow_its_masters(world: int) -> None:
         assert weights.keys() == {f"block.{name}" for name in plain}
         for name, parameter in plain.items():
             torch.testing.assert_close(weights[f"block.{name}"], parameter * 2 + 1)
+
+
+def test_slices_change_between_two_barriers() -> None:
+    """Before them a late rank may still copy out of this one's slices, behind them all slices are new."""
+    at_barrier: list[Tensor] = []
+    exchange = replace(single_process(), all_reduce=lambda _zero: at_barrier.append(store.own_slice(0).clone()))
+    store = PeerStore(exchange, CPU)
+    stream = WeightStream([0], 1, CPU, store)
+    block = nn.Linear(8, 8, bias=False).requires_grad_(False)
+    stream.stash(0, block)
+    stream.allocate_ring()
+    made = SlicedParameters(exchange, CPU, torch.float32)
+    made.add_streamed("block", block.requires_grad_(True), 0, stream, store)
+    before = store.own_slice(0).clone()
+    with torch.no_grad():
+        made.masters["block"].add_(1)
+    made.publish()
+    old, new = at_barrier
+    assert torch.equal(old, before)
+    assert torch.equal(new, store.own_slice(0))
+    assert not torch.equal(old, new)
 
 
 def test_a_step_beyond_the_limit_changes_nothing_and_forgets_its_gradient() -> None:
