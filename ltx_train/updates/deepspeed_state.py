@@ -79,6 +79,8 @@ class EngineState:
         for number, group in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._present(number):
                 group.copy_(self._zero.fp32_partitioned_groups_flat[number])
+        # hpZ: the next gather would take the second slice of the weights from before.
+        self._zero.invalidate_secondary_tensor()
         persistent = self._zero.persistent_parameters
         if persistent:
             # Weights too small to be sliced are whole on every rank.

@@ -106,9 +106,9 @@ def test_a_run_moves_between_engines(
     ("stage", "settings"),
     [
         (3, (*FULL, "model.dtype=bfloat16")), (2, LORA),
-        pytest.param(3, (*FULL, "strategy.offload={folder}"), marks=needs_aio),
+        pytest.param(3, (*FULL, "strategy.offload={folder}"), marks=needs_aio), (3, (*FULL, "strategy.hpz=2")),
     ],
-    ids=["full-zero3-bf16", "adapter-zero2", "full-zero3-files"],
+    ids=["full-zero3-bf16", "adapter-zero2", "full-zero3-files", "full-zero3-hpz"],
 )  # fmt: skip
 def test_a_stopped_run_goes_on_bit_for_bit(
     stage: int, settings: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path
