@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint format unit golden faults docs gpu tools wheel sample settings clean
+.PHONY: help setup demo study test lint format unit golden faults docs gpu aio tools wheel sample settings clean
 
 help: ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -55,19 +55,19 @@ format: setup ## rewrite to the house style
 unit golden faults docs: setup ## one test suite
 	$(BIN)/pytest tests/$@ --numprocesses 2
 
-tools: # a SLURM, a browser and libaio to test with, where they can be had; without them those tests are skipped
+tools: # a SLURM and a browser to test with, where they can be had; without them those tests are skipped
 	@command -v chromium google-chrome > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends chromium; } > $(VENV)/browser.log 2>&1; } || \
 	  echo "chromium could not be installed: the test that looks at the report is skipped"
-	@test -e /usr/include/libaio.h || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends libaio-dev; } > $(VENV)/aio.log 2>&1; } || \
-	  echo "libaio-dev could not be installed: the test of DeepSpeed's state in files is skipped"
 	@test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  { apt-get update -qq; timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge; } > $(VENV)/tools.log 2>&1; } || \
 	  echo "slurm-wlm and munge could not be installed: the SLURM tests will be skipped"
 
 gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
+
+aio: setup ## the tests of DeepSpeed's state in files; needs g++ and libaio-dev, and compiles for five minutes
+	LTX_TRAIN_TEST_AIO=1 $(BIN)/pytest tests/faults/test_deepspeed.py -k files
 
 wheel: setup ## dist/*.whl with the configuration inside
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -114,7 +114,7 @@ class Condition:
     source: for mask and reference, the tensor's name in the shards; `speaker`: another clip of the same speaker.
 
     The other fields are for references. position, gap_s: position in time. spatial_scale: factor by which its grid is
-    smaller than the target's (null: computed from the shapes). temporal_scale: factor by which its frame rate is lower.
+    smaller than the target's, temporal_scale: by which its frame rate is lower (null: computed from the shapes).
     strength: attention weight of its keys in [0, 1]. sigmas: [lowest, highest] noise level at which it is visible.
     crossed: whether the other modality attends to it. reads_text: whether it attends to the text.
     """
@@ -128,7 +128,7 @@ class Condition:
     position: Placement = Placement.negative
     gap_s: float = 0.04
     spatial_scale: int | None = None
-    temporal_scale: int = 1
+    temporal_scale: int | None = None
     strength: float = 1.0
     sigmas: list[float] = field(default_factory=lambda: [0.0, 1.0])
     crossed: bool = True

@@ -74,6 +74,7 @@ def recipe(config: Config) -> Recipe:
         silence_db=data.silence_db,
         skip_bad=data.on_bad_clip == "skip",
         reference_scale=data.reference_scale,
+        reference_stride=data.reference_stride,
         drops_captions=data.caption_dropout > 0,
         keep_trigger=data.keep_trigger,
     )

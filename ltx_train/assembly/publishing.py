@@ -29,15 +29,29 @@ def write_lora(config: Config, path: Path, step: int, weights: Mapping[str, Tens
 def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:
     """The metadata of a LoRA file; values are strings, as safetensors requires."""
     facts = from_config.mode_facts(config)
-    # Users of an in-context LoRA need to know how much smaller its control videos are.
-    scales = [c.spatial_scale or config.data.reference_scale for c in config.mode.references if c.stream == "video"]
     return {
         "rank": str(config.adapter.rank), "alpha": f"{config.adapter.alpha:g}",
         "alpha_folded": "true", "targets": ",".join(config.adapter.targets), "base_fingerprint": base,
         "step": str(step), "mode": ";".join(f"{k}={v}" for k, v in facts.items()),
         "trigger": config.data.trigger or "", "merged_before": Path(config.model.merge or "").name,
-        "trainer": export.TRAINER, **({"reference_downscale_factor": str(max(scales))} if scales else {}),
+        "trainer": export.TRAINER, **_reference_scales(config),
     }  # fmt: skip
+
+
+def _reference_scales(config: Config) -> dict[str, str]:
+    """How much smaller and slower the control videos of an in-context LoRA are: programs that use it subsample theirs
+    by these numbers. References that differ have a number each, under names that no program mistakes."""
+    videos = [c for c in config.mode.references if c.stream == "video"]
+    kinds = {
+        "reference_downscale_factor": [c.spatial_scale or config.data.reference_scale for c in videos],
+        "reference_temporal_scale_factor": [c.temporal_scale or config.data.reference_stride for c in videos],
+    }
+    facts: dict[str, str] = {}
+    for name, factors in kinds.items():
+        if len(set(factors)) == 1:
+            facts[name] = str(factors[0])
+        facts |= {f"{name}/{c.source}": str(f) for c, f in zip(videos, factors, strict=True) if len(set(factors)) > 1}
+    return facts
 
 
 def newest_adapter(folder: Path) -> Path | None:

@@ -272,7 +272,7 @@ def tokens_in_mode(mode: Mode, stream: ModalityName, target: int, reference: int
     counted as large as its target where the configuration does not say its scale."""
     if mode.role(stream) is Role.absent:
         return 0
-    scales = [(c.spatial_scale or 1) ** 2 * c.temporal_scale for c in mode.references if c.stream is stream]
+    scales = [(c.spatial_scale or 1) ** 2 * (c.temporal_scale or 1) for c in mode.references if c.stream is stream]
     return target + sum(reference // scale for scale in scales)
 
 

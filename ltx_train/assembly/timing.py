@@ -83,7 +83,8 @@ def random_batch(config: Config, number: int) -> Batch:
 def _scaled(video: tuple[int, ...], condition: Condition) -> tuple[int, ...]:
     """The latent shape of a video reference beside a target's."""
     scale = condition.spatial_scale or 1
-    return (*video[:2], -(-video[2] // condition.temporal_scale), video[3] // scale, video[4] // scale)
+    frames = 1 + (video[2] - 1) // (condition.temporal_scale or 1)
+    return (*video[:2], frames, video[3] // scale, video[4] // scale)
 
 
 def timed(setup: Setup, step: Step, transformer: Transformer | None = None) -> dict[str, Any]:

@@ -164,11 +164,18 @@ def _reference(reader: Reader, record: Record, condition: Condition, tensors: Ma
         yield f"no {condition.source} in the shards, but a reference of the mode reads it"
     elif target is not None and _same(reference.float(), target.float()):
         yield "its reference is its own target: the model would learn to copy"
-    elif target is not None and target.ndim == 4 and condition.spatial_scale is None:
-        try:
-            references.spatial_scale(reference[None], target[None])
-        except DataError as error:
-            yield str(error)
+    elif target is not None and target.ndim == 4:
+        yield from _scales(reference[None], target[None], condition)
+
+
+def _scales(reference: Tensor, target: Tensor, condition: Condition) -> Iterator[str]:
+    try:
+        if condition.spatial_scale is None:
+            references.spatial_scale(reference, target)
+        if condition.temporal_scale is None:
+            references.temporal_scale(reference, target)
+    except DataError as error:
+        yield str(error)
 
 
 def _same(reference: Tensor, target: Tensor) -> bool:

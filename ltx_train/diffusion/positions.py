@@ -12,7 +12,7 @@ from torch import Tensor
 from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 
 MEL_FRAMES_PER_LATENT = 4
-MEL_HOP_S = 160 / 16000
+MEL_HOP, MEL_RATE = 160, 16000
 
 
 def video(latent_frames: int, latent_height: int, latent_width: int, fps: float) -> Tensor:
@@ -42,7 +42,8 @@ def video_reference(
 
 
 def audio(latents: int) -> Tensor:
-    """(1, latents, 2) in seconds."""
+    """(1, latents, 2) in seconds. Multiplied and divided one after the other, as the reference implementation does: the
+    rotary frequencies make the rounding of a product with 0.01 visible."""
     edges = torch.arange(latents + 1, dtype=torch.float32) * MEL_FRAMES_PER_LATENT
-    seconds = (edges + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0) * MEL_HOP_S
+    seconds = (edges + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0) * MEL_HOP / MEL_RATE
     return torch.stack([seconds[:-1], seconds[1:]], dim=-1)[None]

@@ -94,14 +94,15 @@ def bounds(condition: Condition, latent: Tensor, target: Tensor, fps: Tensor) ->
         intervals = positions.audio(latent.shape[2]).expand(latent.shape[0], -1, -1, -1).clone()
     else:
         scale = condition.spatial_scale or spatial_scale(latent, target)
+        slower = condition.temporal_scale or temporal_scale(latent, target)
         sizes = (latent.shape[2], latent.shape[3], latent.shape[4])
         per_sample = [
-            positions.video_reference(*sizes, float(f), spatial_scale=scale, temporal_scale=condition.temporal_scale)
-            for f in fps
+            positions.video_reference(*sizes, float(f), spatial_scale=scale, temporal_scale=slower) for f in fps
         ]
         intervals = torch.stack(per_sample)
     if condition.position is Placement.negative:
-        intervals[:, 0] -= intervals[:, 0, -1:, 1:] + condition.gap_s
+        # In the reference implementation's order, for equal rounding.
+        intervals[:, 0] = intervals[:, 0] - intervals[:, 0, -1:, 1:] - condition.gap_s
     return intervals
 
 
@@ -115,6 +116,22 @@ def spatial_scale(latent: Tensor, target: Tensor) -> int:
             "must be a whole number of times as large, or set the condition's spatial_scale"
         )
     return int(scale)
+
+
+def temporal_scale(latent: Tensor, target: Tensor) -> int:
+    """How many times lower the reference's frame rate is. DataError unless it is one whole number.
+
+    Latents behind the first one stand for equally long pieces. A single one is a picture, whatever the target's length.
+    """
+    pieces, length = latent.shape[2] - 1, target.shape[2] - 1
+    if pieces == 0:
+        return 1
+    if length % pieces:
+        raise DataError(
+            f"the reference has {pieces + 1} latents in time and the target {length + 1}: behind the first one the "
+            "target must have a whole number of times as many, or set the condition's temporal_scale"
+        )
+    return max(1, length // pieces)
 
 
 def tokens(latent: Tensor) -> Tensor:

@@ -19,14 +19,32 @@ _LOG_FLOOR = 1e-5
 _SINC_ZEROS, _ROLLOFF = 6, 0.99
 
 
+# Surround in ffmpeg's order of channels, by their number: weights of front left, front right, centre, low frequencies,
+# back left, back right, side left, side right in the left channel. The right one mirrors them. The numbers are those of
+# the reference implementation, divided by their sum; low frequencies are left out.
+_SIDE = 0.707
+_SURROUND = {
+    6: (1.0, 0.0, _SIDE, 0.0, _SIDE, 0.0),
+    8: (1.0, 0.0, _SIDE, 0.0, _SIDE, 0.0, _SIDE, 0.0),
+}
+_MIRRORED = (1, 0, 2, 3, 5, 4, 7, 6)
+
+
 def to_stereo(waveform: Tensor) -> Tensor:
-    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, three or more channels are averaged first."""
+    """(..., channels, samples) -> (..., 2, samples): mono is duplicated, 5.1 and 7.1 are mixed down by weights.
+
+    Any other number of channels is averaged.
+    """
     channels = waveform.shape[-2]
     if channels == 2:
         return waveform
     if channels == 1:
         return waveform.expand(*waveform.shape[:-2], 2, waveform.shape[-1])
-    return to_stereo(waveform.mean(dim=-2, keepdim=True))
+    if channels not in _SURROUND:
+        return to_stereo(waveform.mean(dim=-2, keepdim=True))
+    left = _SURROUND[channels]
+    right = [left[place] for place in _MIRRORED[:channels]]
+    return torch.tensor([left, right]).to(waveform) / sum(left) @ waveform
 
 
 def resample(waveform: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:

@@ -23,11 +23,22 @@ def test_what_16_khz_cannot_hold_is_removed() -> None:
 
 
 def test_channels() -> None:
-    mono, surround = torch.randn(1, 8), torch.randn(6, 8)
+    mono, quad = torch.randn(1, 8), torch.randn(4, 8)
     assert torch.equal(mel.to_stereo(mono), mono.expand(2, 8))
-    assert torch.equal(mel.to_stereo(surround)[0], surround.mean(0))
+    assert torch.equal(mel.to_stereo(quad)[0], quad.mean(0))
     stereo = torch.randn(3, 2, 8)
     assert mel.to_stereo(stereo) is stereo
+
+
+def test_surround_is_mixed_down_by_weights() -> None:
+    """By hand: left + 0.707 centre + 0.707 of each surround channel on its side; low frequencies are left out."""
+    left, right, centre, low, back_left, back_right, side_left, side_right = torch.randn(8, 16)
+    five = mel.to_stereo(torch.stack([left, right, centre, low, back_left, back_right]))
+    torch.testing.assert_close(five[0], (left + 0.707 * centre + 0.707 * back_left) / 2.414)
+    torch.testing.assert_close(five[1], (right + 0.707 * centre + 0.707 * back_right) / 2.414)
+    seven = mel.to_stereo(torch.stack([left, right, centre, low, back_left, back_right, side_left, side_right]))
+    torch.testing.assert_close(seven[0], (left + 0.707 * (centre + back_left + side_left)) / 3.121)
+    torch.testing.assert_close(seven[1], (right + 0.707 * (centre + back_right + side_right)) / 3.121)
 
 
 def test_short_and_empty_sounds_have_a_spectrum() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, ModalityName, Mode, Placement
-from ltx_train.diffusion import conditions, references
+from ltx_train.diffusion import conditions, positions, references
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.model import load_transformer
 from ltx_train.model.transformer import Perturbation
@@ -64,6 +64,36 @@ def test_a_reference_that_is_no_whole_part_of_the_target_is_refused() -> None:
     with pytest.raises(DataError, match="whole number of times"):
         references.spatial_scale(torch.zeros(1, 16, 1, 3, 2), torch.zeros(1, 16, 1, 4, 4))
     assert references.spatial_scale(torch.zeros(1, 16, 1, 2, 3), torch.zeros(1, 16, 1, 4, 6)) == 2
+
+
+def test_a_slower_reference_follows_from_the_shapes() -> None:
+    """Behind the first latent of both. A single latent is a picture."""
+
+    def of(latents: int, target: int) -> int:
+        return references.temporal_scale(torch.zeros(1, 16, latents, 2, 2), torch.zeros(1, 16, target, 2, 2))
+
+    assert [of(5, 5), of(3, 5), of(2, 5), of(1, 5), of(1, 1)] == [1, 2, 4, 1, 1]
+    with pytest.raises(DataError, match="set the condition's temporal_scale"):
+        of(4, 5)
+    condition = Condition(
+        kind=ConditionKind.reference, modality=ModalityName.video, source="r", position=Placement.overlap
+    )
+    grids = torch.zeros(1, 16, 3, 2, 2), torch.zeros(1, 16, 5, 2, 2), torch.tensor([25.0])
+    assert torch.equal(
+        references.bounds(condition, *grids), references.bounds(replace(condition, temporal_scale=2), *grids)
+    )
+
+
+def test_audio_positions_are_rounded_as_the_reference_rounds_them() -> None:
+    """Bit for bit: the mel frame's number times 160, divided by 16000; a voice less its end, less the gap."""
+    mel = (torch.arange(502, dtype=torch.float32) * 4 - 3).clamp(min=0)
+    seconds = mel * 160 / 16000
+    found = positions.audio(501)[0]
+    assert torch.equal(found, torch.stack([seconds[:-1], seconds[1:]], -1))
+    voice = Condition(kind=ConditionKind.reference, gap_s=0.04)
+    latent = torch.zeros(1, 2, 501, 16)
+    placed = references.bounds(voice, latent, latent, torch.tensor([25.0]))[0, 0]
+    assert torch.equal(placed, (found - found.max()) - 0.04)
 
 
 def outputs(mode: Mode, data: Batch, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,8 +28,8 @@ from ltx_train.data.reader import AUDIO, REFERENCE, VOICE
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import sealed
 
-# Of items and contexts: sealed files, whose damage is found.
-FORMAT = 2
+# Of items and contexts. 2: sealed files, whose damage is found. 3: resized pixels without a cast, surround by channels.
+FORMAT = 3
 Report = Callable[[int, int, str], None]
 
 
@@ -50,6 +50,7 @@ class Recipe:
     silence_db: float
     skip_bad: bool
     reference_scale: int = 1
+    reference_stride: int = 1
     drops_captions: bool = False
     keep_trigger: bool = True
 
@@ -57,6 +58,7 @@ class Recipe:
         """The settings that make prepared data stale when they change."""
         # Settings that earlier releases lacked appear only when used: otherwise all older folders would be stale.
         newer = {"reference_scale": self.reference_scale} if self.reference_scale != 1 else {}
+        newer |= {"reference_stride": self.reference_stride} if self.reference_stride != 1 else {}
         newer |= {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
         return newer | {
             "buckets": [str(bucket) for bucket in self.buckets],
@@ -67,6 +69,11 @@ class Recipe:
             "trigger": self.trigger,
             "heldout_speakers": self.heldout_speakers,
         }
+
+    @property
+    def control_grid(self) -> tuple[int, int]:
+        """How many times smaller control videos are, and every how many frames one is taken."""
+        return self.reference_scale, self.reference_stride
 
     @property
     def dropped_caption(self) -> str:
@@ -173,7 +180,7 @@ def _encoded(clip: Clip, recipe: Recipe, encoders: Encoders) -> bytes:
     """The bytes of a clip's item: its tensors, with the facts about them as metadata."""
     media = read_clip(clip.video, list(recipe.buckets), recipe.fps)
     encoded = encoders.clip(media, clip.files.get("reference_audio"), recipe.reference_s, recipe.fps)
-    encoded.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.reference_scale))
+    encoded.tensors.update(encoders.beside(media.bucket, clip, recipe.fps, recipe.control_grid))
     facts = {
         "bucket": str(media.bucket),
         "seconds": media.bucket.frames / recipe.fps,
@@ -207,6 +214,7 @@ def _item_key(clip: Clip, source_sha: str, recipe: Recipe, encoders: Encoders) -
     files = {name: _file_sha256(path) for name, path in clip.files.items()}
     newer = {name: digest for name, digest in files.items() if name != "reference_audio"}
     extras = [newer, clip.audio_mask, recipe.reference_scale] if newer or clip.audio_mask else []
+    extras += [recipe.reference_stride] if recipe.reference_stride != 1 else []
     return _digest(FORMAT, source_sha, files.get("reference_audio"), settings, vaes, *extras)
 
 

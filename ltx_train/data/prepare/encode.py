@@ -110,11 +110,14 @@ class Encoders:
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
 
     @torch.no_grad()
-    def beside(self, bucket: Bucket, clip: Clip, fps: float, scale: int) -> dict[str, Tensor]:
-        """A clip's control video latents and masks, as far as it has them, by their tensor names in the shards."""
+    def beside(self, bucket: Bucket, clip: Clip, fps: float, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """A clip's control video latents and masks, as far as it has them, by their tensor names in the shards.
+
+        grid: how many times smaller the control video is, and every how many frames one is taken.
+        """
         tensors: dict[str, Tensor] = {}
         if "reference_video" in clip.files:
-            pixels = extras.control(clip.files["reference_video"], bucket, fps, scale)
+            pixels = extras.control(clip.files["reference_video"], bucket, fps, *grid)
             tensors[CONTROL] = self._encode_pixels(pixels)
         if "mask" in clip.files:
             tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], bucket, fps).contiguous()

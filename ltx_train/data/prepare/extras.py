@@ -22,10 +22,12 @@ _SPAN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 _WHITE = 128
 
 
-def control(path: Path, bucket: Bucket, fps: float, scale: int) -> Tensor:
-    """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket.
+def control(path: Path, bucket: Bucket, fps: float, scale: int, stride: int) -> Tensor:
+    """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket: its frames 0, 1,
+    1 + stride, 1 + 2 * stride, ...
 
-    DataError when that size is not on the latent grid.
+    Frame 0 is a latent of its own, and the reference implementation takes the first frame behind it too. DataError when
+    the size or the number of frames is not on the latent grid.
     """
     width, height, frames = bucket.width, bucket.height, bucket.frames
     if width % (PIXELS_PER_LATENT * scale) or height % (PIXELS_PER_LATENT * scale):
@@ -33,7 +35,11 @@ def control(path: Path, bucket: Bucket, fps: float, scale: int) -> Tensor:
             f"{path}: {width}x{height} divided by data.reference_scale={scale} is not a multiple of "
             f"{PIXELS_PER_LATENT} pixels"
         )
-    return read_clip(path, [Bucket(width // scale, height // scale, frames)], fps).pixels
+    if (frames - 1) % (FRAMES_PER_LATENT * stride):
+        wanted = f"{FRAMES_PER_LATENT * stride} * n + 1 frames"
+        raise DataError(f"{path}: data.reference_stride={stride} needs {wanted}, and the bucket has {frames}")
+    pixels = read_clip(path, [Bucket(width // scale, height // scale, frames)], fps).pixels
+    return torch.cat([pixels[:1], pixels[1::stride]])
 
 
 def video_mask(path: Path, bucket: Bucket, fps: float) -> Tensor:

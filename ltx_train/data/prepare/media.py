@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -107,14 +108,27 @@ def choose_bucket(
 
 
 def picture_to_bucket(frame: Any, width: int, height: int) -> Picture:
-    """Resizes a frame to cover the bucket (bicubic) and crops the centre. Undoes the recorder's rotation."""
+    """Resizes a frame to cover the bucket and crops the centre. Undoes the recorder's rotation.
+
+    As the reference implementation does it: decoded to rgb24 at its own size, then resized (bicubic, antialiased).
+    swscale does both in one call, but truncates: grey 128 became 126.
+    """
     turn = round(getattr(frame, "rotation", 0) / 90) % 4
     target = (height, width) if turn % 2 else (width, height)
     scale = max(target[0] / frame.width, target[1] / frame.height)
     size = (max(target[0], round(frame.width * scale)), max(target[1], round(frame.height * scale)))
-    scaled = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+    scaled = _resized(frame.to_ndarray(format="rgb24"), *size)
     left, top = (size[0] - target[0]) // 2, (size[1] - target[1]) // 2
     return np.ascontiguousarray(np.rot90(scaled[top : top + target[1], left : left + target[0]], turn))
+
+
+def _resized(picture: Picture, width: int, height: int) -> Picture:
+    if picture.shape[:2] == (height, width):
+        return picture
+    # Channels last: torch has a kernel for bytes in that order.
+    planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _frames(container: Any, stream: Any, bucket: Bucket, fps: float, path: Path) -> tuple[Tensor, float]:
@@ -156,8 +170,8 @@ def _seconds(container: Any, stream: Any, path: Path) -> float:
 
 def _aligned(waveform: Tensor, rate: int, offset: float, seconds: float | None) -> Tensor:
     shift = round(offset * rate)
-    waveform = torch.nn.functional.pad(waveform, (shift, 0)) if shift > 0 else waveform[:, -shift:]
+    waveform = F.pad(waveform, (shift, 0)) if shift > 0 else waveform[:, -shift:]
     if seconds is None:
         return waveform
     length = round(seconds * rate)
-    return torch.nn.functional.pad(waveform[:, :length], (0, max(0, length - waveform.shape[1])))
+    return F.pad(waveform[:, :length], (0, max(0, length - waveform.shape[1])))
