@@ -12,6 +12,7 @@ from ltx_train.assembly import from_config
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
+from ltx_train.data.audit import conversions
 from ltx_train.data.prepare import build
 from ltx_train.data.prepare.sources import read_source
 from ltx_train.jobs.folder_lock import FolderLock
@@ -51,6 +52,8 @@ def _print_summary(outcome: build.Outcome) -> None:
         print(f"  {split}: {count} clips of {speakers} speakers")
     for bucket, count in sorted(Counter(r.bucket for r in index.records).items()):
         print(f"  bucket {bucket}: {count}")
+    for finding in conversions(index):
+        print(f"  warning: {finding.text}")
     if outcome.quarantined:
         print(f"  set aside: {len(outcome.quarantined)}")
         for key, reason in outcome.quarantined.items():

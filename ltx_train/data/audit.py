@@ -19,6 +19,10 @@ from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, ReadRequest
 from ltx_train.diffusion import references
 from ltx_train.diffusion.grid import Bucket, audio_latents
 
+# Relative difference of two frame rates that are one: a minute apart by two frames of 30 a second.
+_SAME_RATE = 1e-3 / 2
+_MOST_NAMES = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -57,6 +61,7 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
     """
     findings = [Finding(True, f"stale: {reason}; run prepare again") for reason in stale]
     findings += _splits(index)
+    findings += conversions(index)
     findings += _files(root, index)
     if requirements.request.caption_dropout and not index.dropped_context:
         findings.append(Finding(True, "the folder has no text context for dropped captions: run prepare again"))
@@ -68,7 +73,8 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
             findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, requirements)]
         except DataError as error:
             findings.append(Finding(True, str(error)))
-    for digest in sorted({d for r in index.records for d in (r.context, *r.variants)}):
+    dropped = [index.dropped_context] if requirements.request.caption_dropout and index.dropped_context else []
+    for digest in sorted({*dropped, *(d for r in index.records for d in (r.context, *r.variants))}):
         try:
             reader.context(digest)
         except DataError as error:
@@ -87,6 +93,31 @@ def _splits(index: Index) -> Iterator[Finding]:
         yield Finding(False, "the held-out split is empty: there will be no held-out loss and no reference gap")
     elif len(heldout) < 3:
         yield Finding(False, f"only {len(heldout)} held-out identities: confidence intervals will be wide")
+
+
+def conversions(index: Index) -> Iterator[Finding]:
+    """What preparation had to change of clips beyond their size."""
+    rates: dict[float, list[str]] = {}
+    layouts: dict[str, list[str]] = {}
+    for record in index.records:
+        if record.source_fps and abs(record.source_fps - record.fps) > _SAME_RATE * record.fps:
+            rates.setdefault(record.source_fps, []).append(record.key)
+        if record.averaged:
+            layouts.setdefault(record.averaged, []).append(record.key)
+    for rate, keys in sorted(rates.items()):
+        yield Finding(
+            False,
+            f"{_named(keys)} of {rate:g} frames a second were converted to data.fps={index.settings.get('fps'):g}: "
+            f"frames are shown twice or left out, and a model learns that; data.fps={rate:g} keeps them as they are",
+        )
+    for layout, keys in sorted(layouts.items()):
+        yield Finding(False, f"{_named(keys)} with sound in {layout}, whose channels were averaged: mix it to stereo")
+
+
+def _named(keys: Sequence[str]) -> str:
+    """The number of clips and the first names."""
+    more = ", ..." if len(keys) > _MOST_NAMES else ""
+    return f"{len(keys)} clip{'s' if len(keys) > 1 else ''} ({', '.join(keys[:_MOST_NAMES])}{more})"
 
 
 def _files(root: Path, index: Index) -> Iterator[Finding]:

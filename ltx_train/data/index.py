@@ -15,7 +15,7 @@ from typing import Any
 from ltx_train import durable
 from ltx_train.contracts import DataError
 
-SCHEMA = 2
+SCHEMA = 3
 _DIGEST = "sha256"
 INDEX_NAME = "index.json"
 TRAIN, HELDOUT = "train", "heldout"
@@ -35,7 +35,8 @@ class Record:
     """One sample.
 
     seconds: length of the target. voice: whether the sample has a voice window, which other clips use as a reference.
-    context, variants: digests of the text contexts of the first caption and of the further captions.
+    context, variants: digests of the text contexts of the first caption and of the further captions. source_fps: frames
+    a second of the clip's file, on average. averaged: the layout of a sound whose channels were averaged, else empty.
     """
 
     key: str
@@ -44,6 +45,8 @@ class Record:
     caption: str
     bucket: str
     fps: float
+    source_fps: float
+    averaged: str
     seconds: float
     context: str
     has_audio: bool

@@ -144,7 +144,8 @@ def test_preparing_again_makes_damaged_items_and_contexts_anew(
 ) -> None:
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
-    item, context = (next((root / name).glob("*.safetensors")) for name in ("items", "contexts"))
+    record = index.load(root).records[0]
+    item, context = root / "items" / f"{record.item}.safetensors", root / "contexts" / f"{record.context}.safetensors"
     content = {path: path.read_bytes() for path in (item, context)}
     for path, data in content.items():
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from ltx_train.contracts import Condition, ConditionKind, ModalityName, Mode
 from ltx_train.data import index
-from ltx_train.data.audit import DataRequirements, audit
+from ltx_train.data.audit import DataRequirements, audit, conversions
 from ltx_train.data.index import Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, VIDEO, Reader, ReadRequest
@@ -42,6 +42,27 @@ def spoiled(
     modes = (mode or Mode(),)
     requirements = DataRequirements(modes, ReadRequest.of(modes, weighed), -60.0)
     return [f.text for f in audit(root, made, requirements, []) if f.error and made.split("train")[0].key in f.text]
+
+
+def test_conversions_of_preparation_are_named(prepared: Path) -> None:
+    """One line for each rate and layout, with the first names. Rounding and drop-frame rates of the same clip rate."""
+    found = index.load(prepared)
+    assert all(record.source_fps == record.fps == 25 for record in found.records), "the bundled clips fit"
+    assert not list(conversions(found))
+    rates = [25.0, 25.004, 30.0, 30.0, 23.976, *[60.0] * (len(found.records) - 5)]
+    layouts = ["quad", *[""] * (len(found.records) - 1)]
+    records = [
+        replace(r, source_fps=rate, averaged=layout)
+        for r, rate, layout in zip(found.records, rates, layouts, strict=True)
+    ]
+    texts = [finding.text for finding in conversions(replace(found, records=tuple(records)))]
+    assert len(texts) == 4
+    assert f"1 clip ({records[4].key}) of 23.976 frames a second were converted to data.fps=25" in texts[0]
+    assert f"2 clips ({records[2].key}, {records[3].key}) of 30 frames" in texts[1]
+    assert texts[2].count(",") >= 5
+    assert ", ...)" in texts[2]
+    assert texts[3].startswith(f"1 clip ({records[0].key}) with sound in quad")
+    assert not any(finding.error for finding in conversions(replace(found, records=tuple(records))))
 
 
 @pytest.mark.parametrize(
@@ -88,3 +109,14 @@ def test_a_mask_must_have_the_grid_of_the_tokens_it_keeps_clean(
 
 def test_an_untouched_copy_has_no_errors(prepared: Path, tmp_path: Path) -> None:
     assert spoiled(prepared, tmp_path / "data", lambda _: None) == []
+
+
+def test_the_context_of_dropped_captions_counts_where_captions_are_dropped(prepared: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(prepared, root)
+    found = index.load(root)
+    path = root / "contexts" / f"{found.dropped_context}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for dropout, faults in ((0.0, 0), (0.1, 1)):
+        requirements = DataRequirements((Mode(),), replace(ReadRequest.of((Mode(),)), caption_dropout=dropout), -60.0)
+        assert sum(finding.error for finding in audit(root, found, requirements, [])) == faults

@@ -184,6 +184,8 @@ def _encoded(clip: Clip, recipe: Recipe, encoders: Encoders) -> bytes:
     facts = {
         "bucket": str(media.bucket),
         "seconds": media.bucket.frames / recipe.fps,
+        "source_fps": round(media.source_fps, 3),
+        "averaged": media.averaged,
         "has_audio": AUDIO in encoded.tensors,
         "voice": VOICE in encoded.tensors,
         "own_reference": REFERENCE in encoded.tensors,

@@ -24,20 +24,25 @@ from ltx_train.diffusion.grid import Bucket
 
 Picture = NDArray[np.uint8]
 _TOLERANCE_FRAMES = 1.5
+# ffmpeg's names of the layouts whose channels have weights; of a file that names none they are known by their number.
+_MIXED = ("mono", "stereo", "5.1", "5.1(side)", "7.1", "1 channels", "2 channels", "6 channels", "8 channels")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Media:
     """A decoded clip.
 
     pixels: (F, H, W, 3) uint8. waveform: (channels, samples) float32 of exactly the same duration, or None without
-    sound. rate: samples per second of the waveform.
+    sound. rate: samples per second of the waveform. source_fps: frames per second of the file, on average.
+    averaged: the layout of a sound that nobody has weights for, so that its channels were averaged; else empty.
     """
 
     pixels: Tensor
     waveform: Tensor | None
     rate: int
     bucket: Bucket
+    source_fps: float
+    averaged: str
 
 
 def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
@@ -50,10 +55,12 @@ def read_clip(path: Path, buckets: list[Bucket], fps: float) -> Media:
             seconds = _seconds(container, stream, path)
             bucket = choose_bucket(path, buckets, seconds, fps=fps, width=stream.width, height=stream.height)
             pixels, start = _frames(container, stream, bucket, fps, path)
+            source_fps = float(stream.average_rate or stream.guessed_rate or 0)
+            averaged = next((_averaged(stream) for stream in container.streams.audio), "")
         waveform, rate = read_audio(path, start, bucket.frames / fps)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded ({error})") from error
-    return Media(pixels, waveform, rate, bucket)
+    return Media(pixels=pixels, waveform=waveform, rate=rate, bucket=bucket, source_fps=source_fps, averaged=averaged)
 
 
 def read_audio(path: Path, start: float = 0.0, seconds: float | None = None) -> tuple[Tensor | None, int]:
@@ -73,20 +80,34 @@ def _decoded_audio(path: Path, start: float, seconds: float | None) -> tuple[Ten
         if not container.streams.audio:
             return None, 0
         stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="fltp")
+        # Packed: PyAV's planar frames end at seven channels.
+        resampler = av.AudioResampler(format="flt")
         chunks: list[NDArray[np.float32]] = []
         first: float | None = None
-        rate = stream.rate
+        # Not behind the container's end: PyAV's streams point into it.
+        rate, averaged = stream.rate, bool(_averaged(stream))
         for frame in container.decode(stream):
             if first is None:
                 first = float(frame.time or 0.0)
-            chunks += [np.asarray(out.to_ndarray(), np.float32) for out in resampler.resample(frame)]
+            chunks += [_channels(out) for out in resampler.resample(frame)]
             if seconds is not None and sum(c.shape[1] for c in chunks) / rate > start + seconds - first + 1:
                 break
     if not chunks or first is None:
         return None, 0
     waveform = torch.from_numpy(np.concatenate(chunks, axis=1))
+    if averaged:
+        waveform = waveform.mean(dim=0, keepdim=True)
     return _aligned(waveform, rate, first - start, seconds), rate
+
+
+def _channels(frame: Any) -> NDArray[np.float32]:
+    """(channels, samples) of a packed frame."""
+    return np.asarray(frame.to_ndarray(), np.float32).reshape(-1, frame.layout.nb_channels).T
+
+
+def _averaged(stream: Any) -> str:
+    """The layout of a stream whose channels are averaged, empty for one that is mixed down by weights (`model.mel`)."""
+    return "" if stream.layout.name in _MIXED else stream.layout.name
 
 
 def choose_bucket(
