@@ -7,6 +7,7 @@ terminal that was closed.
 from __future__ import annotations
 
 import signal
+from types import FrameType
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -23,8 +24,26 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+# Of the handlers below: a signal came, whatever became of its KeyboardInterrupt.
+_arrived = False
+
+
 def stop_like_ctrl_c() -> None:
     """Makes each of them end the process like Ctrl-C, with exit code 75. Called first of all, before imports that take
     seconds; training replaces the handlers by its own."""
+    global _arrived  # noqa: PLW0603
+    _arrived = False
     for number in handled():
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
+
+
+def arrived() -> bool:
+    """Whether a signal has come under these handlers. A library may turn the KeyboardInterrupt inside its C code into
+    an error of its own ("could not determine the shape of object type ..."), or drop it."""
+    return _arrived
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    global _arrived  # noqa: PLW0603
+    _arrived = True
+    raise KeyboardInterrupt

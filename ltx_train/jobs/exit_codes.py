@@ -29,7 +29,7 @@ _DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "ncclUnhandle
 def exit_code_of(work: Callable[[], int]) -> int:
     """Runs `work` and returns its exit code. A UserError, a full disk and Ctrl-C end without a traceback."""
     try:
-        return work()
+        return _work_until_signal(work)
     except UserError as error:
         _report(str(error))
         return int(error.exit_code)
@@ -55,6 +55,16 @@ def exit_code_of(work: Callable[[], int]) -> int:
         signals.ignore()
         _report("stopped")
         return Exit.PREEMPTED
+
+
+def _work_until_signal(work: Callable[[], int]) -> int:
+    """An error behind a signal is the signal's: libraries catch a KeyboardInterrupt and raise others."""
+    try:
+        return work()
+    except Exception as error:
+        if signals.arrived():
+            raise KeyboardInterrupt from error
+        raise
 
 
 def is_device_fault(error: RuntimeError) -> bool:

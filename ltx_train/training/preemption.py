@@ -23,8 +23,9 @@ class Preemption(Callback):
     """
 
     def __init__(self) -> None:
-        self.requested = self.forced = False
-        self._is_saved = False
+        # A signal that came while the run started and that a library dropped stops it behind its first step.
+        self.requested = signals.arrived()
+        self.forced = self._is_saved = False
 
     def install(self) -> None:
         for number in signals.handled():
@@ -32,6 +33,9 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.install()
+        # A SIGTERM that came in between has set `requested`, and this flag, for which Lightning would end the process
+        # behind the first batch: without a save, and with exit code 0.
+        trainer._signal_connector.received_sigterm = False
 
     def saved(self) -> None:
         """Call after the last save. The run ends with exit code 75, which further signals must not change."""

@@ -12,7 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from ltx_train.contracts import DataError
+from ltx_train.data.module import ShardData
 from ltx_train.training.checkpoints import commit
+from ltx_train.training.step import Task
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
 from tests.faults.harness import started, wait_for
@@ -62,7 +64,6 @@ def test_stopped_at_13_of_30_equals_an_unbroken_run(
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.Signals) -> None:
     """Real signals to this process while the given step runs."""
-    from ltx_train.training.step import Task
 
     original = Task.training_step
 
@@ -92,6 +93,26 @@ def test_a_closed_terminal_loses_nothing(
     _stop_after(monkeypatch, 4, signal.SIGHUP)
     assert command(*fit(prepared, clips, tmp_path, "eval.interval=0")) == 75
     assert newest(tmp_path / "audio_reference" / "main").name == "step-000004"
+
+
+TWO_PASSES = ("optim.batch_size=1", "optim.global_batch=2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_trainer_starts_is_a_preemption(
+    number: signal.Signals, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's own handler of SIGTERM is in force there. Left to itself it ends the process
+    behind the first batch, in the middle of a step of several, with exit code 0."""
+    plain = ShardData.train_dataloader
+
+    def opened(data: ShardData) -> object:
+        os.kill(os.getpid(), number)
+        return plain(data)
+
+    monkeypatch.setattr(ShardData, "train_dataloader", opened)
+    assert command(*fit(prepared, clips, tmp_path, "eval.interval=0", *TWO_PASSES)) == 75
+    assert newest(tmp_path / "audio_reference" / "main").name == "step-000001"
 
 
 @pytest.mark.slow

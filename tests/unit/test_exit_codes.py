@@ -1,13 +1,19 @@
-"""A failed GPU has a code of its own, and leaves its node's name for the job script."""
+"""A failed GPU has a code of its own, and an error that a signal caused has the signal's."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
-from ltx_train.contracts import Exit
+from ltx_train import signals
+from ltx_train.contracts import ConfigError, Exit
 from ltx_train.jobs.exit_codes import exit_code_of, is_device_fault
+from ltx_train.training.preemption import Preemption
 
 
 class AcceleratorError(RuntimeError):
@@ -41,3 +47,51 @@ def test_a_failed_gpu_is_reported(
     assert exit_code_of(work) == Exit.DEVICE == 71
     assert (tmp_path / "lost").read_text() == "2 gpu7\n"
     assert "a GPU of gpu7 failed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started_command(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The handlers of a command that has just been started."""
+    before = {number: signal.getsignal(number) for number in signals.STOP}
+    signals.stop_like_ctrl_c()
+    yield
+    monkeypatch.setattr(signals, "_arrived", False)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def swallowing(then: Exception | None) -> Callable[[], int]:
+    """Work that a signal interrupts inside of a library, which drops the KeyboardInterrupt or raises another error."""
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            if then is not None:
+                raise then from None
+        return 0
+
+    return work
+
+
+@pytest.mark.parametrize("error", [ValueError("could not determine the shape"), OSError(5, "eio"), ConfigError("x")])
+def test_an_error_behind_a_signal_is_the_signals(
+    error: Exception, started_command: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(swallowing(error)) == Exit.PREEMPTED
+    assert capsys.readouterr().err == "ltx-train: stopped\n"
+
+
+def test_a_signal_that_a_library_dropped_stops_training(started_command: None) -> None:
+    assert not Preemption().requested
+    assert exit_code_of(swallowing(None)) == Exit.DONE
+    assert Preemption().requested
+
+
+def test_errors_without_a_signal_stay(started_command: None) -> None:
+    def work() -> int:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        exit_code_of(work)

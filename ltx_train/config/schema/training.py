@@ -54,7 +54,7 @@ class DataConfig:
     caption_dropout: float = setting(0.0, "share of draws without the caption", least=0, most=1)
     keep_trigger: bool = setting(True, "a dropped caption leaves the trigger word")
     reference_scale: int = setting(1, "how many times smaller control videos are prepared", least=1)
-    reference_stride: int = setting(1, "frames of a control video per frame that is kept, behind the first frame", least=1)
+    reference_stride: int = setting(1, "of control videos every how many frames one is kept, behind the first", least=1)
     reference_s: float = setting(3.5, "seconds of the voice window cut from each clip", least=0.2)
     heldout_speakers: float = setting(0.1, "share of identities that are held out of training", least=0, below=1)
     latent_dtype: str = setting("bfloat16", "dtype of the stored latents", choices=("bfloat16", "float32"))
