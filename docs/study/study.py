@@ -131,6 +131,8 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
                     voice=True,
                     own_reference=case.own,
                     rms_db=0.0,
+                    source_fps=25.0,
+                    averaged="",
                     source=key,
                     source_sha256=key,
                     item=key,

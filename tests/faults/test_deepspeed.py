@@ -198,8 +198,8 @@ def assert_same_clips(first: Path, other: Path) -> None:
     assert len(one) == 3
     for path, same in zip(one, two, strict=True):
         (pictures, sound), (others, heard) = decoded(path), decoded(same)
-        np.testing.assert_allclose(sound, heard, atol=0.01)
-        # Of equal pixels H.264 encoders make pictures that differ here and there.
+        # Of equal or nearly equal latents the encoders make files that differ here and there.
+        assert np.abs(sound - heard).mean() < 0.01
         assert np.abs(pictures - others).mean() < 1
 
 
