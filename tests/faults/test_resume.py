@@ -102,8 +102,8 @@ TWO_PASSES = ("optim.batch_size=1", "optim.global_batch=2")
 def test_a_signal_while_the_trainer_starts_is_a_preemption(
     number: signal.Signals, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning's own handler of SIGTERM is in force there. Left to itself it ends the process
-    behind the first batch, in the middle of a step of several, with exit code 0."""
+    """Lightning's own handler of SIGTERM is in force there. Left to itself it ends the process behind the first
+    batch, in the middle of a step of several, with exit code 0."""
     plain = ShardData.train_dataloader
 
     def opened(data: ShardData) -> object:

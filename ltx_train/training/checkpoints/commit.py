@@ -36,7 +36,7 @@ SETTINGS = "config.yaml"
 _WEIGHTS, _OPTIMIZER, _STATE = manifest.WEIGHTS, "optimizer.safetensors", manifest.STATE
 _AVERAGE = "average.safetensors"
 _NAME = re.compile(r"step-\d+")
-_DONE, _PENDING = ".done", ".pending"
+_DONE = ".done"
 # How long rank 0 waits for the other ranks' files.
 _PATIENCE_S = 1800.0
 
