@@ -83,6 +83,9 @@ def open_engine(
 ) -> Any:
     """DeepSpeed's engine around a module. The process group of several ranks exists already."""
     deepspeed = _import_for(device)
+    if settings.offload not in (None, "cpu"):
+        # The file access that DeepSpeed compiles has no kernels, but its builder fails at architectures such as 10.0a.
+        os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
     if settings.stage == 3:
         # Hooks per block instead of per layer: a block's weights are gathered and released together.
         deepspeed.utils.set_z3_leaf_modules(module, [Block], raise_if_not_found=False)

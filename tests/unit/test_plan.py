@@ -323,8 +323,11 @@ FULL_A = (*WORK_A_SETTINGS, "adapter=full", "memory=recompute")
         ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2"), 1, 20, 87.25),
         ((*FULL_A, "strategy=zero3"), 2, 4, 30.73),
         ((*FULL_A, "strategy=zero3", "strategy.devices=2"), 2, 4, 23.18),
+        ((*FULL_A, "strategy=zero3", "strategy.devices=2"), 2, 2, 18.23),
+        ((*FULL_A, "strategy=zero3", "strategy.devices=2", "strategy.hpz=1"), 2, 2, 17.74),
+        ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2", "strategy.offload=cpu"), 1, 3, 9.13),
     ],
-    ids=["adapter", "adapter-2x1", "full", "full-2x1", "full-2x2-hpz"],
+    ids=["adapter", "adapter-2x1", "full", "full-2x1", "full-2x2-hpz", "small-2x2-hpz", "small-2x2", "offload"],
 )
 def test_peaks_of_deepspeed_are_within_5_percent_of_measured_ones(
     settings: tuple[str, ...], machines: int, blocks: int, reserved_gib: float, monkeypatch: pytest.MonkeyPatch

@@ -38,8 +38,9 @@ _KEPT_ATTENTION = 0.85
 # Memory that the allocator reserves beyond its allocations: GiB, and a share of the running block's memory. CUDA graphs
 # have their own memory pool, to which only the share applies.
 _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
-# What DeepSpeed's ZeRO-3 reserves beyond the parts that it shares with the own engine: GiB, and a share of those parts.
-# Fitted to three full fine-tunes in docs/performance/deepspeed.json.
+# What DeepSpeed's ZeRO-3 reserves beyond the parts that it shares with the own engine: GiB of buckets, where reductions
+# overlap (not under offload), and a share of those parts. Fitted to three full fine-tunes in
+# docs/performance/deepspeed.json; the three measured later are within 5 % too.
 _ENGINE_GIB, _ENGINE_SHARE = 5.5, 0.05
 _BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "int4": 0.5 + 4 / 128}
 _MASTER_BYTES = 4.0
@@ -97,7 +98,8 @@ def predict(
     if trained.by_hooks:
         second = work.dtype_bytes * trained.parameters / trained.second_slices if trained.second_slices > 1 else 0.0
         parts["second slice of the weights"] = second
-        parts["DeepSpeed's buffers"] = _ENGINE_GIB * GIB + _ENGINE_SHARE * sum(parts.values())
+        overlapping = 0.0 if trained.offloaded else _ENGINE_GIB * GIB
+        parts["DeepSpeed's buffers"] = overlapping + _ENGINE_SHARE * sum(parts.values())
     offloads = size.layers - choice.keep_everything if choice.offload_inputs else 0
     host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + offloads * unit + _snapshot(trained)
     if trained.offloaded and not trained.in_files:
