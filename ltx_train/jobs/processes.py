@@ -131,13 +131,16 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
 
 
 def _child(entry: Entry, config: Config, parent: int) -> None:
+    # All of it inside: a signal between the handlers and the entry would come out as multiprocessing's exit code 1.
+    sys.exit(exit_code_of(lambda: _in_child(entry, config, parent)))
+
+
+def _in_child(entry: Entry, config: Config, parent: int) -> int:
     signals.stop_like_ctrl_c()
     # The parent forwards signals: in the parent's group, Ctrl-C on a terminal would reach every process twice.
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))
-    if os.getppid() != parent:
-        return
-    sys.exit(exit_code_of(lambda: entry(config)))
+    return entry(config) if os.getppid() == parent else Exit.DONE
 
 
 def _forwarding(children: list[Any], received: set[int]) -> Any:

@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from ltx_train import signals
+from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit
+from ltx_train.jobs import processes
 from ltx_train.jobs.exit_codes import exit_code_of, is_device_fault
 from ltx_train.training.preemption import Preemption
 
@@ -95,3 +98,12 @@ def test_errors_without_a_signal_stay(started_command: None) -> None:
 
     with pytest.raises(ValueError, match="a defect"):
         exit_code_of(work)
+
+
+def test_a_signal_in_a_childs_first_moment_is_a_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind its handlers and before its entry, where multiprocessing made exit code 1 of it."""
+    monkeypatch.setattr(processes.os, "setpgid", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    child = get_context("fork").Process(target=processes._child, args=(lambda _: 0, Config(), os.getpid()))
+    child.start()
+    child.join()
+    assert child.exitcode == Exit.PREEMPTED
