@@ -22,7 +22,8 @@ from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltx_train.data.prepare.media import read_clip
+from ltx_train.data.prepare.media import Part, read_clip
+from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import loaders, mel, spec
 from ltx_train.model.checkpoint import RandomWeights
 
@@ -60,8 +61,9 @@ def main() -> None:
 
 def read_sample() -> tuple[Tensor, Tensor]:
     """All clips: pixels (N, 3, F, H, W) in [-1, 1], waveforms (N, 2, samples) at 48 kHz."""
-    media = [read_clip(p, [(SIZE, SIZE, FRAMES)], FPS) for p in sorted((HERE / "sample").glob("*.mp4"))]
-    pixels = torch.stack([m.pixels for m in media]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    part = Part(bucket=Bucket(SIZE, SIZE, FRAMES), fps=FPS)
+    media = [read_clip(p, part) for p in sorted((HERE / "sample").glob("*.mp4"))]
+    pixels = torch.stack([m.pixels for m in media if m.pixels is not None]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     waves = [mel.to_stereo(m.waveform) for m in media if m.waveform is not None]
     device = torch.get_default_device()
     return pixels.to(device), torch.stack(waves).to(device)

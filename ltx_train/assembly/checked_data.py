@@ -29,5 +29,8 @@ def open_heldout(config: Config) -> tuple[Path, Index]:
     """The same, with a held-out split."""
     root, index = open_checked(config)
     if not index.split(HELDOUT):
-        raise DataError(f"nothing is held out in {root}: set data.heldout_speakers and prepare again")
+        raise DataError(
+            f"nothing is held out in {root}: set data.heldout_speakers (with one person data.heldout_clips=3), and "
+            "prepare again"
+        )
     return root, index

@@ -76,7 +76,7 @@ def compare(config: Config) -> tuple[Path, Path]:
     content = Report(
         title="comparison", facts=facts, metrics=read_rows(folder / "metrics.jsonl"), subjects=[*ranked, base],
         grid=grid,
-        verdicts=verdicts.of_rows(ranked[0].rows, grid, arms.measurement.likeness()),
+        verdicts=verdicts.of_rows(ranked[0].rows, grid, arms.measurement.likeness(), by_clip=index.by_clip),
         references=arms.previews.references(folder / "samples" / "references"),
     )  # fmt: skip
     report.write(page, content)

@@ -14,13 +14,15 @@ import torch
 
 from ltx_train import config as configuration
 from ltx_train.assembly import model_source, resolve
-from ltx_train.config import Config, parse_bucket
+from ltx_train.config import Config, counted_fps, fixed_fps, parse_bucket
 from ltx_train.contracts import Mode, Role
 from ltx_train.data import index
 from ltx_train.data.audit import DataRequirements
 from ltx_train.data.index import HELDOUT, Index
-from ltx_train.data.prepare.build import Recipe
 from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
+from ltx_train.data.prepare.pictures import Crop
+from ltx_train.data.prepare.recipe import Recipe
+from ltx_train.data.prepare.windows import Windows
 from ltx_train.data.reader import ReadRequest
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
@@ -62,7 +64,8 @@ def recipe(config: Config) -> Recipe:
     data = config.data
     return Recipe(
         buckets=tuple(resolve.buckets(config)),
-        fps=data.fps,
+        fps=fixed_fps(config),
+        counted_fps=counted_fps(config),
         reference_s=data.reference_s,
         latent_dtype=data.latent_dtype,
         caption=data.caption,
@@ -73,6 +76,11 @@ def recipe(config: Config) -> Recipe:
         needs_audio=any(m.audio is not Role.absent for m in (*_modes(config), config.mode)),
         silence_db=data.silence_db,
         skip_bad=data.on_bad_clip == "skip",
+        windows=Windows(data.windows),
+        crop=Crop(data.crop),
+        loudness=data.loudness,
+        trim_silence=data.trim_silence,
+        heldout_clips=data.heldout_clips,
         reference_scale=data.reference_scale,
         reference_stride=data.reference_stride,
         drops_captions=data.caption_dropout > 0,

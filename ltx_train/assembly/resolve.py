@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ltx_train import config as configuration
-from ltx_train.config import Config, parse_bucket
+from ltx_train.config import Config, counted_fps, parse_bucket
 from ltx_train.contracts import ConfigError, ModalityName, Mode, Role, UserError
 from ltx_train.diffusion.grid import Bucket, audio_latents
 from ltx_train.distributed.strategies import DEEPSPEED, STRATEGIES
@@ -258,7 +258,7 @@ def workload_of(config: Config, bucket: Bucket) -> Workload:
     modes, shared = [m for _, m in configuration.training_modes(config)], sharing(config)
     voice = audio_latents(config.data.reference_s)
     video = max(tokens_in_mode(m, ModalityName.video, bucket.video_tokens, bucket.video_tokens) for m in modes)
-    audio = max(tokens_in_mode(m, ModalityName.audio, bucket.audio_tokens(config.data.fps), voice) for m in modes)
+    audio = max(tokens_in_mode(m, ModalityName.audio, bucket.audio_tokens(counted_fps(config)), voice) for m in modes)
     # Alone, a full fine-tune computes with its float32 masters.
     halved = config.model.dtype == "bfloat16" and (not shared.full or shared.slices_updates)
     return Workload(

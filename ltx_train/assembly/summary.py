@@ -14,7 +14,7 @@ from torch import nn
 from ltx_train import config as configuration
 from ltx_train.assembly import from_config, model_builder, model_source, resolve
 from ltx_train.assembly.setup import Setup
-from ltx_train.config import Config
+from ltx_train.config import Config, counted_fps
 from ltx_train.contracts import Role
 from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.evaluation import heldout
@@ -135,7 +135,7 @@ def _tokens(setup: Setup) -> str:
     config, parts = setup.config, list[str]()
     for bucket in resolve.buckets(config):
         counts = [f"{bucket.video_tokens} video"] if config.mode.video is not Role.absent else []
-        counts += [f"{bucket.audio_tokens(config.data.fps)} audio"] if config.mode.audio is not Role.absent else []
+        counts += [f"{bucket.audio_tokens(counted_fps(config))} audio"] if config.mode.audio is not Role.absent else []
         counts += [f"reference {c.name.removeprefix('reference/')}" for c in config.mode.references]
         parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
     devices = setup.sharing.sequence

@@ -15,7 +15,7 @@ import torch
 from ltx_train import rng
 from ltx_train.assembly import from_config, model_builder, model_source, resolve
 from ltx_train.assembly.setup import Setup
-from ltx_train.config import Config
+from ltx_train.config import Config, counted_fps
 from ltx_train.contracts import Batch, Condition, ConditionKind, ModalityName, Role
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.memory.blocks.compile import graphs
@@ -52,7 +52,7 @@ def random_batch(config: Config, number: int) -> Batch:
     sizes = model_source.layout(config).config["transformer"]
     video = (count, sizes["in_channels"], *bucket.latents)
     bins = codecs.LATENT_MEL_BINS
-    audio = (count, sizes["audio_in_channels"] // bins, bucket.audio_tokens(config.data.fps), bins)
+    audio = (count, sizes["audio_in_channels"] // bins, bucket.audio_tokens(counted_fps(config)), bins)
     voice = (*audio[:2], audio_latents(config.data.reference_s), bins)
     text, dtype = config.model.text_tokens, from_config.dtype(config)
 
@@ -63,7 +63,7 @@ def random_batch(config: Config, number: int) -> Batch:
         keys=tuple(f"bench{i}" for i in range(count)),
         speakers=("",) * count,
         draws=tuple(number * count + i for i in range(count)),
-        fps=torch.full((count,), config.data.fps),
+        fps=torch.full((count,), counted_fps(config)),
         video_latent=None if mode.video is Role.absent else numbers("video", video),
         audio_latent=None if mode.audio is Role.absent else numbers("audio", audio),
         video_context=numbers("text", (count, text, sizes["cross_attention_dim"])).to(dtype),

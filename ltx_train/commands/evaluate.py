@@ -42,7 +42,8 @@ def run(config: Config) -> int:
     rows, masses = measurement.rows(transformer), measurement.masses(transformer)
     clips = previews.generate(transformer, folder / "samples" / f"step-{checkpoint.step:06d}")
     subject = Subject(name=f"step {checkpoint.step}", step=checkpoint.step, rows=rows, masses=masses, clips=clips)
-    conclusions = verdicts.of_rows(rows, measurement.grid, measurement.likeness()) + course(folder)
+    conclusions = verdicts.of_rows(rows, measurement.grid, measurement.likeness(), by_clip=index.by_clip)
+    conclusions += course(folder)
     values = summary(rows, measurement.grid) | attention_mass.summary(masses)
     page = folder / "report.html"
     metrics = read_rows(folder / "metrics.jsonl")

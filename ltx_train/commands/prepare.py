@@ -12,9 +12,10 @@ from ltx_train.assembly import from_config
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
-from ltx_train.data.audit import conversions
+from ltx_train.data.findings import of_clips
+from ltx_train.data.index import Index
 from ltx_train.data.prepare import build
-from ltx_train.data.prepare.sources import read_source
+from ltx_train.data.prepare.sources import UNNAMED, read_source
 from ltx_train.jobs.folder_lock import FolderLock
 
 
@@ -28,6 +29,9 @@ def run(config: Config) -> int:
         outcome = build.prepare(clips, recipe, from_config.encoders(config), root, _progress)
         _keep_settings(config, root)
     _print_summary(outcome)
+    unread = sum(not clip.reviewed for clip in clips)
+    if unread:
+        print(f"  {unread} captions are a model's that nobody has reviewed (column reviewed)")
     close(root, f"ltx-train check {root}")
     return Exit.DONE
 
@@ -47,14 +51,25 @@ def _progress(number: int, total: int, key: str) -> None:
 def _print_summary(outcome: build.Outcome) -> None:
     index = outcome.index
     print(f"{outcome.encoded} clips encoded, {outcome.reused} unchanged")
+    print(f"  {_used(index)}")
+    unnamed = sum(r.speaker == UNNAMED for r in index.records)
+    if unnamed:
+        print(f"  {unnamed} clips name no speaker (column speaker): they count as one person, {UNNAMED!r}")
     for split, count in sorted(Counter(r.split for r in index.records).items()):
         speakers = len({r.speaker for r in index.records if r.split == split})
         print(f"  {split}: {count} clips of {speakers} speakers")
     for bucket, count in sorted(Counter(r.bucket for r in index.records).items()):
         print(f"  bucket {bucket}: {count}")
-    for finding in conversions(index):
+    for finding in of_clips(index):
         print(f"  warning: {finding.text}")
     if outcome.quarantined:
         print(f"  set aside: {len(outcome.quarantined)}")
         for key, reason in outcome.quarantined.items():
             print(f"    {key}: {reason}")
+
+
+def _used(index: Index) -> str:
+    """How much of the footage is trained."""
+    given = {(r.recording, r.measured.get("given_s", r.seconds)) for r in index.records}
+    used = sum(r.seconds for r in index.records)
+    return f"{used:.1f} of {sum(seconds for _, seconds in given):.1f} s of footage are used"

@@ -11,10 +11,10 @@ from torch import Tensor
 from ltx_train.assembly import from_config, model_builder, model_source, outputs, resolve
 from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.setup import forward_only
-from ltx_train.config import Config, parse_bucket
+from ltx_train.config import Config, counted_fps, parse_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, ModalityName, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
-from ltx_train.data.prepare.media import read_audio
+from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
 from ltx_train.diffusion import conditions, references, sigma
 from ltx_train.diffusion.grid import Bucket
@@ -39,7 +39,7 @@ def run(config: Config) -> int:
     """Writes sample.out. The encoders are freed before the transformer is loaded."""
     outputs.check_output(config, "sample.out", config.sample.out)
     bucket = parse_bucket(config.sample.bucket or config.data.buckets[0])
-    fps = config.sample.fps or config.data.fps
+    fps = config.sample.fps or counted_fps(config)
     request = _request(config, from_config.encoders(config), bucket, fps)
     transformer = _transformer(config)
     video, audio = sampler.sample(

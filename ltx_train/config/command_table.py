@@ -35,11 +35,19 @@ class CommandKind:
 
 _COMMANDS = (
     CommandKind(
+        name="cut", summary="long recordings to clips, at scenes and pauses, with the table that prepare reads",
+        groups=("cut", "data", "run"), needs=("cut.source",),
+    ),
+    CommandKind(
+        name="caption", summary="captions by a model behind an OpenAI-compatible endpoint, for clips without one",
+        groups=("caption", "data"), needs=("data.source", "caption.url", "caption.model"),
+    ),
+    CommandKind(
         name="prepare", summary="clips and captions to latents, text contexts and shards",
         groups=("data", "model", "mode"), needs=("data.source", "data.root", "data.buckets", "model.path"),
     ),
     CommandKind(
-        name="check", summary="audit prepared data; decoded previews to look at and listen to",
+        name="check", summary="audit prepared data; a page to look at and listen to",
         groups=("check", "data", "model", "mode"), needs=_FIT_NEEDS,
     ),
     CommandKind(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ltx_train.config.buckets import parse_bucket
+from ltx_train.config.buckets import counted_fps, parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.contracts import SPEAKER, Condition, ConditionKind, ConfigError, ModalityName, Mode, Role
 from ltx_train.diffusion.grid import PIXELS_PER_LATENT
@@ -49,7 +49,7 @@ def validate(config: Config) -> None:
 def _clips(config: Config) -> Iterator[Clip]:
     for bucket in config.data.buckets:
         parsed = parse_bucket(bucket)
-        steps = {ModalityName.video: parsed.latents[0], ModalityName.audio: parsed.audio_tokens(config.data.fps)}
+        steps = {ModalityName.video: parsed.latents[0], ModalityName.audio: parsed.audio_tokens(counted_fps(config))}
         yield Clip(bucket, steps, parsed.width, parsed.height)
 
 

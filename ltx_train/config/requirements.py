@@ -17,6 +17,9 @@ _MENDS: Mapping[str, str] = {
     "data.root": "give the prepared folder",
     "data.source": "give the folder or table of clips",
     "data.buckets": "give at least one WIDTHxHEIGHTxFRAMES",
+    "caption.url": "give an OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1",
+    "caption.model": "give the endpoint's name of the model",
+    "cut.source": "give a recording, or a folder of recordings",
     "inspect.file": "give the LoRA file to inspect",
     "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
     "sample.audio": "mode.audio=freeze makes a video for a given sound: give it with sample.audio=FILE",
@@ -49,6 +52,9 @@ def _is_set(config: Config, name: str) -> bool:
         "data.root": lambda: bool(config.data.root),
         "data.source": lambda: bool(config.data.source),
         "data.buckets": lambda: bool(config.data.buckets),
+        "caption.url": lambda: bool(config.caption.url),
+        "caption.model": lambda: bool(config.caption.model),
+        "cut.source": lambda: config.cut.source is not None,
         "inspect.file": lambda: config.inspect.file is not None,
         "sample.bucket": lambda: bool(config.sample.bucket or config.data.buckets),
         "sample.audio": lambda: config.sample.audio is not None,
@@ -70,6 +76,10 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
         yield f"model.text_encoder={model.text_encoder}: there is no such folder"
     if name in ("fit", "sweep"):
         yield from _file("adapter.start_from", config.adapter.start_from)
+    if name == "cut":
+        yield from _file("cut.subtitles", config.cut.subtitles)
+        if config.cut.source is not None and not Path(config.cut.source).exists():
+            yield f"cut.source={config.cut.source}: there is no such file or folder"
     if name == "inspect":
         yield from _file("inspect.file", config.inspect.file)
     if name == "sample":

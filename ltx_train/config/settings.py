@@ -30,8 +30,8 @@ OPEN_PREFIXES = ("mode.conditions.", *(f"{name}." for name in OPEN_MAPPINGS))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One setting. kind: str, int, float, bool, list, dict or any. nullable: whether `null` is a value. required: there
-    is no default."""
+    """One setting. kind: str, int, float, number (or a word), bool, list, dict or any. nullable: whether `null` is a
+    value. required: there is no default."""
 
     name: str
     kind: str
@@ -48,6 +48,8 @@ class Setting:
     def allowed(self) -> str:
         """Choices and limits in words; empty when there are none."""
         d = self.declared
+        if self.kind == "number":
+            return f"{'|'.join(map(str, d.choices))}, or at least {d.least or 0:g}"
         if d.choices:
             return "|".join("null" if choice is None else choice for choice in d.choices)
         if d.least is not None and d.most is not None:
@@ -60,8 +62,8 @@ class Setting:
     def expected(self) -> str:
         """What a value of this setting looks like."""
         words = {
-            "int": "a whole number", "float": "a number", "bool": "true or false",
-            "list": "a list in brackets", "dict": "a mapping in braces",
+            "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list in brackets",
+            "dict": "a mapping in braces", "number": f"a number or {'|'.join(map(str, self.declared.choices))}",
         }  # fmt: skip
         text = words.get(self.kind, "a text")
         return f"{text} or null" if self.nullable else text
@@ -118,8 +120,9 @@ def _members(hint: Any) -> tuple[str, ...]:
 
 def _kind(hint: Any) -> tuple[str, bool]:
     if isinstance(hint, types.UnionType):
-        inner = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-        return _kind(inner)[0], True
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        # A number, or one of the words that the declaration lists.
+        return "number" if len(parts) > 1 else _kind(parts[0])[0], types.NoneType in typing.get_args(hint)
     origin = typing.get_origin(hint) or hint
     return ("any", True) if origin is Any else (origin.__name__, False)
 
@@ -133,7 +136,7 @@ def check_value(config: Config, setting: Setting) -> None:
     """ConfigError when a composed value, or an item of a list, is none of the choices or beyond a limit."""
     value = value_of(config, setting.name)
     declared = setting.declared
-    if declared.choices:
+    if declared.choices and not (setting.kind == "number" and isinstance(value, (int, float))):
         for item in value if isinstance(value, list) else [value]:
             _check_choice(setting.name, item, declared)
         return
@@ -178,6 +181,8 @@ def check_text(setting: Setting, text: str) -> None:
     word = text.strip().strip("'\"")
     if "${" in text or (word == "null" and setting.nullable):
         return
+    if setting.kind == "number" and word in setting.declared.choices:
+        return
     if not _fits(setting.kind, word, text):
         raise ConfigError(f"{setting.name}={text}: {setting.expected} is expected{_mend(setting, text)}")
 
@@ -186,7 +191,7 @@ def _fits(kind: str, word: str, text: str) -> bool:
     match kind:
         case "int":
             return _INT.fullmatch(word) is not None
-        case "float":
+        case "float" | "number":
             try:
                 float(word)
             except ValueError:
@@ -202,7 +207,7 @@ def _fits(kind: str, word: str, text: str) -> bool:
             return True
 
 
-_EXAMPLES = {"int": "8", "float": "0.5", "bool": "true", "list": "[a,b]", "dict": "{name: 1}"}
+_EXAMPLES = {"int": "8", "float": "0.5", "number": "25", "bool": "true", "list": "[a,b]", "dict": "{name: 1}"}
 
 
 def _mend(setting: Setting, text: str) -> str:

@@ -1,6 +1,6 @@
 """Audit of prepared data: looks for faults in the samples before a run trains on them.
 
-Owns the findings. It reads shards; it decodes nothing and prints nothing.
+Owns the checks of samples. It reads shards; it decodes nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -13,23 +13,15 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import SPEAKER, Condition, ConditionKind, DataError, ModalityName, Mode, Role
+from ltx_train.data import copies
+from ltx_train.data.findings import Finding, of_clips
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
 from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, ReadRequest
 from ltx_train.diffusion import references
 from ltx_train.diffusion.grid import Bucket, audio_latents
 
-# Relative difference of two frame rates that are one: a minute apart by two frames of 30 a second.
-_SAME_RATE = 1e-3 / 2
-_MOST_NAMES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One result of the audit. An error makes `check` fail and `fit` refuse to start; a warning is only shown."""
-
-    error: bool
-    text: str
+_MOST_NAMES, _FEW_UNITS = 5, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +53,26 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
     """
     findings = [Finding(True, f"stale: {reason}; run prepare again") for reason in stale]
     findings += _splits(index)
-    findings += conversions(index)
+    findings += of_clips(
+        index, sound=requirements.role(ModalityName.audio), pictures=requirements.role(ModalityName.video)
+    )
     findings += _files(root, index)
     if requirements.request.caption_dropout and not index.dropped_context:
         findings.append(Finding(True, "the folder has no text context for dropped captions: run prepare again"))
     if any(f.error for f in findings if "shard" in f.text):
         return findings
     reader = Reader(root, index, seed=0, request=requirements.request)
+    signatures: dict[str, Tensor] = {}
     for record in index.records:
         try:
-            findings += [Finding(True, f"{record.key}: {text}") for text in _sample(reader, record, requirements)]
+            tensors = reader.tensors(record)
+            found = copies.signature(tensors)
+            signatures |= {} if found is None else {record.key: found}
+            faults = _sample(reader, record, requirements, tensors)
+            findings += [Finding(True, f"{record.key}: {text}", (record.key,)) for text in faults]
         except DataError as error:
-            findings.append(Finding(True, str(error)))
+            findings.append(Finding(True, str(error), (record.key,)))
+    findings += _copies(index, signatures)
     dropped = [index.dropped_context] if requirements.request.caption_dropout and index.dropped_context else []
     for digest in sorted({*dropped, *(d for r in index.records for d in (r.context, *r.variants))}):
         try:
@@ -85,39 +85,26 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
 
 def _splits(index: Index) -> Iterator[Finding]:
     train, heldout = ({r.speaker for r in index.split(name)} for name in (TRAIN, HELDOUT))
-    for speaker in sorted(train & heldout):
-        yield Finding(True, f"speaker {speaker!r} is in both splits: the held-out metrics would be meaningless")
+    if index.by_clip:
+        shared = ", ".join(sorted(train & heldout)[:_MOST_NAMES])
+        yield Finding(
+            False,
+            f"clips of {shared} are in both splits: held-out losses tell whether clips are memorised, not how new "
+            "people fare",
+        )
     if not train:
         yield Finding(True, "the training split is empty: lower data.heldout_speakers or add clips")
     if not heldout:
-        yield Finding(False, "the held-out split is empty: there will be no held-out loss and no reference gap")
-    elif len(heldout) < 3:
-        yield Finding(False, f"only {len(heldout)} held-out identities: confidence intervals will be wide")
-
-
-def conversions(index: Index) -> Iterator[Finding]:
-    """What preparation had to change of clips beyond their size."""
-    rates: dict[float, list[str]] = {}
-    layouts: dict[str, list[str]] = {}
-    for record in index.records:
-        if record.source_fps and abs(record.source_fps - record.fps) > _SAME_RATE * record.fps:
-            rates.setdefault(record.source_fps, []).append(record.key)
-        if record.averaged:
-            layouts.setdefault(record.averaged, []).append(record.key)
-    for rate, keys in sorted(rates.items()):
         yield Finding(
             False,
-            f"{_named(keys)} of {rate:g} frames a second were converted to data.fps={index.settings.get('fps'):g}: "
-            f"frames are shown twice or left out, and a model learns that; data.fps={rate:g} keeps them as they are",
+            "the held-out split is empty: there will be no held-out loss and no reference gap; with one person, "
+            "data.heldout_clips=3 holds out clips",
         )
-    for layout, keys in sorted(layouts.items()):
-        yield Finding(False, f"{_named(keys)} with sound in {layout}, whose channels were averaged: mix it to stereo")
-
-
-def _named(keys: Sequence[str]) -> str:
-    """The number of clips and the first names."""
-    more = ", ..." if len(keys) > _MOST_NAMES else ""
-    return f"{len(keys)} clip{'s' if len(keys) > 1 else ''} ({', '.join(keys[:_MOST_NAMES])}{more})"
+        return
+    units = len({index.unit(r) for r in index.split(HELDOUT)})
+    if units < _FEW_UNITS:
+        kind = "clips" if index.by_clip else "identities"
+        yield Finding(False, f"only {units} held-out {kind}: confidence intervals will be wide")
 
 
 def _files(root: Path, index: Index) -> Iterator[Finding]:
@@ -129,8 +116,19 @@ def _files(root: Path, index: Index) -> Iterator[Finding]:
             yield Finding(True, f"shard {path} {fault}: run prepare again")
 
 
-def _sample(reader: Reader, record: Record, requirements: DataRequirements) -> Iterator[str]:
-    tensors = reader.tensors(record)
+def _copies(index: Index, signatures: Mapping[str, Tensor]) -> Iterator[Finding]:
+    splits = {record.key: record.split for record in index.records}
+    for first, second in copies.pairs(index, signatures):
+        if splits[first] != splits[second]:
+            text = f"{first} and {second} are one recording, in both splits: the held-out loss would measure memory; "
+            yield Finding(True, text + "leave one out, or put both into one split", (first, second))
+        else:
+            yield Finding(False, f"{first} and {second} are one recording: leave one out", (first, second))
+
+
+def _sample(
+    reader: Reader, record: Record, requirements: DataRequirements, tensors: Mapping[str, Tensor]
+) -> Iterator[str]:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield f"{name} holds numbers that are not finite"

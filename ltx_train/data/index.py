@@ -9,13 +9,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ltx_train import durable
 from ltx_train.contracts import DataError
+from ltx_train.diffusion.grid import audio_latents
 
-SCHEMA = 3
+SCHEMA = 4
 _DIGEST = "sha256"
 INDEX_NAME = "index.json"
 TRAIN, HELDOUT = "train", "heldout"
@@ -34,14 +36,19 @@ class Member:
 class Record:
     """One sample.
 
-    seconds: length of the target. voice: whether the sample has a voice window, which other clips use as a reference.
-    context, variants: digests of the text contexts of the first caption and of the further captions. source_fps: frames
-    a second of the clip's file, on average. averaged: the layout of a sound whose channels were averaged, else empty.
+    recording: the row that the sample is a part of, from `start` seconds of its file on. seconds: length of the target.
+    weight: how often an epoch uses the sample. voice: whether the sample has a voice window, which other clips use as a
+    reference. context, variants: digests of the text contexts of the first caption and of the further captions.
+    source_fps: frames a second of the clip's file, on average. averaged: the layout of a sound whose channels were
+    averaged, else empty. measured: what `data.prepare.measure` and `data.prepare.items` define, by name.
     """
 
     key: str
     split: str
     speaker: str
+    recording: str
+    start: float
+    weight: float
     caption: str
     bucket: str
     fps: float
@@ -56,9 +63,15 @@ class Record:
     source: str
     source_sha256: str
     item: str
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])
     variants: tuple[str, ...] = ()
     shard: str = ""
     tensors: Member = Member(0, 0, "")
+
+    @property
+    def shape(self) -> str:
+        """What samples of one batch share: the bucket, and the length of the sound, which follows from the rate."""
+        return f"{self.bucket}+{audio_latents(self.seconds)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,15 @@ class Index:
 
     def split(self, name: str) -> tuple[Record, ...]:
         return tuple(r for r in self.records if r.split == name)
+
+    @cached_property
+    def by_clip(self) -> bool:
+        """Whether recordings of the same people are held out, not people."""
+        return bool({r.speaker for r in self.split(HELDOUT)} & {r.speaker for r in self.split(TRAIN)})
+
+    def unit(self, record: Record) -> str:
+        """What counts once in intervals: the identity, or the recording where those are held out."""
+        return record.recording if self.by_clip else record.speaker
 
 
 def save(index: Index, root: Path) -> None:
@@ -124,7 +146,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _record(raw: dict[str, Any]) -> Record:
     member = Member(**raw.pop("tensors"))
     # Names are printed to terminals, and a foreign folder's may hold escape sequences.
-    strange = [raw[name] for name in ("key", "speaker", "shard", "source") if not raw[name].isprintable()]
+    strange = [raw[name] for name in ("key", "speaker", "recording", "shard", "source") if not raw[name].isprintable()]
     if strange or "/" in raw["shard"]:
         raise ValueError(f"the name {(strange or [raw['shard']])[0]!r}")
     variants = tuple(raw.pop("variants", ()))

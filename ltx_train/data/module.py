@@ -82,9 +82,14 @@ def _ignore_signals(_worker: int) -> None:
 
 def training_order(index: Index, global_batch: int, seed: int, limit: int | None = None) -> Order:
     """The order over the training split, or over its first `limit` clips; DataError when it is empty."""
-    buckets: dict[str, list[str]] = {}
-    for record in index.split(TRAIN)[:limit]:
-        buckets.setdefault(record.bucket, []).append(record.key)
-    if not buckets:
+    records = index.split(TRAIN)[:limit]
+    if not records:
         raise DataError("the training split is empty: lower data.heldout_speakers or add clips, then prepare again")
-    return Order(buckets, global_batch, seed)
+    shapes: dict[str, set[str]] = {}
+    for record in records:
+        shapes.setdefault(record.bucket, set()).add(record.shape)
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        # The name keys the permutation: a bucket of one length keeps its own.
+        groups.setdefault(record.bucket if len(shapes[record.bucket]) == 1 else record.shape, []).append(record.key)
+    return Order(groups, global_batch, seed, {r.key: r.weight for r in records if r.weight != 1})

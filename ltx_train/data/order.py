@@ -26,13 +26,17 @@ class Order:
     """Training order: every epoch is a new permutation, cut into batches of one bucket each.
 
     A bucket's last batch is filled up with the first samples of its permutation, so each sample is used at least
-    once per epoch.
+    once per epoch. weights: how often an epoch uses a sample, 1 where none is given. Of a weight that is not whole,
+    epochs take the whole number below or above in turn.
     """
 
-    def __init__(self, buckets: Mapping[str, Sequence[str]], global_batch: int, seed: int) -> None:
+    def __init__(
+        self, buckets: Mapping[str, Sequence[str]], global_batch: int, seed: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         self._buckets = {name: sorted(keys) for name, keys in sorted(buckets.items()) if keys}
-        self._batch, self._seed = global_batch, seed
-        self.batches_per_epoch = sum(-(-len(keys) // global_batch) for keys in self._buckets.values())
+        self._batch, self._seed, self._weights = global_batch, seed, weights or {}
+        self.batches_per_epoch = sum(-(-self._uses(keys) // global_batch) for keys in self._buckets.values())
         self._epoch: tuple[int, list[list[str]]] = (-1, [])
 
     def batch(self, step: int) -> list[Address]:
@@ -45,7 +49,8 @@ class Order:
 
     def _batches(self, epoch: int) -> list[list[str]]:
         batches: list[list[str]] = []
-        for name, keys in self._buckets.items():
+        for name, members in self._buckets.items():
+            keys = self._repeated(members, epoch)
             order = torch.randperm(len(keys), generator=rng.generator(self._seed, "order", name, epoch)).tolist()
             padding = -len(order) % self._batch
             order += [order[i % len(keys)] for i in range(padding)]
@@ -53,6 +58,24 @@ class Order:
             batches += [shuffled[i : i + self._batch] for i in range(0, len(shuffled), self._batch)]
         permutation = torch.randperm(len(batches), generator=rng.generator(self._seed, "order/batches", "", epoch))
         return [batches[i] for i in permutation.tolist()]
+
+    def _uses(self, keys: Sequence[str]) -> int:
+        """Samples of an epoch in a bucket, the same in every epoch."""
+        return max(1, round(sum(self._weights.get(key, 1.0) for key in keys)))
+
+    def _repeated(self, keys: list[str], epoch: int) -> list[str]:
+        """The keys as often as an epoch uses them."""
+        weights = [self._weights.get(key, 1.0) for key in keys]
+        if all(weight == 1 for weight in weights):
+            return keys
+        # Steps of a stair that rises by the weights: whole parts every time, fractions as often as they should be.
+        heights = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+        heights *= self._uses(keys) / float(heights[-1])
+        heights[-1] = self._uses(keys)  # exactly: the number of an epoch's batches depends on it
+        heights += float(rng.uniform(self._seed, "weights", "", epoch))
+        stairs = heights.floor().long()
+        counts = torch.diff(stairs, prepend=torch.zeros(1, dtype=torch.long))
+        return [key for key, count in zip(keys, counts.tolist(), strict=True) for _ in range(count)]
 
 
 class MicroBatches:

@@ -62,7 +62,7 @@ class Reader:
 
     def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
         self._root, self._seed, self._request = Path(root), seed, request or ReadRequest()
-        self._dropped = index.dropped_context
+        self._dropped, self._unit = index.dropped_context, index.unit
         self.records: Mapping[str, Record] = {r.key: r for r in index.records}
         self._by_speaker: dict[str, list[Record]] = {}
         self._by_split: dict[str, list[Record]] = {}
@@ -111,8 +111,8 @@ class Reader:
                 "add clips or a reference_audio column, or lower data.reference_s and prepare again"
             )
         raise DataError(
-            f"{record.key}: speaker {record.speaker!r} has no other clip of bucket {record.bucket} as a reference; "
-            "add clips, or prepare references and name their tensor in the condition's source"
+            f"{record.key}: speaker {record.speaker!r} has no other clip of bucket {record.bucket} and its length as a "
+            "reference; add clips, or prepare references and name their tensor in the condition's source"
         )
 
     def others(self, address: Address, count: int) -> list[str]:
@@ -158,7 +158,7 @@ class Reader:
         }
         return Sample(
             key=record.key,
-            speaker=record.speaker,
+            speaker=self._unit(record),
             draw=address.draw,
             fps=record.fps,
             video_latent=tensors.get(VIDEO) if ModalityName.video in self._request.modalities else None,
@@ -212,5 +212,5 @@ class Reader:
 def _can_serve(record: Record, target: Record, condition: Condition) -> bool:
     """Whether the clip of `record` can serve as the reference of the clip of `target`."""
     if condition.source != SPEAKER:
-        return condition.stream is ModalityName.audio or record.bucket == target.bucket
-    return record.voice if condition.stream is ModalityName.audio else record.bucket == target.bucket
+        return condition.stream is ModalityName.audio or record.shape == target.shape
+    return record.voice if condition.stream is ModalityName.audio else record.shape == target.shape

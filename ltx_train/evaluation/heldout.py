@@ -79,18 +79,19 @@ def read_request(settings: MeasurementSettings) -> ReadRequest:
 
 
 def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]:
-    """The clips to measure, sorted by bucket and key; every measurement takes the same ones.
+    """The clips to measure, sorted by shape and key; every measurement takes the same ones.
 
     max_samples takes clips from all identities in turn, so that it covers as many identities as possible.
     """
     last_turn: dict[str, int] = {}
     clips_by_turn: list[tuple[int, Record]] = []
     for record in sorted(index.split(HELDOUT), key=lambda r: r.key):
-        last_turn[record.speaker] = last_turn.get(record.speaker, -1) + 1
-        clips_by_turn.append((last_turn[record.speaker], record))
+        unit = index.unit(record)
+        last_turn[unit] = last_turn.get(unit, -1) + 1
+        clips_by_turn.append((last_turn[unit], record))
     chosen = [record for _, record in sorted(clips_by_turn, key=lambda c: (c[0], c[1].key))]
     chosen = chosen[: settings.max_samples] if settings.max_samples else chosen
-    return sorted(chosen, key=lambda r: (r.bucket, r.key))
+    return sorted(chosen, key=lambda r: (r.shape, r.key))
 
 
 def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> tuple[int, int, int]:
@@ -103,11 +104,11 @@ def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> t
 
 
 def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
-    """The held-out clips in batches; all clips of a batch share a bucket."""
+    """The held-out clips in batches; all clips of a batch share a bucket and a length."""
     records = heldout_records(index, settings)
     groups: list[list[Address]] = []
-    for bucket in sorted({r.bucket for r in records}):
-        keys = [Address(r.key, 0) for r in records if r.bucket == bucket]
+    for shape in sorted({r.shape for r in records}):
+        keys = [Address(r.key, 0) for r in records if r.shape == shape]
         groups += [keys[start : start + settings.batch_size] for start in range(0, len(keys), settings.batch_size)]
     return groups
 

@@ -18,6 +18,10 @@ from ltx_train.evaluation.statistics import Interval
 _RELEVANT = 0.01
 # A reference that resembles its own target this much more than chance is a copy of it.
 _COPY = 0.9
+_BY_CLIP = (
+    "Held out are recordings of people who are also trained on, and below an identity is one recording: the numbers "
+    "show whether clips are memorised, not how new people fare."
+)
 _LOW_NOISE, _HIGH_NOISE, _FADED = 0.5, 0.75, 0.5
 
 
@@ -35,6 +39,7 @@ class Kind(StrEnum):
     reference_is_target = "reference_is_target"
     caption_carries = "caption_carries"
     too_few_identities = "too_few_identities"
+    heldout_by_clip = "heldout_by_clip"
     not_learning = "not_learning"
     plateau = "plateau"
     overfitting = "overfitting"
@@ -49,15 +54,16 @@ class Verdict:
     text: str
 
 
-def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None) -> list[Verdict]:
+def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None, *, by_clip: bool = False) -> list[Verdict]:
     """Verdicts on one adapter. Totals cover the grid's main levels; effects are searched for at every level.
 
     likeness: resemblance of references to their own targets beyond chance, at most 1 (`likeness.beyond_chance`).
+    by_clip: recordings of trained people are held out, and each counts as an identity.
     """
     if not rows:
         return [Verdict(Kind.nothing_heldout, "Nothing is held out, so there is no result for new identities.")]
     main = [row for row in rows if row.sigma in grid.main]
-    verdicts: list[Verdict] = []
+    verdicts = [Verdict(Kind.heldout_by_clip, _BY_CLIP)] if by_clip else list[Verdict]()
     if any(row.arm == BASE for row in main):
         verdicts.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
     if any(row.arm == WRONG for row in main):

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.data.prepare.media import picture_to_bucket
+from ltx_train.data.prepare.pictures import picture_to_bucket
 from ltx_train.model import codecs, loaders
 from ltx_train.model.checkpoint import TensorSource
 
 # In the metadata of every file that is written here.
 _COMMENT = "ltx-train"
+_TICK = Fraction(1, 25)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ def write_mp4(path: Path, pixels: Tensor | None, sound: Sound | None, fps: float
     except (av.FFmpegError, OSError) as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path} could not be written ({error})") from error
+
+
+def jpeg(picture: Tensor) -> bytes:
+    """A picture (H, W, 3) uint8 with even sides as a JPEG file."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture.numpy()), "rgb24").reformat(format="yuvj420p")
+    context: Any = av.CodecContext.create("mjpeg", "w")
+    context.width, context.height, context.pix_fmt, context.time_base = frame.width, frame.height, "yuvj420p", _TICK
+    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
 def is_own(path: Path) -> bool:

@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from ltx_train.contracts import Condition, ConditionKind, ModalityName, Mode
 from ltx_train.data import index
-from ltx_train.data.audit import DataRequirements, audit, conversions
+from ltx_train.data.audit import DataRequirements, audit
+from ltx_train.data.findings import conversions
 from ltx_train.data.index import Record
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, VIDEO, Reader, ReadRequest

@@ -13,6 +13,7 @@ from ltx_train.contracts import DataError
 from ltx_train.data import index
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import extras, sources
+from ltx_train.data.prepare.media import Part
 from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_MASK, Reader, ReadRequest
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.sampling.media import write_mp4
@@ -33,7 +34,7 @@ def test_a_place_is_given_only_if_all_of_it_is_white(tmp_path: Path) -> None:
     pixels[:, :, :32] = 255
     pixels[:, :, 32:40] = 255
     pixels[12, :20, :20] = 0
-    mask = extras.video_mask(clip_of(tmp_path / "mask.mp4", pixels), Bucket(SIDE, SIDE, FRAMES), 25.0)
+    mask = extras.video_mask(clip_of(tmp_path / "mask.mp4", pixels), Part(bucket=Bucket(SIDE, SIDE, FRAMES), fps=25.0))
     assert mask.shape == (5, 2, 2)
     assert mask[:, :, 1].sum() == 0
     assert mask[:, 1, 0].tolist() == [1, 1, 1, 1, 1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltx_train.data.prepare.media import read_clip
+from ltx_train.data.prepare.media import Part, probe, read_clip
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import mel
 
@@ -52,9 +52,9 @@ def test_a_layout_is_mixed_down_by_its_weights_or_averaged_and_named(
     layout: str, levels: list[float], averaged: str, left: float, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "clip.mkv", layout.replace("6 channels", "5.1"), levels, named="channels" not in layout)
-    media = read_clip(path, [Bucket(64, 64, 9)], 30000 / 1001)
-    assert media.averaged == averaged
+    facts, media = probe(path), read_clip(path, Part(bucket=Bucket(64, 64, 9), fps=30000 / 1001))
+    assert facts.averaged == averaged
     assert media.waveform is not None
     found = mel.to_stereo(media.waveform)[0]
     torch.testing.assert_close(found[100:200], torch.full((100,), left), atol=1e-4, rtol=0)
-    assert media.source_fps == pytest.approx(30000 / 1001, rel=1e-3)
+    assert facts.fps == pytest.approx(30000 / 1001, rel=1e-3)

@@ -56,3 +56,19 @@ def test_accumulation_cuts_the_same_batch() -> None:
     assert [len(m) for m in micro] == [2] * 6
     assert Counter(a.key for m in micro[:3] for a in m) == Counter(a.key for a in order.batch(0))
     assert len(MicroBatches(order, micro_batch=2, first_step=0, last_step=2)) == 6
+
+
+def test_weights_are_uses_an_epoch() -> None:
+    """Whole parts in every epoch and fractions in turn; every epoch has as many batches."""
+    weights = {"a0": 3.0, "a1": 0.5, "a2": 1.25}
+    order = Order({"a": ["a0", "a1", "a2", "a3"]}, 2, 1, weights)
+    assert order.batches_per_epoch == 3
+    epochs = 400
+    used = [a.key for step in range(3 * epochs) for a in order.batch(step)]
+    total = sum(weights.values()) + 1
+    for key, weight in {**weights, "a3": 1.0}.items():
+        assert used.count(key) / epochs == pytest.approx(6 / total * weight, rel=0.1)
+    plain = Order({"a": ["a0", "a1", "a2", "a3"]}, 2, 1)
+    assert [plain.batch(n) for n in range(9)] == [
+        Order({"a": ["a0", "a1", "a2", "a3"]}, 2, 1, {"a0": 1.0}).batch(n) for n in range(9)
+    ]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import extras
-from ltx_train.data.prepare.media import read_clip
+from ltx_train.data.prepare.media import Part, read_pixels
 from ltx_train.diffusion.grid import Bucket
 
 # ffmpeg's numbers of the matrices bt709 and bt601, and of the ranges.
@@ -66,8 +66,8 @@ def test_pixels_are_those_of_decoding_first_and_resizing_then(
     matrix: int, colour_range: int, size: tuple[int, int], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.mp4", [picture(n) for n in range(9)], matrix, colour_range)
-    found = read_clip(path, [Bucket(*size, 9)], 25.0)
-    assert_equal_pixels(found.pixels, reference(path, *size)[:9])
+    found = read_pixels(path, Part(bucket=Bucket(*size, 9), fps=25.0))
+    assert_equal_pixels(found, reference(path, *size)[:9])
 
 
 @pytest.mark.parametrize("grey", [20, 128, 220, 255])
@@ -75,17 +75,18 @@ def test_grey_stays_grey(grey: int, tmp_path: Path) -> None:
     """128 became 126 when swscale converted and resized in one call."""
     path = write(tmp_path / "a.mp4", [np.full((*SOURCE[::-1], 3), grey, np.uint8)] * 9)
     whole = reference(path, *SOURCE)
-    found = read_clip(path, [Bucket(480, 288, 9)], 25.0).pixels
+    found = read_pixels(path, Part(bucket=Bucket(480, 288, 9), fps=25.0))
     assert abs(float(found.float().mean()) - float(whole.mean())) < 0.01
     assert abs(float(whole.mean()) - grey) <= 1
 
 
 def test_control_videos_have_the_same_pixels_and_every_so_many_frames(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", [picture(n) for n in range(17)])
-    found = extras.control(path, Bucket(320, 192, 17), 25.0, 2, 2)
+    part = Part(bucket=Bucket(320, 192, 17), fps=25.0)
+    found = extras.control(path, part, 2, 2)
     assert_equal_pixels(found, reference(path, 160, 96)[[0, *range(1, 17, 2)]])
     with pytest.raises(DataError, match=r"reference_stride=4 needs 32 \* n \+ 1 frames, and the bucket has 17"):
-        extras.control(path, Bucket(320, 192, 17), 25.0, 2, 4)
+        extras.control(path, part, 2, 4)
 
 
 def test_a_mask_of_another_size_keeps_its_edge(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_mask_of_another_size_keeps_its_edge(tmp_path: Path) -> None:
     half = np.zeros((*SOURCE[::-1], 3), np.uint8)
     half[:, : SOURCE[0] // 2] = 255
     path = write(tmp_path / "a.mp4", [half] * 9)
-    found = extras.video_mask(path, Bucket(640, 384, 9), 25.0)
+    found = extras.video_mask(path, Part(bucket=Bucket(640, 384, 9), fps=25.0))
     assert found.shape == (2, 12, 20)
     assert float(found[:, :, :9].min()) == 1
     assert float(found[:, :, 10:].max()) == 0

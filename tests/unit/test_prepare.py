@@ -16,7 +16,7 @@ import webdataset
 from ltx_train.contracts import Condition, ConditionKind, DataError, Mode
 from ltx_train.data import index
 from ltx_train.data.order import Address
-from ltx_train.data.prepare import media, sources
+from ltx_train.data.prepare import media, sound, sources, splits
 from ltx_train.data.prepare.encode import loudest_window, rms_db
 from ltx_train.data.reader import AUDIO, VIDEO, VOICE, Reader, ReadRequest
 from ltx_train.diffusion.grid import Bucket
@@ -77,25 +77,40 @@ def test_an_unquoted_comma_in_a_caption_is_named(tmp_path: Path) -> None:
         sources.read_source(table(tmp_path, "rows.csv", text))
 
 
-def clip(key: str, speaker: str, split: str = "") -> sources.Clip:
-    return sources.Clip(key=key, video=CLIP, caption="", speaker=speaker, split=split)
+def clip(key: str, speaker: str, split: str = "", file: str = "") -> sources.Clip:
+    return sources.Clip(key=key, video=Path(file or f"{key}.mp4"), caption="", speaker=speaker, split=split)
+
+
+def assigned(clips: list[sources.Clip], speakers: float = 0.0, held: float = 0.0) -> dict[str, str]:
+    return splits.assign(clips, speakers=speakers, held=held, seed=1)
 
 
 def test_the_split_is_by_identity_and_stable() -> None:
     clips = [clip(f"{s}{i}", f"s{s}") for s in range(10) for i in range(3)]
-    split = sources.split_by_identity(clips, 0.3, 1)
+    split = assigned(clips, 0.3)
     held = {c.speaker for c in clips if split[c.key] == "heldout"}
     assert len(held) == 3
     assert held.isdisjoint(c.speaker for c in clips if split[c.key] == "train")
-    assert sources.split_by_identity(reversed(clips), 0.3, 1) == split
+    assert assigned(clips[::-1], 0.3) == split
 
 
-def test_one_identity_is_never_held_out_and_explicit_splits_win() -> None:
-    assert set(sources.split_by_identity([clip("a", "s"), clip("b", "s")], 0.5, 1).values()) == {"train"}
-    fixed = sources.split_by_identity([clip("a", "s", "heldout"), clip("b", "s"), clip("c", "t")], 0.0, 1)
-    assert fixed == {"a": "heldout", "b": "heldout", "c": "train"}
+def test_one_identity_is_never_held_out_and_a_rows_split_is_its_own() -> None:
+    assert set(assigned([clip("a", "s"), clip("b", "s")], 0.5).values()) == {"train"}
+    marked = [clip("a", "s", "heldout"), clip("b", "s"), clip("c", "t")]
+    assert assigned(marked) == {"a": "heldout", "b": "train", "c": "train"}
+    parts = [replace(clip(key, "s", split), video=CLIP) for key, split in (("a", "heldout"), ("b", "train"))]
     with pytest.raises(DataError, match="both splits"):
-        sources.split_by_identity([clip("a", "s", "heldout"), clip("b", "s", "train")], 0.0, 1)
+        assigned(parts)
+
+
+@pytest.mark.parametrize(("held", "count"), [(3, 3), (0.25, 3), (100, 11)])
+def test_recordings_of_one_person_are_held_out_whole(held: float, count: int) -> None:
+    """Two parts of every file, which stay together."""
+    clips = [clip(f"{n}{part}", "s", file=f"{n}.mp4") for n in range(12) for part in "ab"]
+    split = assigned(clips, 0.9, held)
+    chosen = {c.key[:-1] for c in clips if split[c.key] == "heldout"}
+    assert len(chosen) == count
+    assert all(split[f"{n}a"] == split[f"{n}b"] for n in range(12))
 
 
 def film(path: Path, times: list[float], sound_start: float | None = None, size: tuple[int, int] = (64, 48)) -> Path:
@@ -124,14 +139,14 @@ def film(path: Path, times: list[float], sound_start: float | None = None, size:
 def test_variable_frame_rates_are_resampled_by_time(tmp_path: Path) -> None:
     times = [0.0, 0.04, 0.08, 0.2, 0.24, 0.28, 0.32, 0.36, 0.40, 0.44]
     path = film(tmp_path / "v.mkv", times)
-    found = media.read_clip(path, [Bucket(64, 32, 9)], 25.0)
-    shown = (found.pixels[:, 0, 0, 0].float() / 4).round().int().tolist()
+    found = media.read_pixels(path, media.Part(bucket=Bucket(64, 32, 9), fps=25.0))
+    shown = (found[:, 0, 0, 0].float() / 4).round().int().tolist()
     assert shown == [0, 1, 2, 2, 2, 3, 4, 5, 6]
 
 
 def test_late_sound_stays_late(tmp_path: Path) -> None:
     path = film(tmp_path / "v.mkv", [i / 25 for i in range(12)], sound_start=0.1)
-    found = media.read_clip(path, [Bucket(64, 32, 9)], 25.0)
+    found = media.read_clip(path, media.Part(bucket=Bucket(64, 32, 9), fps=25.0))
     assert found.waveform is not None
     assert found.waveform.shape == (1, round(9 / 25 * 48000))
     loud = found.waveform[0].abs() > 0.3
@@ -140,7 +155,7 @@ def test_late_sound_stays_late(tmp_path: Path) -> None:
 
 def test_cover_and_centre_crop(tmp_path: Path) -> None:
     path = film(tmp_path / "v.mkv", [i / 25 for i in range(10)], size=(96, 32))
-    assert media.read_clip(path, [Bucket(32, 32, 9)], 25.0).pixels.shape == (9, 32, 32, 3)
+    assert media.read_pixels(path, media.Part(bucket=Bucket(32, 32, 9), fps=25.0)).shape == (9, 32, 32, 3)
 
 
 def test_the_bucket_is_the_nearest_shape_the_clip_is_long_enough_for() -> None:
@@ -155,12 +170,12 @@ def test_the_bucket_is_the_nearest_shape_the_clip_is_long_enough_for() -> None:
 def test_files_that_are_no_clips(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"x\.mp4 cannot be decoded"):
-        media.read_clip(tmp_path / "x.mp4", [Bucket(64, 64, 9)], 25.0)
+        media.read_clip(tmp_path / "x.mp4", media.Part(bucket=Bucket(64, 64, 9), fps=25.0))
     (tmp_path / "cut.mp4").write_bytes(CLIP.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"cut\.mp4"):
-        media.read_clip(tmp_path / "cut.mp4", [Bucket(64, 64, 33)], 25.0)
+        media.read_clip(tmp_path / "cut.mp4", media.Part(bucket=Bucket(64, 64, 33), fps=25.0))
     with pytest.raises(DataError, match=r"x\.mp4: its sound cannot be decoded"):
-        media.read_audio(tmp_path / "x.mp4")
+        sound.read_audio(tmp_path / "x.mp4")
 
 
 def test_loudness() -> None:
@@ -267,36 +282,18 @@ def test_bad_clips_stop_or_are_set_aside(tmp_path: Path, clips: Path, capsys: py
     assert "set aside by prepare: speaker00_0" in capsys.readouterr().out
 
 
-def test_check_decodes_previews_with_sound(
-    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(prepared, root)
-    assert command("check", *settings(root, clips), "check.previews=1") == 0
-    out = capsys.readouterr().out
-    assert "train: 10 clips" in out
-    assert "heldout: 6 clips" in out
-    path = next((root / "previews").glob("*.mp4"))
-    with av.open(str(path)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 33
-    waveform, rate = media.read_audio(path)
-    assert waveform is not None
-    assert rate == 48000
-    assert waveform.shape[1] / rate == pytest.approx(33 / 25, abs=0.1)
-
-
 def test_check_sees_spoiled_samples(
     prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A speaker in both splits, a flipped byte, a truncated shard: each is an error with a name."""
+    """A speaker in both splits is named; a flipped byte and a truncated shard are errors with a name."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
     loaded = index.load(root)
     victim = loaded.split("heldout")[0]
     moved = tuple(replace(r, split="train") if r is victim else r for r in loaded.records)
     index.save(replace(loaded, records=moved), root)
-    assert command("check", *settings(root, clips), "check.previews=0") == 78
-    assert "is in both splits" in capsys.readouterr().out
+    assert command("check", *settings(root, clips), "check.previews=0") == 0
+    assert f"clips of {victim.speaker} are in both splits" in capsys.readouterr().out
     index.save(loaded, root)
     shard = next((root / "shards").glob("train*"))
     whole = bytearray(shard.read_bytes())

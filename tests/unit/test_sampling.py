@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ltx_train.contracts import Condition, ConditionKind, Mode, Role
-from ltx_train.data.prepare.media import read_audio
+from ltx_train.data.prepare.sound import read_audio
 from ltx_train.diffusion import conditions, references, sigma
 from ltx_train.model import load_transformer
 from ltx_train.sampling import sampler

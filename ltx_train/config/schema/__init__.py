@@ -10,7 +10,9 @@ from typing import Any
 
 from ltx_train.config.schema.commands import (
     BenchConfig,
+    CaptionConfig,
     CheckConfig,
+    CutConfig,
     DoctorConfig,
     ExportConfig,
     InspectConfig,
@@ -59,6 +61,8 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cut: CutConfig = field(default_factory=CutConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -7,11 +7,44 @@ from dataclasses import dataclass
 from ltx_train.config.schema.fields import setting
 
 
+@dataclass(kw_only=True)
+class CutConfig:
+    """`cut`."""
+
+    source: str | None = setting(None, "a long recording, or a folder of them")
+    out: str = setting("clips", "the folder for the clips and their table")
+    subtitles: str | None = setting(None, "an .srt file with what is said; null: the one beside each recording")
+    speaker: str | None = setting(None, "who is seen and heard; null: the recording's name")
+    scenes: bool = setting(True, "no clip goes across a cut of the film")
+    speech: bool = setting(True, "clips end in pauses between sentences")
+    shortest_s: float = setting(2.0, "seconds of the shortest clip", least=0.2)
+    longest_s: float | None = setting(None, "seconds of the longest clip; null: the longest of data.buckets", least=0.2)
+
+
+@dataclass(kw_only=True)
+class CaptionConfig:
+    """`caption`."""
+
+    url: str | None = setting(None, "an OpenAI-compatible endpoint up to /v1, as http://127.0.0.1:8000/v1")
+    model: str | None = setting(None, "the endpoint's name of a model that sees (and hears)")
+    key_variable: str = setting("OPENAI_API_KEY", "the environment variable with the key; empty: no key is sent")
+    prompt: str = setting(
+        "Describe this clip in one paragraph: who is seen, how they look, what they do and say, how the voice sounds, "
+        "what else is heard, the place and the camera. No introduction, no guesses.",
+        "what the model is asked",
+    )
+    frames: int = setting(8, "pictures of a clip that are sent", least=1)
+    size: int = setting(512, "pixels of their longer side at most", least=32)
+    sound: bool = setting(False, "send the sound too, for models that hear")
+    max_tokens: int = setting(400, "tokens of an answer at most", least=1)
+    timeout_s: float = setting(120.0, "seconds to wait for an answer", least=1)
+
+
 @dataclass
 class CheckConfig:
     """`check`."""
 
-    previews: int = setting(4, "clips that are decoded to look at and listen to", least=0)
+    previews: int = setting(12, "clips whose pictures and sound are on the page; clips with findings first", least=0)
 
 
 @dataclass(kw_only=True)

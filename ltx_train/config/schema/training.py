@@ -46,9 +46,21 @@ class DataConfig:
     """Clips, and the prepared folder that training reads."""
 
     root: str = setting(MISSING, "the prepared folder: `prepare` writes it, the other commands read it")
-    source: str | None = setting(None, "what `prepare` reads: a folder with CAPTIONS.json, or a table of clips")
+    source: str | None = setting(None, "what `prepare` reads: a folder of clips, or a table of them")
     buckets: list[str] = setting(list[str](), "sizes of training clips, as [512x512x121]: width x height x frames")
-    fps: float = setting(25.0, "frames per second of training clips", least=1)
+    fps: float | int | str = setting(
+        25.0, "frames per second of training clips; source: each clip keeps its own", least=1, choices=("source",)
+    )
+    windows: str = setting(
+        "first", "which part of a longer clip is used; all: one after the other", choices=("first", "loudest", "all")
+    )
+    crop: str = setting(
+        "centre", "what is kept of other shapes; face: around the column face", choices=("centre", "top", "face", "pad")
+    )
+    loudness: float | None = setting(
+        None, "LUFS that sounds are brought to, as -14; null: as they are", most=0, least=-70
+    )
+    trim_silence: bool = setting(False, "clips start at their first sound")
     caption: str | None = setting(None, "one caption for all clips instead of their own")
     trigger: str | None = setting(None, "a word that is put before every caption")
     caption_dropout: float = setting(0.0, "share of draws without the caption", least=0, most=1)
@@ -57,6 +69,9 @@ class DataConfig:
     reference_stride: int = setting(1, "of control videos every how many frames one is kept, behind the first", least=1)
     reference_s: float = setting(3.5, "seconds of the voice window cut from each clip", least=0.2)
     heldout_speakers: float = setting(0.1, "share of identities that are held out of training", least=0, below=1)
+    heldout_clips: float = setting(
+        0.0, "clips held out instead, of the same people: a number, or a share below 1", least=0
+    )
     latent_dtype: str = setting("bfloat16", "dtype of the stored latents", choices=("bfloat16", "float32"))
     samples_per_shard: int = setting(256, "clips in one shard", least=1)
     silence_db: float = setting(-60.0, "clips below this loudness count as silent")

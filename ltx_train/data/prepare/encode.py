@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import extras
-from ltx_train.data.prepare.media import Media, read_audio
+from ltx_train.data.prepare.media import Media, Part
+from ltx_train.data.prepare.sound import loudest, read_audio
 from ltx_train.data.prepare.sources import Clip
 from ltx_train.data.reader import (
     AUDIO,
@@ -29,12 +30,11 @@ from ltx_train.data.reader import (
     VIDEO_MASK,
     VOICE,
 )
-from ltx_train.diffusion.grid import Bucket, audio_latents
+from ltx_train.diffusion.grid import audio_latents
 from ltx_train.model import codecs, loaders, text
 from ltx_train.model.checkpoint import TensorSource
 
 _SILENT_DB = -120.0
-_WINDOW_STEP_S = 0.1
 _WIDEST_STAND_IN = 1024
 
 
@@ -93,14 +93,13 @@ class Encoders:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def clip(self, media: Media, reference: Path | None, reference_s: float, fps: float) -> EncodedClip:
+    def clip(self, media: Media, part: Part, reference: Path | None, reference_s: float) -> EncodedClip:
         """Encodes the video; the audio, cut to 25 latents per second; a voice window, which other clips use as their
         reference; and the file `reference`, if the clip has one."""
-        tensors = {VIDEO: self._encode_pixels(media.pixels)}
+        tensors = {} if media.pixels is None else {VIDEO: self._encode_pixels(media.pixels)}
         loudness = _SILENT_DB
         if media.waveform is not None:
-            seconds = media.pixels.shape[0] / fps
-            tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : audio_latents(seconds)]
+            tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : audio_latents(part.seconds)]
             window = loudest_window(media.waveform, media.rate, reference_s)
             if window is not None:
                 tensors[VOICE] = self.sound(window, media.rate)
@@ -110,19 +109,19 @@ class Encoders:
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
 
     @torch.no_grad()
-    def beside(self, bucket: Bucket, clip: Clip, fps: float, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def beside(self, part: Part, clip: Clip, grid: tuple[int, int]) -> dict[str, Tensor]:
         """A clip's control video latents and masks, as far as it has them, by their tensor names in the shards.
 
         grid: how many times smaller the control video is, and every how many frames one is taken.
         """
         tensors: dict[str, Tensor] = {}
         if "reference_video" in clip.files:
-            pixels = extras.control(clip.files["reference_video"], bucket, fps, *grid)
+            pixels = extras.control(clip.files["reference_video"], part, *grid)
             tensors[CONTROL] = self._encode_pixels(pixels)
         if "mask" in clip.files:
-            tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], bucket, fps).contiguous()
+            tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], part).contiguous()
         if clip.audio_mask:
-            latents = bucket.audio_tokens(fps)
+            latents = part.bucket.audio_tokens(part.fps)
             tensors[AUDIO_MASK] = extras.audio_mask(clip.audio_mask, latents, clip.key)
         return tensors
 
@@ -179,10 +178,5 @@ def rms_db(waveform: Tensor) -> float:
 
 def loudest_window(waveform: Tensor, rate: int, seconds: float) -> Tensor | None:
     """The loudest `seconds` of a waveform (channels, samples), to get speech, not a pause. None if it is shorter."""
-    length, step = round(seconds * rate), max(1, round(_WINDOW_STEP_S * rate))
-    if waveform.shape[1] < length:
-        return None
-    energy = waveform.double().square().mean(0).cumsum(0)
-    starts = range(0, waveform.shape[1] - length + 1, step)
-    best = max(starts, key=lambda s: float(energy[s + length - 1] - (energy[s - 1] if s else 0)))
-    return waveform[:, best : best + length]
+    best = loudest(waveform, rate, seconds)
+    return None if best is None else waveform[:, best : best + round(seconds * rate)]

@@ -7,6 +7,7 @@ covers it completely, because a part of a latent cannot be clean.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.data.prepare.media import read_clip
+from ltx_train.data.prepare.media import Part, read_pixels
 from ltx_train.diffusion import positions
 from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Bucket
 
@@ -22,14 +23,14 @@ _SPAN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 _WHITE = 128
 
 
-def control(path: Path, bucket: Bucket, fps: float, scale: int, stride: int) -> Tensor:
+def control(path: Path, part: Part, scale: int, stride: int) -> Tensor:
     """Pixels (F, H, W, 3) uint8 of a control video, `scale` times smaller than the clip's bucket: its frames 0, 1,
     1 + stride, 1 + 2 * stride, ...
 
     Frame 0 is a latent of its own, and the reference implementation takes the first frame behind it too. DataError when
     the size or the number of frames is not on the latent grid.
     """
-    width, height, frames = bucket.width, bucket.height, bucket.frames
+    width, height, frames = part.bucket.width, part.bucket.height, part.bucket.frames
     if width % (PIXELS_PER_LATENT * scale) or height % (PIXELS_PER_LATENT * scale):
         raise DataError(
             f"{path}: {width}x{height} divided by data.reference_scale={scale} is not a multiple of "
@@ -38,13 +39,14 @@ def control(path: Path, bucket: Bucket, fps: float, scale: int, stride: int) -> 
     if (frames - 1) % (FRAMES_PER_LATENT * stride):
         wanted = f"{FRAMES_PER_LATENT * stride} * n + 1 frames"
         raise DataError(f"{path}: data.reference_stride={stride} needs {wanted}, and the bucket has {frames}")
-    pixels = read_clip(path, [Bucket(width // scale, height // scale, frames)], fps).pixels
+    smaller = Bucket(width // scale, height // scale, frames)
+    pixels = read_pixels(path, replace(part, bucket=smaller))
     return torch.cat([pixels[:1], pixels[1::stride]])
 
 
-def video_mask(path: Path, bucket: Bucket, fps: float) -> Tensor:
+def video_mask(path: Path, part: Part) -> Tensor:
     """Mask (F, H, W) on the latent grid: 1 (kept clean) where the mask video is white over the whole latent, else 0."""
-    white = (read_clip(path, [bucket], fps).pixels.float().mean(dim=-1) >= _WHITE).float()
+    white = (read_pixels(path, part).float().mean(dim=-1) >= _WHITE).float()
     cells = 1 - F.max_pool2d(1 - white[:, None], PIXELS_PER_LATENT)[:, 0]
     # The first latent frame covers one pixel frame, every later one eight.
     later = cells[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).amin(dim=1) if len(cells) > 1 else cells[1:]

@@ -1,0 +1,1 @@
+"""Long recordings to clips: scenes, speech, subtitles, and where to cut."""

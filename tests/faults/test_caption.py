@@ -1,0 +1,161 @@
+"""Captions from a model behind an endpoint: what is sent, what is kept, and an endpoint that fails."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import shutil
+import threading
+import wave
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltx_train.data.footage import captioner
+from ltx_train.data.prepare.media import Part, read_clip
+from ltx_train.data.prepare.sources import read_source
+from ltx_train.diffusion.grid import Bucket
+from tests.conftest import REPOSITORY, command
+
+CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
+
+
+class Model:
+    """An endpoint: `answers` are status codes, or texts of the model, taken one after the other; then it describes."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+        self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
+        model = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                model.requests.append((dict(self.headers), body))
+                answer = model.answers.pop(0) if model.answers else f"clip {len(model.requests)}"
+                code, content = (answer, {"error": "no"}) if isinstance(answer, int) else (200, answer)
+                if isinstance(content, str):
+                    content = {"choices": [{"message": {"content": content}}]}
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Generator[Model]:
+    monkeypatch.setattr(captioner, "_FIRST_PAUSE_S", 0.01)
+    served = Model()
+    thread = threading.Thread(target=served.server.serve_forever)
+    thread.start()
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+    thread.join()
+
+
+def folder_of(path: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copy(CLIP, path / name)
+    return path
+
+
+def caption(source: Path, model: Model, *more: str) -> int:
+    return command("caption", f"data.source={source}", f"caption.url={model.url}", "caption.model=omni", *more)
+
+
+def test_a_bare_folder_gets_a_table_of_captions_marked_unreviewed(
+    tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path, "ä b.mp4", "c.mp4")
+    monkeypatch.setenv("SECRET", "key-1")
+    assert caption(tmp_path, model, "caption.key_variable=SECRET", "caption.frames=3", "caption.sound=true") == 0
+    rows = list(csv.DictReader((tmp_path / "captions.csv").read_text().splitlines()))
+    assert [(r["video"], r["caption"], r["reviewed"]) for r in rows] == [
+        ("c.mp4", "clip 1", "no"), ("ä b.mp4", "clip 2", "no"),
+    ]  # fmt: skip
+    assert [c.reviewed for c in read_source(tmp_path)] == [False, False]
+    headers, body = model.requests[0]
+    assert headers["Authorization"] == "Bearer key-1"
+    parts = body["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["text", *["image_url"] * 3, "input_audio"]
+    picture = tmp_path / "seen.jpg"
+    picture.write_bytes(base64.b64decode(parts[1]["image_url"]["url"].partition(",")[2]))
+    assert read_clip(picture, Part(bucket=Bucket(64, 64, 1), fps=1.0)).pixels is not None
+    with wave.open(io.BytesIO(base64.b64decode(parts[4]["input_audio"]["data"]))) as heard:
+        assert heard.getframerate() == 16000
+        assert heard.getnframes() / 16000 == pytest.approx(1.4, abs=0.15)
+    assert "key-1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.json", "rows.jsonl", "CAPTIONS.json"])
+def test_only_missing_captions_are_asked_for_and_the_rest_of_the_table_stays(
+    tmp_path: Path, model: Model, name: str
+) -> None:
+    folder_of(tmp_path, "a.mp4", "b.mp4")
+    rows = [{"video": "a.mp4", "caption": "mine; é", "speaker": "x"}, {"video": "b.mp4", "caption": "", "speaker": "y"}]
+    mark = "\t" if name.endswith("tsv") else ";"
+    texts = {
+        "json": json.dumps({"captions": rows} if name == "CAPTIONS.json" else rows),
+        "jsonl": "\n".join(json.dumps(row) for row in rows),
+        "csv": f"video{mark}caption{mark}speaker\na.mp4{mark}\"mine; é\"{mark}x\nb.mp4{mark}{mark}y\n",
+    }  # fmt: skip
+    (tmp_path / name).write_text(texts["csv" if name.endswith("tsv") else name.partition(".")[2]], encoding="utf-8")
+    assert caption(tmp_path / name, model) == 0
+    found = {clip.key: clip for clip in read_source(tmp_path / name)}
+    assert (found["a"].caption, found["a"].speaker, found["a"].reviewed) == ("mine; é", "x", True)
+    assert (found["b"].caption, found["b"].speaker, found["b"].reviewed) == ("clip 1", "y", False)
+    assert len(model.requests) == 1
+
+
+def test_answers_outlive_an_endpoint_that_fails(
+    tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One refused at first, one answered, then an outage: the same command asks for the rest alone."""
+    folder_of(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    model.answers = [503, 429, "first", *[500] * 4]
+    assert caption(tmp_path, model) == 78
+    assert "does not answer after 4 tries (500" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "captions.csv").read_text().splitlines()))
+    assert [row["caption"] for row in rows] == ["first", "", ""]
+    assert caption(tmp_path, model) == 0
+    assert len(model.requests) == 7 + 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (401, "refuses the key (401"),
+        (404, "refuses the request (404"),
+        ({"choices": []}, "answers no chat completion"),
+        ("  ", "answers nothing: raise caption.max_tokens"),
+    ],
+)
+def test_refusals_are_told(
+    answer: Any, said: str, tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(tmp_path, "a.mp4")
+    model.answers = [answer]
+    assert caption(tmp_path, model) == 78
+    assert said in capsys.readouterr().err
+    assert len(model.requests) == 1
+
+
+def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of(tmp_path, "a.mp4")
+    words = [f"data.source={tmp_path}", "caption.model=x"]
+    assert command("caption", *words) == 77
+    assert "caption.url is not set: give an OpenAI-compatible endpoint" in capsys.readouterr().err
+    assert command("caption", *words, "caption.url=https://api.example.org/v1", "caption.key_variable=NO_KEY_X") == 77
+    assert "the variable NO_KEY_X is not set" in capsys.readouterr().err
+    assert not (tmp_path / "captions.csv").exists()
