@@ -27,6 +27,7 @@ from ltx_train.data.reader import ReadRequest
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
+from ltx_train.distributed.ranks import Ranks
 from ltx_train.evaluation import heldout
 from ltx_train.evaluation.rows import Grid
 from ltx_train.model.adapter import Lora
@@ -92,12 +93,12 @@ def _modes(config: Config) -> list[Mode]:
     return [mode for _, mode in configuration.training_modes(config)]
 
 
-def encoders(config: Config) -> Encoders:
+def encoders(config: Config, ranks: Ranks | None = None) -> Encoders:
     return Encoders(
         model_source.weights(config),
         text_encoder=config.model.text_encoder,
         text_tokens=config.model.text_tokens,
-        device=resolve.device(config),
+        device=resolve.device(config, ranks),
         dtype=dtype(config),
         latent_dtype=DTYPES[config.data.latent_dtype],
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from ltx_train import config as configuration
 from ltx_train import durable
@@ -16,24 +20,41 @@ from ltx_train.data.findings import of_clips
 from ltx_train.data.index import Index
 from ltx_train.data.prepare import build
 from ltx_train.data.prepare.sources import UNNAMED, read_source
+from ltx_train.distributed.ranks import process_group, ranks_from_environment
 from ltx_train.jobs.folder_lock import FolderLock
+
+_LONGEST_WAIT_S = 7 * 86400.0
 
 
 def run(config: Config) -> int:
     """Encodes new and changed clips, and reuses the unchanged ones."""
     assert config.data.source is not None  # config.require has refused it
-    clips = read_source(config.data.source)
-    recipe = from_config.recipe(config)
-    root = Path(config.data.root)
-    with FolderLock(root):
-        outcome = build.prepare(clips, recipe, from_config.encoders(config), root, _progress)
-        _keep_settings(config, root)
+    source, ranks, root = config.data.source, ranks_from_environment(os.environ), Path(config.data.root)
+    # Control messages alone: the encoders of different ranks exchange nothing. A rank may wait for hours for another.
+    with ExitStack() as stack:
+        stack.enter_context(process_group(ranks, torch.device("cpu"), _LONGEST_WAIT_S))
+        ranks.lead(lambda: _enter(stack, FolderLock(root)))
+        clips = ranks.lead(lambda: read_source(source))
+        recipe, encoders = from_config.recipe(config), from_config.encoders(config, ranks)
+        outcome = build.prepare(clips, recipe, encoders, root, _progress if ranks.leads else _silent, ranks=ranks)
+        ranks.lead(lambda: _keep_settings(config, root))
+    if not ranks.leads:
+        return Exit.DONE
     _print_summary(outcome)
     unread = sum(not clip.reviewed for clip in clips)
     if unread:
         print(f"  {unread} captions are a model's that nobody has reviewed (column reviewed)")
     close(root, f"ltx-train check {root}")
     return Exit.DONE
+
+
+def _enter(stack: ExitStack, lock: FolderLock) -> None:
+    """Returns nothing: a lock cannot be sent to other ranks."""
+    stack.enter_context(lock)
+
+
+def _silent(_number: int, _total: int, _key: str) -> None:
+    """Of ranks whose progress nobody watches."""
 
 
 def _keep_settings(config: Config, root: Path) -> None:

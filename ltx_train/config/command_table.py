@@ -44,7 +44,8 @@ _COMMANDS = (
     ),
     CommandKind(
         name="prepare", summary="clips and captions to latents, text contexts and shards",
-        groups=("data", "model", "mode"), needs=("data.source", "data.root", "data.buckets", "model.path"),
+        groups=("data", "model", "mode", "strategy"), on_every_device=True,
+        needs=("data.source", "data.root", "data.buckets", "model.path"),
     ),
     CommandKind(
         name="check", summary="audit prepared data; a page to look at and listen to",

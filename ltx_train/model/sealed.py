@@ -27,8 +27,8 @@ def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a sealed file."""
-    return save(dict(tensors), seal(tensors, metadata))
+    """The bytes of a sealed file: the same for the same content, so that shards packed of them are the same too."""
+    return _ordered(save(dict(tensors), seal(tensors, metadata)))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,6 +42,16 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DataError("it has no digest of its content")
     verify(tensors, metadata)
     return tensors, metadata
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata by name: safetensors writes them in another order every time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def verify(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -1,29 +1,37 @@
 """The preparation from end to end: encodes new clips and captions, packs shards and writes the index.
 
-`items/` holds encoded samples and `contexts/` holds text contexts, both addressed by content. An interruption at any
-moment loses at most the sample being encoded.
+`items/` holds encoded samples and `contexts/` holds text contexts, both addressed by content. Ranks share out files,
+captions and samples; the first packs. An interruption at any moment loses at most the sample that a rank encodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ltx_train import durable
-from ltx_train.contracts import DataError
+from ltx_train.contracts import DataError, Exit
 from ltx_train.data import index
 from ltx_train.data.index import Index, Record
-from ltx_train.data.prepare import pack, splits, windows
+from ltx_train.data.prepare import items, pack, splits, windows
 from ltx_train.data.prepare.encode import Encoders
-from ltx_train.data.prepare.items import FORMAT, digest, item, verified
+from ltx_train.data.prepare.items import Decoded, Item
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.sources import Clip
 from ltx_train.data.prepare.windows import Window
+from ltx_train.distributed.ranks import ALONE, AgreedError, Ranks
 from ltx_train.model import sealed
 
 Report = Callable[[int, int, str], None]
+T = TypeVar("T")
 _SHOWN = 20
+# Samples that are decoded ahead of the encoders, each in a thread. One of 1280x704x153 takes 0.4 GB.
+_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,70 +44,93 @@ class Outcome:
     index: Index
 
 
-def prepare(clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, report: Report) -> Outcome:
-    """Creates or completes a prepared folder. Writes the index last.
+def prepare(
+    clips: list[Clip], recipe: Recipe, encoders: Encoders, root: Path, report: Report, *, ranks: Ranks = ALONE
+) -> Outcome:
+    """Creates or completes a prepared folder. The first rank writes the index, last of all. Collective.
 
     DataError with every clip that cannot be prepared, unless such clips are set aside. What was encoded is kept.
     """
-    items, contexts = root / "items", root / "contexts"
-    for folder in (items, contexts):
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob("*.tmp-*"):
-            partial.unlink()
+    work, contexts = root / "items", root / "contexts"
+    ranks.lead(lambda: [str(_emptied_of_partials(folder)) for folder in (work, contexts)])
     placed = splits.assign(clips, speakers=recipe.heldout_speakers, held=recipe.heldout_clips, seed=recipe.seed)
-    bad: dict[str, str] = {}
-    todo = _windows(clips, recipe, bad)
-    _refuse(bad, recipe, len(clips))
-    digests = {clip.key: _contexts(clip, recipe, encoders, contexts) for clip in clips}
-    dropped = _context(recipe.dropped_caption, recipe, encoders, contexts)
+    todo, bad = _windows(clips, recipe, ranks)
+    _refuse(bad, recipe, len(clips), ranks)
+    dropped = recipe.dropped_caption
+    texts = sorted({dropped, *(text for clip in clips for text in _captions(clip, recipe))})
+    digests = _contexts(texts, recipe, encoders, contexts, ranks=ranks)
     encoders.release_text()
-    records: list[Record] = []
-    encoded = 0
-    for number, window in enumerate(todo, start=1):
-        report(number, len(todo), window.key)
-        try:
-            record, new = _record(
-                window, placed[window.clip.key], digests[window.clip.key], recipe, encoders, items=items
-            )
-            records.append(record)
-            encoded += new
-        except DataError as error:
-            bad[window.key] = str(error)
-    _refuse(bad, recipe, len(todo))
+    made, failed = _items(todo, recipe, encoders, work, report, ranks=ranks)
+    bad |= failed
+    _refuse(bad, recipe, len(todo), ranks)
+    records = [
+        _record(window, made[window.key], placed[window.clip.key], recipe, digests)
+        for window in todo
+        if window.key in made
+    ]
     if not records:
+        if not ranks.leads:
+            raise AgreedError(Exit.DATA)
         raise DataError(
             f"none of the {len(clips)} clips could be prepared; the first reason: {next(iter(bad.values()))}"
         )
-    shards, packed = pack.write_shards(
-        records, lambda r: (items / f"{r.item}.safetensors").read_bytes(), root / "shards", recipe.samples_per_shard
-    )
-    result = Index(
-        settings=recipe.settings(),
-        encoders=encoders.fingerprints,
-        shards=tuple(shards),
-        records=tuple(packed),
-        quarantined=bad,
-        dropped_context=dropped,
-    )
-    index.save(result, root)
-    pack.prune(root / "shards", shards)
+    result = ranks.lead(lambda: _packed(records, recipe, encoders, root, bad, dropped_context=digests[dropped]))
+    encoded = sum(made[record.key].new for record in records)
     return Outcome(encoded, len(records) - encoded, bad, result)
 
 
-def _windows(clips: list[Clip], recipe: Recipe, bad: dict[str, str]) -> list[Window]:
-    """The samples of all clips, in the clips' order; clips without one go to `bad`."""
-    found: list[Window] = []
-    for clip in clips:
+def _emptied_of_partials(folder: Path) -> Path:
+    """The folder, without what killed processes left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob("*.tmp-*"):
+        partial.unlink()
+    return folder
+
+
+def _packed(
+    records: list[Record], recipe: Recipe, encoders: Encoders, root: Path, bad: Mapping[str, str], *,
+    dropped_context: str,
+) -> Index:  # fmt: skip
+    """Shards and index of the records."""
+    shards, packed = pack.write_shards(
+        records, lambda r: (root / "items" / f"{r.item}.safetensors").read_bytes(), root / "shards",
+        recipe.samples_per_shard,
+    )  # fmt: skip
+    result = Index(
+        settings=recipe.settings(), encoders=encoders.fingerprints, shards=tuple(shards), records=tuple(packed),
+        quarantined=bad, dropped_context=dropped_context,
+    )  # fmt: skip
+    index.save(result, root)
+    pack.prune(root / "shards", shards)
+    return result
+
+
+def _windows(clips: Sequence[Clip], recipe: Recipe, ranks: Ranks) -> tuple[list[Window], dict[str, str]]:
+    """The samples of all clips, in the clips' order, and the clips without one with the reason. Each rank probes its
+    share of the files."""
+    found: dict[str, list[Window]] = {}
+    bad: dict[str, str] = {}
+    for clip in _share(clips, ranks):
         try:
-            found += windows.of_clip(clip, recipe.cutting)
+            found[clip.key] = windows.of_clip(clip, recipe.cutting)
         except DataError as error:
             bad[clip.key] = str(error)
-    return found
+    for others, faults in ranks.gather((found, bad)):
+        found |= others
+        bad |= faults
+    return [window for clip in clips for window in found.get(clip.key, [])], dict(sorted(bad.items()))
 
 
-def _refuse(bad: Mapping[str, str], recipe: Recipe, count: int) -> None:
+def _share(everything: Sequence[T], ranks: Ranks) -> Sequence[T]:
+    """This rank's part: every so many, because neighbours take about as long."""
+    return everything[ranks.rank :: ranks.world]
+
+
+def _refuse(bad: Mapping[str, str], recipe: Recipe, count: int, ranks: Ranks) -> None:
     if not bad or recipe.skip_bad:
         return
+    if not ranks.leads:
+        raise AgreedError(Exit.DATA)  # the first rank knows all faults and names them
     reasons = list(bad.values())
     mend = "(data.on_bad_clip=skip sets such clips aside)"
     if len(reasons) == 1:
@@ -109,35 +140,81 @@ def _refuse(bad: Mapping[str, str], recipe: Recipe, count: int) -> None:
     raise DataError(f"{len(reasons)} of {count} clips cannot be prepared {mend}:\n  {listed}")
 
 
-def _record(
-    window: Window, split: str, contexts: tuple[str, ...], recipe: Recipe, encoders: Encoders, *, items: Path
-) -> tuple[Record, bool]:
-    """A sample's record, and whether it was encoded now."""
-    clip = window.clip
-    key, source_sha, facts, new = item(window, recipe, encoders, items)
-    if recipe.needs_audio and not facts["has_audio"]:
+def _items(
+    todo: Sequence[Window], recipe: Recipe, encoders: Encoders, work: Path, report: Report, *, ranks: Ranks
+) -> tuple[dict[str, Item], dict[str, str]]:
+    """The items of all samples by key, and the samples without one with the reason."""
+    made: dict[str, Item] = {}
+    bad: dict[str, str] = {}
+    own = _share(todo, ranks)
+    for number, (window, reading) in enumerate(_read_ahead(own, recipe, encoders, work), start=1):
+        report(number, len(own), window.key)
+        try:
+            found = reading.result()
+            item = items.write(found, recipe, encoders, work) if isinstance(found, Decoded) else found
+            _check_sound(window.clip, item, recipe)
+            made[window.key] = item
+        except DataError as error:
+            bad[window.key] = str(error)
+    for others, faults in ranks.gather((made, bad)):
+        made |= others
+        bad |= faults
+    return made, dict(sorted(bad.items()))
+
+
+def _read_ahead(
+    own: Sequence[Window], recipe: Recipe, encoders: Encoders, work: Path
+) -> Iterator[tuple[Window, Future[Item | Decoded]]]:
+    """Reads samples in threads, in order, some ahead of the one that is encoded.
+
+    A sample is submitted when an earlier one is taken: at most `_AHEAD` decoded ones wait in memory.
+    """
+    threads = max(1, min(_AHEAD, (os.cpu_count() or 1) // 2))
+    waiting: deque[tuple[Window, Future[Item | Decoded]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        for window in own:
+            waiting.append((window, pool.submit(items.read, window, recipe, encoders.fingerprints, work)))
+            if len(waiting) > threads:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_sound(clip: Clip, item: Item, recipe: Recipe) -> None:
+    if recipe.needs_audio and not item.facts["has_audio"]:
         raise DataError(f"{clip.medium} has no sound, but the mode generates or reads audio")
-    if recipe.needs_audio and facts["rms_db"] < recipe.silence_db:
-        raise DataError(f"{clip.medium} is silent ({facts['rms_db']:.0f} dB, data.silence_db={recipe.silence_db:g})")
-    record = Record(
+    loudness = item.facts["rms_db"]
+    if recipe.needs_audio and loudness < recipe.silence_db:
+        raise DataError(f"{clip.medium} is silent ({loudness:.0f} dB, data.silence_db={recipe.silence_db:g})")
+
+
+def _record(window: Window, item: Item, split: str, recipe: Recipe, digests: Mapping[str, str]) -> Record:
+    clip = window.clip
+    contexts = tuple(digests[text] for text in _captions(clip, recipe))
+    return Record(
         key=window.key, split=split, speaker=clip.speaker, recording=clip.key, weight=clip.weight,
         caption=recipe.final_caption(clip.caption), context=contexts[0], variants=contexts[1:],
-        source=clip.medium.name, source_sha256=source_sha, item=key, **facts,
+        source=clip.medium.name, source_sha256=item.source_sha256, item=item.key, **item.facts,
     )  # fmt: skip
-    return record, new
 
 
-def _contexts(clip: Clip, recipe: Recipe, encoders: Encoders, contexts: Path) -> tuple[str, ...]:
-    """Digests of the text contexts of a clip's captions, without duplicates; a constant caption leaves one."""
-    captions = dict.fromkeys(recipe.final_caption(text) for text in (clip.caption, *clip.captions))
-    return tuple(_context(text, recipe, encoders, contexts) for text in captions)
+def _captions(clip: Clip, recipe: Recipe) -> list[str]:
+    """The captions of a clip as they are encoded, without duplicates; a constant caption leaves one."""
+    return list(dict.fromkeys(recipe.final_caption(text) for text in (clip.caption, *clip.captions)))
 
 
-def _context(caption: str, recipe: Recipe, encoders: Encoders, contexts: Path) -> str:
-    """Returns the digest of a caption's text context. Encodes the context if its file is absent or damaged."""
+def _contexts(
+    texts: Sequence[str], recipe: Recipe, encoders: Encoders, folder: Path, *, ranks: Ranks
+) -> dict[str, str]:
+    """The digest of each caption's text context. Contexts whose files are absent or damaged are encoded."""
     fingerprints = {k: v for k, v in encoders.fingerprints.items() if k.startswith("text")}
-    name = digest(FORMAT, caption, fingerprints, recipe.latent_dtype)
-    path = contexts / f"{name}.safetensors"
-    if verified(path) is None:
-        durable.write(path, sealed.pack(encoders.caption(caption), {}))
-    return name
+    digests = {text: items.digest(items.FORMAT, text, fingerprints, recipe.latent_dtype) for text in texts}
+    for text in _share(texts, ranks):
+        path = folder / f"{digests[text]}.safetensors"
+        if items.verified(path) is None:
+            durable.write(path, sealed.pack(encoders.caption(text), {}))
+    ranks.any(False)  # a barrier: the first rank must not index what another still writes
+    return digests

@@ -1,12 +1,14 @@
 """Encoded samples in the work folder, addressed by what they were made of.
 
-Owns the files in `items/`. An item of the same content is reused; a damaged one is made anew.
+Owns the files in `items/`. An item of the same content is reused; a damaged one is made anew. Reading and measuring
+know no encoder, so that they can run ahead of the encoders in threads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,49 @@ FORMAT = 4
 _HEADROOM_DB = 1.0
 
 
-def item(window: Window, recipe: Recipe, encoders: Encoders, items: Path) -> tuple[str, str, dict[str, Any], bool]:
-    """An item's key, the SHA-256 of its file, the facts about it, and whether it was encoded now."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """key: names the file. source_sha256: of the clip's file. facts: what the record of the item holds of it. new:
+    whether it was encoded now."""
+
+    key: str
+    source_sha256: str
+    facts: dict[str, Any]
+    new: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A sample that has to be encoded. measured: numbers about it as it came."""
+
+    window: Window
+    key: str
+    source_sha256: str
+    media: Media
+    measured: dict[str, float]
+
+
+def read(window: Window, recipe: Recipe, fingerprints: dict[str, str], items: Path) -> Item | Decoded:
+    """The item, when it exists; what is to be encoded, when it does not. DataError when the file cannot be used."""
     source_sha = _file_sha256(window.clip.medium)
-    key = _key(window, source_sha, recipe, encoders)
-    path = items / f"{key}.safetensors"
-    facts = _facts(path)
+    key = _key(window, source_sha, recipe, fingerprints)
+    facts = _facts(items / f"{key}.safetensors")
     if facts is not None:
-        return key, source_sha, facts, False
-    durable.write(path, _encoded(window, recipe, encoders))
+        return Item(key=key, source_sha256=source_sha, facts=facts, new=False)
+    clip, part = window.clip, window.part
+    media = read_sound(clip.medium, part) if clip.video is None else read_clip(clip.video, part)
+    measured = _measured(window, media)
+    media = _normalized(media, measured, recipe.loudness)
+    return Decoded(window=window, key=key, source_sha256=source_sha, media=media, measured=measured)
+
+
+def write(decoded: Decoded, recipe: Recipe, encoders: Encoders, items: Path) -> Item:
+    """Encodes a sample into its file."""
+    path = items / f"{decoded.key}.safetensors"
+    durable.write(path, _encoded(decoded, recipe, encoders))
     facts = _facts(path)
     assert facts is not None, f"{path} is damaged right after it was written"
-    return key, source_sha, facts, True
+    return Item(key=decoded.key, source_sha256=decoded.source_sha256, facts=facts, new=True)
 
 
 def verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -61,12 +94,10 @@ def _facts(path: Path) -> dict[str, Any] | None:
     return None if content is None else json.loads(content[1]["facts"])
 
 
-def _encoded(window: Window, recipe: Recipe, encoders: Encoders) -> bytes:
+def _encoded(decoded: Decoded, recipe: Recipe, encoders: Encoders) -> bytes:
     """The bytes of an item: its tensors, with the facts about them as metadata."""
+    window, media = decoded.window, decoded.media
     clip, part = window.clip, window.part
-    media = read_sound(clip.medium, part) if clip.video is None else read_clip(clip.video, part)
-    measured = _measured(window, media)
-    media = _normalized(media, measured, recipe.loudness)
     encoded = encoders.clip(media, part, clip.files.get("reference_audio"), recipe.reference_s)
     encoded.tensors.update(encoders.beside(part, clip, recipe.control_grid))
     facts = {
@@ -80,7 +111,7 @@ def _encoded(window: Window, recipe: Recipe, encoders: Encoders) -> bytes:
         "voice": VOICE in encoded.tensors,
         "own_reference": REFERENCE in encoded.tensors,
         "rms_db": round(encoded.rms_db, 2),
-        "measured": measured,
+        "measured": decoded.measured,
     }
     return sealed.pack(encoded.tensors, {"facts": json.dumps(facts, sort_keys=True)})
 
@@ -110,11 +141,11 @@ def _normalized(media: Media, measured: dict[str, float], loudness: float | None
     return Media(pixels=media.pixels, waveform=media.waveform * 10 ** (gain / 20), rate=media.rate)
 
 
-def _key(window: Window, source_sha: str, recipe: Recipe, encoders: Encoders) -> str:
+def _key(window: Window, source_sha: str, recipe: Recipe, fingerprints: dict[str, str]) -> str:
     clip, part = window.clip, window.part
     face = None if part.framing.face is None else repr(part.framing.face)
     made_of = [str(part.bucket), part.fps, round(part.start, 6), part.framing.crop.value, face]
-    vaes = {k: v for k, v in encoders.fingerprints.items() if k.endswith("VAE")}
+    vaes = {k: v for k, v in fingerprints.items() if k.endswith("VAE")}
     files = {name: _file_sha256(path) for name, path in sorted(clip.files.items())}
     settings = [recipe.reference_s, recipe.latent_dtype, recipe.loudness, recipe.control_grid]
     return digest(FORMAT, source_sha, files, clip.audio_mask, round(window.given_s, 3), made_of, settings, vaes)
