@@ -6,13 +6,14 @@ import base64
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltx_train.assembly import from_config, model_source, resolve
+from ltx_train.assembly import encoder_builder, from_config, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import DataError
 from ltx_train.data import findings
@@ -20,7 +21,7 @@ from ltx_train.data.findings import Remark
 from ltx_train.data.index import Index, Record
 from ltx_train.data.page import Card, Look
 from ltx_train.data.prepare import windows
-from ltx_train.data.prepare.media import read_clip, read_sound
+from ltx_train.data.prepare.media import Media, read_clip, read_sound
 from ltx_train.data.prepare.sources import read_source
 from ltx_train.data.prepare.windows import Window
 from ltx_train.data.reader import AUDIO, VIDEO, Reader
@@ -39,7 +40,7 @@ def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
     pictures and sound: clips with findings first, the others spread over the folder."""
     shown = {record.key for record in _chosen(index, config.check.previews)}
     listed = {record.key for record in _chosen(index, _MOST_CARDS)}
-    originals = _originals(config) if shown else {}
+    originals = _originals(config, {record.recording for record in index.records if record.key in shown})
     decoder = None
     reader = Reader(root, index, seed=0)
     for record in (record for record in index.records if record.key in listed):
@@ -48,9 +49,7 @@ def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
             yield Card(record=record, remarks=told)
             continue
         if decoder is None:
-            decoder = media.open_decoder(
-                model_source.weights(config), resolve.device(config), from_config.dtype(config)
-            )
+            decoder = encoder_builder.decoder(config, resolve.device(config))
         tensors = reader.tensors(record)
         yield _card(record, told, media.decode(decoder, tensors.get(VIDEO), tensors.get(AUDIO)), originals)
 
@@ -62,23 +61,37 @@ def _chosen(index: Index, count: int) -> list[Record]:
     return told + rest[:: max(1, len(rest) // max(1, left))][:left]
 
 
-def _originals(config: Config) -> dict[str, Window]:
-    """The parts of the files that samples were made of; none when the footage is gone."""
+def _originals(config: Config, recordings: set[str]) -> dict[str, Window]:
+    """The parts of the files that samples of these recordings were made of; without those whose footage is gone."""
+    if config.data.source is None or not recordings:
+        return {}
+    found: dict[str, Window] = {}
     try:
-        clips = [] if config.data.source is None else read_source(config.data.source)
-        cutting = from_config.recipe(config).cutting
-        return {window.key: window for clip in clips for window in windows.of_clip(clip, cutting)}
+        clips = [clip for clip in read_source(config.data.source) if clip.key in recordings]
     except DataError:
         return {}
+    cutting = from_config.recipe(config).cutting
+    for clip in clips:
+        with suppress(DataError):
+            found |= {window.key: window for window in windows.of_clip(clip, cutting)}
+    return found
+
+
+def _read(window: Window) -> Media | None:
+    """The part of the file; None when it cannot be read any more."""
+    try:
+        medium, part = window.clip.medium, window.part
+        return read_sound(medium, part) if window.clip.video is None else read_clip(medium, part)
+    except DataError:
+        return None
 
 
 def _card(
     record: Record, told: list[Remark], decoded: tuple[Tensor | None, Sound | None], originals: Mapping[str, Window]
 ) -> Card:
-    window, original, psnr = originals.get(record.key), None, None
-    if window is not None:
-        clip, part = window.clip, window.part
-        source = read_sound(clip.medium, part) if clip.video is None else read_clip(clip.video, part)
+    original = psnr = None
+    source = _read(originals[record.key]) if record.key in originals else None
+    if source is not None:
         original = _look(source.pixels, None if source.waveform is None else Sound(source.waveform, source.rate))
         if source.pixels is not None and decoded[0] is not None:
             psnr = _psnr(source.pixels, decoded[0])

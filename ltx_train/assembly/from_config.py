@@ -19,7 +19,7 @@ from ltx_train.contracts import Mode, Role
 from ltx_train.data import index
 from ltx_train.data.audit import DataRequirements
 from ltx_train.data.index import HELDOUT, Index
-from ltx_train.data.prepare.encode import Encoders, encoder_fingerprints
+from ltx_train.data.prepare.encode import encoder_fingerprints
 from ltx_train.data.prepare.pictures import Crop
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Windows
@@ -27,7 +27,6 @@ from ltx_train.data.reader import ReadRequest
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
-from ltx_train.distributed.ranks import Ranks
 from ltx_train.evaluation import heldout
 from ltx_train.evaluation.rows import Grid
 from ltx_train.model.adapter import Lora
@@ -91,17 +90,6 @@ def recipe(config: Config) -> Recipe:
 
 def _modes(config: Config) -> list[Mode]:
     return [mode for _, mode in configuration.training_modes(config)]
-
-
-def encoders(config: Config, ranks: Ranks | None = None) -> Encoders:
-    return Encoders(
-        model_source.weights(config),
-        text_encoder=config.model.text_encoder,
-        text_tokens=config.model.text_tokens,
-        device=resolve.device(config, ranks),
-        dtype=dtype(config),
-        latent_dtype=DTYPES[config.data.latent_dtype],
-    )
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltx_train.assembly import from_config, model_source
+from ltx_train.assembly import encoder_builder, from_config
 from ltx_train.assembly.setup import Setup
 from ltx_train.contracts import Batch, Clip, ModalityName
 from ltx_train.data.collate import collate
@@ -74,8 +74,7 @@ class Previews:
 
     def _open_decoder(self) -> media.Decoder:
         if self._decoder is None:
-            source = model_source.weights(self._config)
-            self._decoder = media.open_decoder(source, self._device, from_config.dtype(self._config))
+            self._decoder = encoder_builder.decoder(self._config, self._device)
         return self._decoder
 
 

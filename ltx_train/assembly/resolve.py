@@ -320,6 +320,12 @@ def without_graphs(config: Config) -> Config:
     return replace(config, memory=replace(config.memory, graphs=False))
 
 
+def encoder_choice(config: Config) -> tuple[bool | None, bool | None]:
+    """Whether the text encoder is streamed, and whether the video VAE works in tiles; None: the budget decides."""
+    text, tiles = config.memory.text, config.memory.tiles
+    return None if text == "auto" else text == "layers", None if tiles == "auto" else tiles == "on"
+
+
 def budget_gib(config: Config) -> float | None:
     return config.memory.budget_gib
 

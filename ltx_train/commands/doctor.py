@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ltx_train.assembly import from_config, memory_plan, model_source, resolve
+from ltx_train.assembly import encoder_builder, from_config, memory_plan, model_source, resolve
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
@@ -170,6 +170,20 @@ def _plan(config: Config) -> Iterator[Finding]:
         )
 
 
+def _encoders(config: Config) -> Iterator[Finding]:
+    """Whether `prepare` and the decoders of `sample` and of generated clips fit, and how."""
+    device = resolve.device(config)
+    if not config.data.buckets or (device.type != "cuda" and resolve.budget_gib(config) is None):
+        return
+    memory, room = encoder_builder.here(config, device), memory_plan.here(config)
+    assert room is not None
+    fits = memory.peak_gib <= room.budget_gib
+    how = f"text encoder {'layer by layer' if memory.streams_text else 'whole'}, video VAE "
+    how += "in tiles" if memory.tiles else "whole"
+    text = f"prepare needs about {memory.peak_gib:.1f} of {room.budget_gib:.1f} GiB: {how}"
+    yield Finding("encoders", "pass" if fits else "fail", text, "" if fits else "take smaller or shorter data.buckets")
+
+
 def _disk(config: Config) -> Iterator[Finding]:
     """Whether the disk has space for the kept checkpoints, and how long a save takes on it."""
     root = from_config.run_dir(config)
@@ -263,7 +277,7 @@ def _cluster(_config: Config) -> Iterator[Finding]:
         yield Finding("ports", "pass", f"processes can listen (tried {probe.getsockname()[1]})")
 
 
-_CHECKS = (_libraries, _gpus, _ranks, _memory, _weights, _data, _plan, _disk, _tracker, _cluster)
+_CHECKS = (_libraries, _gpus, _ranks, _memory, _weights, _data, _encoders, _plan, _disk, _tracker, _cluster)
 _MARKS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ltx_train import config as configuration
 from ltx_train import durable
-from ltx_train.assembly import from_config
+from ltx_train.assembly import encoder_builder, from_config
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
@@ -35,7 +35,7 @@ def run(config: Config) -> int:
         stack.enter_context(process_group(ranks, torch.device("cpu"), _LONGEST_WAIT_S))
         ranks.lead(lambda: _enter(stack, FolderLock(root)))
         clips = ranks.lead(lambda: read_source(source))
-        recipe, encoders = from_config.recipe(config), from_config.encoders(config, ranks)
+        recipe, encoders = from_config.recipe(config), encoder_builder.encoders(config, ranks)
         outcome = build.prepare(clips, recipe, encoders, root, _progress if ranks.leads else _silent, ranks=ranks)
         ranks.lead(lambda: _keep_settings(config, root))
     if not ranks.leads:

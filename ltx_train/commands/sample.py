@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_train.assembly import from_config, model_builder, model_source, outputs, resolve
+from ltx_train.assembly import encoder_builder, model_builder, model_source, outputs, resolve
 from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.setup import forward_only
-from ltx_train.config import Config, counted_fps, parse_bucket
+from ltx_train.config import Config, counted_fps, sample_bucket
 from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, Exit, ModalityName, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.sound import read_audio
@@ -38,9 +38,9 @@ class SampleRequest:
 def run(config: Config) -> int:
     """Writes sample.out. The encoders are freed before the transformer is loaded."""
     outputs.check_output(config, "sample.out", config.sample.out)
-    bucket = parse_bucket(config.sample.bucket or config.data.buckets[0])
+    bucket = sample_bucket(config)
     fps = config.sample.fps or counted_fps(config)
-    request = _request(config, from_config.encoders(config), bucket, fps)
+    request = _request(config, encoder_builder.encoders(config), bucket, fps)
     transformer = _transformer(config)
     video, audio = sampler.sample(
         transformer, _start(config, request), sigma.inference_schedule(config.sample.steps), _guidance(config)
@@ -133,7 +133,7 @@ def _transformer(config: Config) -> Transformer:
 
 
 def _write(config: Config, request: SampleRequest, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
-    decoder = media.open_decoder(model_source.weights(config), resolve.device(config), from_config.dtype(config))
+    decoder = encoder_builder.decoder(config, resolve.device(config))
     video_latent, audio_latent = request.batch.video_latent, request.batch.audio_latent
     clip = speech = None
     if video is not None and video_latent is not None:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltx_train.config.buckets import counted_fps, fixed_fps, parse_bucket
+    from ltx_train.config.buckets import counted_fps, fixed_fps, parse_bucket, sample_bucket
     from ltx_train.config.compose import changed, compose_config, dump, from_file, load, parse, to_yaml
     from ltx_train.config.files import config_dir, shipped
     from ltx_train.config.modes import training_modes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "counted_fps": "buckets", "fixed_fps": "buckets", "parse_bucket": "buckets",
+    "sample_bucket": "buckets",
     "changed": "compose", "compose_config": "compose", "dump": "compose", "from_file": "compose", "load": "compose",
     "parse": "compose",
     "to_yaml": "compose", "config_dir": "files", "shipped": "files", "training_modes": "modes",
@@ -34,7 +35,7 @@ _HOMES = {
 __all__ = [
     "Config", "ConfigError", "changed", "compose_config", "config_dir", "continued", "counted_fps", "dump", "fixed_fps",
     "flat", "from_file", "load", "micro_batches", "parse", "parse_bucket", "readers", "refuse_drift", "require",
-    "shipped", "to_yaml", "training_modes", "validate", "validate_engine", "with_targets",
+    "sample_bucket", "shipped", "to_yaml", "training_modes", "validate", "validate_engine", "with_targets",
 ]  # fmt: skip
 
 

@@ -36,3 +36,8 @@ def fixed_fps(config: Config) -> float | None:
 def counted_fps(config: Config) -> float:
     """The rate that plans and lengths are counted with."""
     return fixed_fps(config) or _USUAL_FPS
+
+
+def sample_bucket(config: Config) -> Bucket:
+    """The size of a generated clip."""
+    return parse_bucket(config.sample.bucket or config.data.buckets[0])

@@ -44,7 +44,7 @@ _COMMANDS = (
     ),
     CommandKind(
         name="prepare", summary="clips and captions to latents, text contexts and shards",
-        groups=("data", "model", "mode", "strategy"), on_every_device=True,
+        groups=("data", "model", "mode", "memory", "strategy"), on_every_device=True,
         needs=("data.source", "data.root", "data.buckets", "model.path"),
     ),
     CommandKind(

@@ -73,14 +73,17 @@ def build_transformer(source: TensorSource) -> Transformer:
 
 
 def load_video_vae(
-    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, tiles: bool = False
 ) -> AutoencoderKLLTX2Video:
-    """The video VAE. Its latents are not normalized; `codecs` normalizes them."""
+    """The video VAE. Its latents are not normalized; `codecs` normalizes them. tiles: pictures larger than a tile are
+    encoded and decoded in overlapping tiles, which needs less memory and changes latents a little."""
     from diffusers import AutoencoderKLLTX2Video
 
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Video(**spec.video_vae(source.config))
+    if tiles:
+        model.enable_tiling()
     return _filled(model, source, video_vae_original_name, ("vae.",), device=device, dtype=dtype)
 
 
@@ -108,13 +111,18 @@ def load_text_connectors(
     path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LTX2TextConnectors:
     """The text projections and connectors, which map the text encoder's states to the two contexts."""
-    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-
     source = checkpoint.open_source(path)
-    with torch.device("meta"):
-        model = LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source)))
+    model = build_text_connectors(source)
     prefixes = (_PROJECTION, *_CONNECTOR_PREFIXES)
     return _filled(model, source, _connector_original_name, prefixes, device=device, dtype=dtype)
+
+
+def build_text_connectors(source: TensorSource) -> LTX2TextConnectors:
+    """The text projections and connectors on the meta device, without weights."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
+    with torch.device("meta"):
+        return LTX2TextConnectors(**spec.connectors(source.config, text_hidden_states(source)))
 
 
 def text_hidden_states(source: TensorSource) -> int:

@@ -47,10 +47,17 @@ class StandInEncoder:
 
 
 class GemmaEncoder:
-    """Gemma from a local folder in the transformers layout. Captions are padded on the left to `tokens`."""
+    """Gemma from a local folder in the transformers layout. Captions are padded on the left to `tokens`.
 
-    def __init__(self, path: str | Path, *, device: str, dtype: torch.dtype, tokens: int = 1024) -> None:
+    streamed: the weights stay in host memory, and each comes to the device for its own product. The results are the
+    same, bit for bit; a caption takes as long as the weights need to travel.
+    """
+
+    def __init__(
+        self, path: str | Path, *, device: str, dtype: torch.dtype, tokens: int = 1024, streamed: bool = False
+    ) -> None:
         # transformers takes seconds to import, and only data preparation and sampling need it.
+        from accelerate import cpu_offload
         from transformers import AutoModel, AutoTokenizer
 
         gemma_fingerprint(path)  # raises a clearer error for an unusable folder than transformers
@@ -58,7 +65,8 @@ class GemmaEncoder:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
         model: Any = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
         # Only the language model: the multimodal wrapper's vision tower is not needed.
-        self._model: Any = getattr(model, "language_model", model).to(device).eval()
+        language: Any = getattr(model, "language_model", model).eval()
+        self._model: Any = cpu_offload(language, torch.device(device)) if streamed else language.to(device)
 
     @torch.no_grad()
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:

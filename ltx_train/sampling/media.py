@@ -43,9 +43,10 @@ class Sound:
     rate: int
 
 
-def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype) -> Decoder:
+def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype, *, tiles: bool = False) -> Decoder:
+    """tiles: the video is decoded in overlapping tiles, which needs less memory."""
     return Decoder(
-        loaders.load_video_vae(source, device=device, dtype=dtype),
+        loaders.load_video_vae(source, device=device, dtype=dtype, tiles=tiles),
         loaders.load_audio_vae(source, device=device),
         loaders.load_vocoder(source, device=device),
     )

@@ -59,3 +59,12 @@ def test_a_folder_that_is_no_encoder_is_named(tmp_path: Path, gemma: Path) -> No
     with pytest.raises(DataError, match=r"model\.text_encoder"):
         text.GemmaEncoder(tmp_path, device="cpu", dtype=torch.float32)
     assert text.gemma_fingerprint(gemma) == text.gemma_fingerprint(gemma)
+
+
+def test_streamed_weights_give_the_same_states(gemma: Path) -> None:
+    """Every weight comes to the device for its own product: here the same device, on which they are gone afterwards."""
+    whole = text.GemmaEncoder(gemma, device="cpu", dtype=torch.float32, tokens=128)
+    streamed = text.GemmaEncoder(gemma, device="cpu", dtype=torch.float32, tokens=128, streamed=True)
+    for caption in ("a red car", "car"):
+        assert all(torch.equal(*pair) for pair in zip(whole.encode(caption), streamed.encode(caption), strict=True))
+    assert all(parameter.is_meta for parameter in streamed._model.parameters())

@@ -28,6 +28,13 @@ class MemoryConfig:
     stream_slots: int = setting(3, "streamed blocks that are on the device at a time", least=2)
     offload_inputs: bool | None = setting(None, "block inputs wait in host memory for backward")
     graphs: bool | None = setting(None, "forward and backward as one CUDA graph per shape")
+    text: str = setting(
+        "auto", "the text encoder of `prepare` and `sample`; layers: from host memory, one after the other",
+        choices=("auto", "whole", "layers"),
+    )  # fmt: skip
+    tiles: str = setting(
+        "auto", "the video VAE works in tiles; auto: where the budget asks", choices=("auto", "on", "off")
+    )
     compile: str = setting("auto", "compile blocks; auto: on a GPU", choices=("auto", "on", "off"))
 
 

@@ -50,14 +50,16 @@ class Encoders:
     """The checkpoint's encoders on one device, each loaded on first use.
 
     A preparation without new clips or captions loads none. The text encoder and the VAEs need not share a GPU's
-    memory: `release_text` frees the former. The constructor raises DataError when a real model has no text encoder.
+    memory: `release_text` frees the former. streams_text, tiles: as in `memory.planning.encoding`. The constructor
+    raises DataError when a real model has no text encoder.
     """
 
     def __init__(
         self, source: TensorSource, *, text_encoder: str | None, text_tokens: int, device: torch.device,
-        dtype: torch.dtype, latent_dtype: torch.dtype,
+        dtype: torch.dtype, latent_dtype: torch.dtype, streams_text: bool = False, tiles: bool = False,
     ) -> None:  # fmt: skip
         self._source, self._device, self._dtype = source, device, dtype
+        self._streams_text, self._tiles = streams_text, tiles
         self._text = (text_encoder, text_tokens)
         self._width: int = source.config["transformer"]["caption_channels"]
         self.latent_dtype = latent_dtype
@@ -67,7 +69,7 @@ class Encoders:
 
     @cached_property
     def video_vae(self) -> Any:
-        return loaders.load_video_vae(self._source, device=self._device, dtype=self._dtype)
+        return loaders.load_video_vae(self._source, device=self._device, dtype=self._dtype, tiles=self._tiles)
 
     @cached_property
     def audio_vae(self) -> Any:
@@ -82,7 +84,9 @@ class Encoders:
         """Gemma from its folder, or the stand-in encoder of a model that is too small to have a text encoder."""
         path, tokens = self._text
         if path is not None:
-            return text.GemmaEncoder(path, device=str(self._device), dtype=self._dtype, tokens=tokens)
+            return text.GemmaEncoder(
+                path, device=str(self._device), dtype=self._dtype, tokens=tokens, streamed=self._streams_text
+            )
         return text.StandInEncoder(self._width, loaders.text_hidden_states(self._source), tokens)
 
     def release_text(self) -> None:
