@@ -22,7 +22,7 @@ from ltx_train.assembly import saved_run
 from ltx_train.contracts import UserError
 from ltx_train.data import index
 from ltx_train.data.order import Address
-from ltx_train.data.prepare import build
+from ltx_train.data.prepare import items
 from ltx_train.data.reader import Reader
 from ltx_train.model.lora_file import read_lora
 from ltx_train.training.checkpoints import commit
@@ -66,7 +66,7 @@ def uses(data: Path, run: Path) -> dict[Path, Use]:
     }
     for name, record in list(by_item.items())[:3]:
         item = data / "items" / f"{name}.safetensors"
-        whole[item] = lambda item=item: build._verified(item)
+        whole[item] = lambda item=item: items.verified(item)
         whole[data / "contexts" / f"{record.context}.safetensors"] = sample(record.key)
     for path in (run / "adapters").glob("step-*.safetensors"):
         whole[path] = lambda path=path: read_lora(path)

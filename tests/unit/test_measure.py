@@ -94,9 +94,10 @@ BAD: dict[str, tuple[Callable[..., Pair], str]] = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> index.Index:
-    """Those clips and all bundled ones, prepared."""
+    """Those clips and some bundled ones, prepared."""
     source, root = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("prepared") / "data"
     rows = json.loads((REPOSITORY / "data/sample/CAPTIONS.json").read_text())["captions"]
+    rows = rows[::5]
     for row in rows:
         shutil.copy(REPOSITORY / "data/sample" / row["file"], source)
     pixels, wave, rate = good()
@@ -123,7 +124,7 @@ def test_a_bad_clip_has_its_finding_and_only_it(name: str, measured: index.Index
 @pytest.mark.slow
 def test_the_bundled_clips_have_no_finding(measured: index.Index) -> None:
     bundled = [record for record in measured.records if not record.key.startswith("bad_")]
-    assert len(bundled) == 80
+    assert len(bundled) == 16
     assert {record.key: findings.of_record(record) for record in bundled if findings.of_record(record)} == {}
 
 

@@ -132,6 +132,24 @@ def test_sounds_alone_have_the_longest_bucket_that_they_fill(tmp_path: Path) -> 
         of_clip(clip(path, video=None, files={"audio": path}, end=0.2), CUTTING)
 
 
+def test_a_cover_inside_a_sound_file_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"  # type: ignore[attr-defined]
+        cover.disposition = av.stream.Disposition.attached_pic
+        voice = container.add_stream("aac", rate=RATE, layout="mono")
+        picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 99, np.uint8), "rgb24").reformat(format="yuvj420p")
+        container.mux([*cover.encode(picture), *cover.encode()])  # type: ignore[attr-defined]
+        frame = av.AudioFrame.from_ndarray(np.full((1, 2 * RATE), 0.1, np.float32), "fltp", "mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        container.mux([*voice.encode(frame), *voice.encode()])  # type: ignore[attr-defined]
+    (part,) = of_clip(clip(path, video=None, files={"audio": path}), CUTTING)
+    assert part.part.bucket.frames == 25
+    assert (part.facts.fps, part.facts.width) == (0.0, 0)
+    assert part.facts.seconds == pytest.approx(2.0, abs=0.1)
+
+
 def columns(path: Path, framing: Framing, *, size: tuple[int, int] = (32, 32)) -> list[int]:
     """Grey by column of the first frame."""
     part = Part(bucket=Bucket(*size, 1), fps=25.0, framing=framing)

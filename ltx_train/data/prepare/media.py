@@ -20,13 +20,13 @@ from torch import Tensor
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import sound
 from ltx_train.data.prepare.pictures import Framing, Picture, picture_to_bucket
+from ltx_train.data.prepare.tables import STILLS
 from ltx_train.diffusion.grid import Bucket
 
 # Frames that a declared duration may lack.
 TOLERANCE_FRAMES = 1.5
 # Still pictures count as clips of one frame a second, as in the reference implementation.
 STILL_FPS = 1.0
-_STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +84,14 @@ def probe(path: Path) -> Facts:
 
 
 def _facts(container: Any, path: Path) -> Facts:
-    pictures = next(iter(container.streams.video), None)
+    # A cover inside a sound file is no video.
+    films = (s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic)
+    pictures = next(films, None)
     voice = next(iter(container.streams.audio), None)
     if pictures is None and voice is None:
         raise DataError(f"{path} has neither pictures nor sound")
     stream = pictures or voice
-    still = path.suffix.lower() in _STILLS
+    still = path.suffix.lower() in STILLS
     fps = float(pictures.average_rate or pictures.guessed_rate or 0) if pictures else 0.0
     turned = round(_rotation(container, pictures) / 90) % 2 if pictures else 0
     size = (pictures.width, pictures.height) if pictures else (0, 0)

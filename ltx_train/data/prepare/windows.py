@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from torch import Tensor
+
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import measure
 from ltx_train.data.prepare.media import TOLERANCE_FRAMES, Facts, Part, choose_bucket, probe
@@ -58,11 +60,11 @@ def of_clip(clip: Clip, cutting: Cutting) -> list[Window]:
         raise DataError(f"{clip.video} has no video stream: name it in the column audio")
     span = _span(clip, facts)
     if cutting.trims:
-        span = _trimmed(clip, span)
+        span = _trimmed(clip, facts, span)
     bucket, fps = _bucket(clip, facts, span[1] - span[0], cutting)
     framing = Framing(crop=cutting.crop, face=clip.face)
     length = bucket.frames / fps
-    starts = list(_starts(clip, span, length, TOLERANCE_FRAMES / fps, cutting.windows))
+    starts = list(_starts(clip, facts, span, length, fps=fps, windows=cutting.windows))
     return [
         Window(
             key=clip.key if len(starts) == 1 else f"{clip.key}_{number:03d}", clip=clip, facts=facts,
@@ -81,9 +83,9 @@ def _span(clip: Clip, facts: Facts) -> tuple[float, float]:
     return clip.start, end
 
 
-def _trimmed(clip: Clip, span: tuple[float, float]) -> tuple[float, float]:
+def _trimmed(clip: Clip, facts: Facts, span: tuple[float, float]) -> tuple[float, float]:
     """The span from its first sound on."""
-    waveform, rate = read_audio(clip.files.get("audio", clip.medium), span[0], span[1] - span[0])
+    waveform, rate = _sound(clip, facts, span)
     pause = 0.0 if waveform is None else measure.leading_pause(waveform, rate)
     return (span[0] + pause, span[1]) if pause < span[1] - span[0] else span
 
@@ -106,19 +108,26 @@ def _of_sound(path: Path, buckets: Sequence[Bucket], seconds: float, fps: float)
     return max(fitting, key=lambda bucket: bucket.frames)
 
 
+def _sound(clip: Clip, facts: Facts, span: tuple[float, float]) -> tuple[Tensor | None, int]:
+    """The sound of a span. A clip's own counts from the file's first frame on."""
+    path, origin = (clip.files["audio"], 0.0) if "audio" in clip.files else (clip.medium, facts.start)
+    return read_audio(path, origin + span[0], span[1] - span[0])
+
+
 def _starts(
-    clip: Clip, span: tuple[float, float], length: float, tolerance: float, windows: Windows
+    clip: Clip, facts: Facts, span: tuple[float, float], length: float, *, fps: float, windows: Windows
 ) -> Iterator[float]:
+    """Seconds at which the parts of a clip start."""
     if windows is Windows.all:
-        count = max(1, int((span[1] - span[0] + tolerance) / length))
+        count = max(1, int((span[1] - span[0] + TOLERANCE_FRAMES / fps) / length))
         yield from (span[0] + number * length for number in range(count))
     elif windows is Windows.loudest and span[1] - span[0] > length:
-        yield span[0] + _loudest_start(clip, span, length)
+        yield span[0] + _loudest_start(clip, facts, span, length)
     else:
         yield span[0]
 
 
-def _loudest_start(clip: Clip, span: tuple[float, float], length: float) -> float:
-    waveform, rate = read_audio(clip.files.get("audio", clip.medium), span[0], span[1] - span[0])
+def _loudest_start(clip: Clip, facts: Facts, span: tuple[float, float], length: float) -> float:
+    waveform, rate = _sound(clip, facts, span)
     start = None if waveform is None else loudest(waveform, rate, length)
     return 0.0 if start is None else start / rate
