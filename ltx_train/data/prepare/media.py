@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from torch import Tensor
 
 from ltx_train.contracts import DataError
@@ -85,7 +86,7 @@ def probe(path: Path) -> Facts:
 
 def _facts(container: Any, path: Path) -> Facts:
     # A cover inside a sound file is no video.
-    films = (s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic)
+    films = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
     pictures = next(films, None)
     voice = next(iter(container.streams.audio), None)
     if pictures is None and voice is None:
