@@ -32,12 +32,13 @@ from ltx_train.sampling.media import Sound
 _WIDEST = 320
 # Below it a VAE does not know what it encodes.
 _POOR_DB = 20.0
+# Browsers become slow beyond it.
 _MOST_CARDS = 2000
 
 
 def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
-    """One card for each clip, at most so many as a browser bears, in the index's order. `check.previews` of them show
-    pictures and sound: clips with findings first, the others spread over the folder."""
+    """One card for each clip in the index's order, at most 2000. `check.previews` cards have pictures and sound: clips
+    with findings first, then others at equal distances in the index."""
     shown = {record.key for record in _chosen(index, config.check.previews)}
     listed = {record.key for record in _chosen(index, _MOST_CARDS)}
     originals = _originals(config, {record.recording for record in index.records if record.key in shown})

@@ -64,8 +64,8 @@ def _caption(config: Config, endpoint: Endpoint, medium: Path, row: dict[str, An
     c, facts = config.caption, probe(medium)
     pictures = [jpeg(picture) for picture in _pictures(medium, c.frames, c.size)] if facts.fps else []
     sound = _wav(medium) if c.sound and facts.has_sound else None
-    said = str(row.get("transcript") or "").strip()
-    prompt = f"{c.prompt}\nWhat is said: {said}" if said else c.prompt
+    transcript = str(row.get("transcript") or "").strip()
+    prompt = f"{c.prompt}\nTranscript: {transcript}" if transcript else c.prompt
     return captioner.ask(endpoint, prompt, pictures, sound)
 
 

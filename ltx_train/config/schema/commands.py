@@ -13,10 +13,10 @@ class CutConfig:
 
     source: str | None = setting(None, "a long recording, or a folder of them")
     out: str = setting("clips", "the folder for the clips and their table")
-    subtitles: str | None = setting(None, "an .srt file with what is said; null: the one beside each recording")
-    speaker: str | None = setting(None, "who is seen and heard; null: the recording's name")
-    scenes: bool = setting(True, "no clip goes across a cut of the film")
-    speech: bool = setting(True, "clips end in pauses between sentences")
+    subtitles: str | None = setting(None, "a SubRip file; null: the .srt file with the recording's name")
+    speaker: str | None = setting(None, "speaker of all clips; null: the recording's name")
+    scenes: bool = setting(True, "scene cuts end clips")
+    speech: bool = setting(True, "pauses between sentences end clips")
     shortest_s: float = setting(2.0, "seconds of the shortest clip", least=0.2)
     longest_s: float | None = setting(None, "seconds of the longest clip; null: the longest of data.buckets", least=0.2)
 
@@ -26,17 +26,17 @@ class CaptionConfig:
     """`caption`."""
 
     url: str | None = setting(None, "an OpenAI-compatible endpoint up to /v1, as http://127.0.0.1:8000/v1")
-    model: str | None = setting(None, "the endpoint's name of a model that sees (and hears)")
+    model: str | None = setting(None, "name of a vision or omni model at the endpoint")
     key_variable: str = setting("OPENAI_API_KEY", "the environment variable with the key; empty: no key is sent")
     prompt: str = setting(
-        "Describe this clip in one paragraph: who is seen, how they look, what they do and say, how the voice sounds, "
-        "what else is heard, the place and the camera. No introduction, no guesses.",
-        "what the model is asked",
+        "Describe this clip in one paragraph: people, appearance, actions, speech, voice, other sounds, place, camera. "
+        "Write no introduction and no guesses.",
+        "instruction for the model",
     )
-    frames: int = setting(8, "pictures of a clip that are sent", least=1)
-    size: int = setting(512, "pixels of their longer side at most", least=32)
-    sound: bool = setting(False, "send the sound too, for models that hear")
-    max_tokens: int = setting(400, "tokens of an answer at most", least=1)
+    frames: int = setting(8, "frames of each clip in the request", least=1)
+    size: int = setting(512, "maximum pixels of a frame's longer side", least=32)
+    sound: bool = setting(False, "the request contains the sound, for omni models")
+    max_tokens: int = setting(400, "maximum tokens of an answer", least=1)
     timeout_s: float = setting(120.0, "seconds to wait for an answer", least=1)
 
 

@@ -1,4 +1,4 @@
-"""SubRip subtitles: what is said when."""
+"""SubRip subtitles: texts with their times."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _windows(clips: Sequence[Clip], recipe: Recipe, ranks: Ranks) -> tuple[list[
 
 
 def _share(everything: Sequence[T], ranks: Ranks) -> Sequence[T]:
-    """This rank's part: every so many, because neighbours take about as long."""
+    """This rank's part: entries rank, rank + world, rank + 2 * world, ... Neighbouring clips have similar costs."""
     return everything[ranks.rank :: ranks.world]
 
 
