@@ -10,6 +10,7 @@ from ltx_train.assembly import from_config, model_source, resolve
 from ltx_train.config import Config, sample_bucket
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.diffusion.grid import Bucket
+from ltx_train.distributed import allocator
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.memory.planning import encoding
 from ltx_train.memory.planning.cards import GIB
@@ -47,8 +48,7 @@ def cap(config: Config, device: torch.device) -> None:
     """Makes a process that reserves more than memory.budget_gib fail here, and not on a smaller card."""
     budget = resolve.budget_gib(config)
     if device.type == "cuda" and budget is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget * GIB / total), device)
+        allocator.cap(device.index or 0, budget)
 
 
 def here(config: Config, device: torch.device) -> EncoderMemory:

@@ -14,7 +14,7 @@ from ltx_train.assembly.setup import Setup
 from ltx_train.contracts import ConfigError, StepResult, UserError
 from ltx_train.diffusion import objective
 from ltx_train.diffusion.objective import MicroBatch
-from ltx_train.distributed import mapped_memory
+from ltx_train.distributed import allocator, mapped_memory
 from ltx_train.distributed.exchange import Exchange
 from ltx_train.distributed.sequence import SequenceGroup
 from ltx_train.memory.activations.input_offload import InputOffload
@@ -22,7 +22,6 @@ from ltx_train.memory.blocks.cuda_graphs import CudaRecorder, StepGraphs
 from ltx_train.memory.blocks.hooked import HookedRunner
 from ltx_train.memory.blocks.keep import arrange
 from ltx_train.memory.blocks.runner import BlockRunner
-from ltx_train.memory.planning.cards import GIB
 from ltx_train.memory.weights.flat_blocks import FlatBlocks
 from ltx_train.memory.weights.quantize import block_quantizer
 from ltx_train.memory.weights.stores import HostStore, PeerStore
@@ -221,5 +220,4 @@ def _limit(setup: Setup) -> None:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{name} has no float8 arithmetic, which memory needs ({float8}): set memory=int8")
     if setup.budget_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, setup.budget_gib * GIB / total), device)
+        allocator.cap(device.index or 0, setup.budget_gib)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
+from ltx_train.config.schema.commands import CaptionConfig
 from ltx_train.contracts import ConfigError, DataError, Exit
 from ltx_train.data.footage import captioner
 from ltx_train.data.footage.captioner import Endpoint
-from ltx_train.data.prepare import tables
-from ltx_train.data.prepare.media import Part, probe, read_pixels
+from ltx_train.data.prepare import sources, tables
+from ltx_train.data.prepare.media import Facts, Part, probe, read_pixels
 from ltx_train.data.prepare.pictures import Crop, Framing
 from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.prepare.sources import UNREVIEWED
@@ -35,17 +36,22 @@ def run(config: Config) -> int:
     assert config.data.source is not None  # config.require has refused it
     endpoint = _endpoint(config)
     table = tables.open_for_captions(config.data.source)
-    missing = [row for row in table.rows if not str(row.get("caption") or "").strip()]
+    missing = [row for row in table.rows if not _has_caption(row)]
     with FolderLock(table.folder):
         for number, row in enumerate(missing, start=1):
-            medium = table.folder / str(row.get("video") or row.get("file") or row.get("audio") or "")
+            medium = table.folder / (sources.cell(row, "video") or sources.cell(row, "audio"))
             print(f"caption {number}/{len(missing)} {medium.name}", file=sys.stderr, flush=True)
-            row["caption"] = _caption(config, endpoint, medium, row)
+            row[sources.column_name(row, "caption")] = _caption(config, endpoint, medium, row)
             row["reviewed"] = UNREVIEWED
             tables.save(table)
     print(f"{len(missing)} captions written, {len(table.rows) - len(missing)} kept; read them before you train on them")
     close(table.path, f"ltx-train prepare experiment=... data.source={table.path} data.root=prepared")
     return Exit.DONE
+
+
+def _has_caption(row: dict[str, Any]) -> bool:
+    """In any of the columns and forms that `prepare` reads; in JSON a caption may be a list."""
+    return bool(sources.captions(row))
 
 
 def _endpoint(config: Config) -> Endpoint:
@@ -62,28 +68,31 @@ def _caption(config: Config, endpoint: Endpoint, medium: Path, row: dict[str, An
     if not medium.is_file():
         raise DataError(f"{medium} does not exist")
     c, facts = config.caption, probe(medium)
-    pictures = [jpeg(picture) for picture in _pictures(medium, c.frames, c.size)] if facts.fps else []
-    sound = _wav(medium) if c.sound and facts.has_sound else None
-    transcript = str(row.get("transcript") or "").strip()
+    start, end = sources.span(row)
+    seconds = min(end or facts.seconds, facts.seconds) - start
+    if seconds <= 0:
+        raise DataError(f"{medium} lasts {facts.seconds:.2f} s, and its row starts at {start:g} s")
+    pictures = [jpeg(picture) for picture in _pictures(medium, facts, start, seconds, config=c)] if facts.fps else []
+    sound = _wav(medium, facts.start + start, seconds) if c.sound and facts.has_sound else None
+    transcript = sources.cell(row, "transcript")
     prompt = f"{c.prompt}\nTranscript: {transcript}" if transcript else c.prompt
     return captioner.ask(endpoint, prompt, pictures, sound)
 
 
-def _pictures(medium: Path, count: int, longest: int) -> list[Tensor]:
-    """Frames spread over the clip, no side longer than `longest`."""
-    facts = probe(medium)
-    scale = min(1.0, longest / max(facts.width, facts.height))
+def _pictures(medium: Path, facts: Facts, start: float, seconds: float, *, config: CaptionConfig) -> list[Tensor]:
+    """Frames at equal distances within a part of the file."""
+    scale = min(1.0, config.size / max(facts.width, facts.height))
     size = [max(2, round(side * scale / 2) * 2) for side in (facts.width, facts.height)]
-    frames = max(1, min(count, round(facts.seconds * facts.fps)))
+    frames = max(1, min(config.frames, round(seconds * facts.fps)))
     part = Part(
-        bucket=Bucket(size[0], size[1], frames), fps=frames / max(facts.seconds, 1e-3), framing=Framing(crop=Crop.pad)
+        bucket=Bucket(size[0], size[1], frames), fps=frames / seconds, start=start, framing=Framing(crop=Crop.pad)
     )
     return list(read_pixels(medium, part))
 
 
-def _wav(medium: Path) -> bytes | None:
-    """The sound as a WAV file: mono, 16 kHz, 16 bit."""
-    waveform, rate = read_audio(medium)
+def _wav(medium: Path, start: float, seconds: float) -> bytes | None:
+    """A part of the sound as a WAV file: mono, 16 kHz, 16 bit."""
+    waveform, rate = read_audio(medium, start, seconds)
     if waveform is None:
         return None
     mono = mel.resample(mel.to_stereo(waveform).mean(dim=0, keepdim=True), rate)[0]

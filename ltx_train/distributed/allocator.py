@@ -1,6 +1,6 @@
-"""torch's GPU allocator setting: expandable segments, so that buckets of many shapes leave no holes between them.
+"""torch's GPU allocator: its limit, and expandable segments, which leave no holes between buckets of many shapes.
 
-Owns that setting. Other processes cannot map expandable segments everywhere; memory for them is allocated apart.
+Owns these settings. Other processes cannot map expandable segments everywhere; memory for them is allocated apart.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ def mappable() -> Generator[None]:
         yield
     finally:
         change(settings)
+
+
+def cap(device_index: int, gib: float) -> None:
+    """Makes this process fail when it reserves more of a GPU, as it would on a smaller one."""
+    import torch
+
+    total = torch.cuda.get_device_properties(device_index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device_index)
 
 
 def _settings(environment: MutableMapping[str, str]) -> str:

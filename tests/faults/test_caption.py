@@ -118,6 +118,19 @@ def test_only_missing_captions_are_asked_for_and_the_rest_of_the_table_stays(
     assert len(model.requests) == 1
 
 
+def test_other_trainers_columns_and_parts_of_files(tmp_path: Path, model: Model) -> None:
+    """A caption under another name is kept, the missing one is written into that column, of the row's part alone."""
+    folder_of(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "rows.csv").write_text("media_path,text,start,end\na.mp4,mine,,\nb.mp4,,0.4,0.9\n")
+    assert caption(tmp_path / "rows.csv", model, "caption.sound=true", "caption.frames=2") == 0
+    found = {clip.key: clip.caption for clip in read_source(tmp_path / "rows.csv")}
+    assert found == {"a": "mine", "b_0_4s": "clip 1"}
+    (request,) = model.requests
+    sound = request[1]["messages"][0]["content"][-1]["input_audio"]["data"]
+    with wave.open(io.BytesIO(base64.b64decode(sound))) as heard:
+        assert heard.getnframes() / 16000 == pytest.approx(0.5, abs=0.01)
+
+
 def test_answers_outlive_an_endpoint_that_fails(
     tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:

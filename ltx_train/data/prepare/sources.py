@@ -114,10 +114,10 @@ def _clip(row: Any, table: Table, base: Path) -> Clip:
         raise DataError(f"an object with the columns video and caption is expected, not {row!r}")
     if None in row:
         raise DataError("more cells than columns: put quotes around a caption that contains a comma")
-    captions = _captions(row)
+    texts = captions(row)
     values = {_column(name): str(value).strip() for name, value in row.items() if value not in (None, "")}
     medium = values.get("video") or values.get("audio")
-    if medium is None or not captions:
+    if medium is None or not texts:
         raise DataError(f"needs the columns video (or audio) and caption, but has {', '.join(sorted(row))}")
     if values.get("split", "") not in _SPLITS:
         raise DataError(f"split is {values['split']!r}, but must be train or heldout")
@@ -130,10 +130,10 @@ def _clip(row: Any, table: Table, base: Path) -> Clip:
     return Clip(
         key=sample_key(_relative(medium, table, base)) + ("" if start is None else f"_{start:g}s".replace(".", "_")),
         video=table.folder / values["video"] if "video" in values else None,
-        caption=captions[0],
+        caption=texts[0],
         speaker=values.get("speaker", UNNAMED),
         split=values.get("split", ""),
-        captions=tuple(captions[1:]),
+        captions=tuple(texts[1:]),
         files={name: table.folder / values[name] for name in _FILES if name in values},
         audio_mask=values.get("audio_mask", ""),
         start=start or 0.0,
@@ -144,12 +144,28 @@ def _clip(row: Any, table: Table, base: Path) -> Clip:
     )
 
 
-def _captions(row: Mapping[str, Any]) -> list[str]:
+def captions(row: Mapping[str, Any]) -> list[str]:
     """The captions of a row: a list (JSON), or the columns caption, caption_2, caption_3 ..."""
     first = next((row[name] for name in row if _column(name) == "caption"), None)
-    captions = list(first) if isinstance(first, list) else [first]
-    captions += [row[name] for name in sorted(row) if _CAPTION_COLUMN.fullmatch(name)]
-    return [str(text).strip() for text in captions if text not in (None, "")]
+    texts = list(first) if isinstance(first, list) else [first]
+    texts += [row[name] for name in sorted(row) if _CAPTION_COLUMN.fullmatch(name)]
+    return [str(text).strip() for text in texts if text not in (None, "")]
+
+
+def cell(row: Mapping[str, Any], column: str) -> str:
+    """A cell by its column's name or one of the column's other names; empty without one."""
+    return next((str(row[name] or "").strip() for name in row if name and _column(name) == column), "")
+
+
+def column_name(row: Mapping[str, Any], column: str) -> str:
+    """How the row's table names a column."""
+    return next((name for name in row if name and _column(name) == column), column)
+
+
+def span(row: Mapping[str, Any]) -> tuple[float, float | None]:
+    """The start and the end of a row's clip in its file, in seconds."""
+    values = {name: text for name in ("start", "end") if (text := cell(row, name))}
+    return _seconds(values, "start") or 0.0, _seconds(values, "end")
 
 
 def _column(name: str) -> str:
