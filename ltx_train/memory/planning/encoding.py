@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Peak of the video VAE on an H200 at 1280x704x153: 18.1 GiB whole, 7.9 GiB in tiles of 512x512. A line through both.
+# Peak of the video VAE on an H200 at 1280x704x153: 18.1 GiB whole, 7.9 GiB in tiles. A line through both, on the
+# assumption that the tiles were diffusers' default of 512x512. No other size was measured.
 _VAE_GIB, _VAE_GIB_PER_PIXEL = 3.7, 1.043e-7
 _TILE = 512
-# What is on the device of a text encoder that is streamed: a layer's largest weight, and activations.
+# What is on the device of a text encoder that is streamed: a layer's largest weight, and activations. Estimated.
 _LAYER_GIB = 0.6
 
 
