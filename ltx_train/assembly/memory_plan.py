@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ltx_train.assembly import from_config, mends, model_source, resolve
+from ltx_train.assembly import encoder_plan, from_config, mends, model_source, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep
@@ -113,10 +113,11 @@ def here(config: Config, machines: int = 1) -> Room | None:
 
 
 def need(config: Config, machines: int = 1) -> StepNeed:
-    """Sizes from the meta device; the largest bucket's tokens."""
+    """Sizes from the meta device; the largest bucket's tokens; the decoders of generated clips."""
     skeleton = model_source.skeleton(config)
     trained = trained_weights(config, skeleton, machines)
-    return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained)
+    between = encoder_plan.between_steps_gib(config) * GIB
+    return StepNeed(size=sizes(skeleton), work=resolve.workload(config), trained=trained, between=between)
 
 
 def traffic(config: Config, machines: int) -> Traffic:

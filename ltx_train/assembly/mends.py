@@ -104,6 +104,8 @@ def _changes_of_training(config: Config) -> Iterator[Change]:
     if sharing.saves_slices and sharing.offload is None:
         yield Change({"strategy.offload": "cpu"})
     yield from _smaller_optimizers(config)
+    if config.eval.samples:
+        yield Change({"eval.samples": 0})
     if config.optim.batch_size > 1:
         yield Change({"optim.batch_size": 1}, 1.1)
     if not sharing.full and config.adapter.rank >= 16:

@@ -32,26 +32,37 @@ class Previews:
         records = heldout.heldout_records(index, settings)[: config.eval.samples]
         reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
         self._samples = [(record, collate([reader.sample(Address(record.key, 0))])) for record in records]
-        self._decoder: media.Decoder | None = None
 
     def generate(self, transformer: Transformer, folder: Path) -> list[Clip]:
-        """Generates one mp4 in `folder` per held-out clip. Returns the clips of all ranks, in their order."""
+        """Generates one mp4 in `folder` per held-out clip. Returns the clips of all ranks, in their order.
+
+        The decoders come after the last pass of the transformer, and go before the training goes on: a budget that the
+        run fills holds them only where the plan has left room (`encoder_plan.between_steps_gib`).
+        """
+        made: list[tuple[Record, Pair]] = []
         with heldout.undisturbed(transformer):
             for (record, batch), counts in self._share.turns(self._samples):
-                parts = self._generated(transformer, batch)
+                latents = self._generated(transformer, batch)
                 if counts and self._writes:
-                    media.write_mp4(_path(folder, record), *media.decode(self._open_decoder(), *parts), record.fps)
+                    made.append((record, latents))
+        if made:
+            decoder = encoder_builder.decoder(self._config, self._device)
+            for record, latents in made:
+                media.write_mp4(_path(folder, record), *media.decode(decoder, *latents), record.fps)
         return [Clip(f"{record.speaker}: {record.caption}", _path(folder, record)) for record, _ in self._samples]
 
     def references(self, folder: Path) -> list[Clip]:
         """Decodes the references of the clips to mp4 files in `folder`."""
+        if not self._samples or not self._config.mode.references:
+            return []
         clips: list[Clip] = []
+        decoder = encoder_builder.decoder(self._config, self._device)
         for record, batch in self._samples:
             for condition in self._config.mode.references:
                 latent = batch.references[condition.name][0]
                 parts = (latent, None) if condition.stream is ModalityName.video else (None, latent)
                 path = folder / f"{record.key}-{condition.name.replace('/', '-')}.mp4"
-                media.write_mp4(path, *media.decode(self._open_decoder(), *parts), record.fps)
+                media.write_mp4(path, *media.decode(decoder, *parts), record.fps)
                 clips.append(Clip(f"{record.speaker}: {condition.name}", path))
         return clips
 
@@ -71,11 +82,6 @@ class Previews:
         if audio is not None and batch.audio_latent is not None:
             sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
         return clip, sound
-
-    def _open_decoder(self) -> media.Decoder:
-        if self._decoder is None:
-            self._decoder = encoder_builder.decoder(self._config, self._device)
-        return self._decoder
 
 
 def _path(folder: Path, record: Record) -> Path:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ltx_train.assembly import encoder_builder, from_config, memory_plan, model_source, resolve
+from ltx_train.assembly import encoder_plan, from_config, memory_plan, model_source, resolve
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
@@ -175,12 +175,11 @@ def _encoders(config: Config) -> Iterator[Finding]:
     device = resolve.device(config)
     if not config.data.buckets or (device.type != "cuda" and resolve.budget_gib(config) is None):
         return
-    memory, room = encoder_builder.here(config, device), memory_plan.here(config)
+    memory, room = encoder_plan.here(config, device), memory_plan.here(config)
     assert room is not None
-    fits = memory.peak_gib <= room.budget_gib
-    how = f"text encoder {'layer by layer' if memory.streams_text else 'whole'}, video VAE "
-    how += "in tiles" if memory.tiles else "whole"
-    text = f"prepare needs about {memory.peak_gib:.1f} of {room.budget_gib:.1f} GiB: {how}"
+    fits = max(memory.prepare_gib, memory.decode_gib) <= room.budget_gib
+    text = encoder_plan.description(memory, has_text=config.model.text_encoder is not None)
+    text += f" of {room.budget_gib:.1f} GiB"
     yield Finding("encoders", "pass" if fits else "fail", text, "" if fits else "take smaller or shorter data.buckets")
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_train import config as configuration
-from ltx_train.assembly import memory_plan, resolve, summary
+from ltx_train.assembly import encoder_plan, memory_plan, resolve, summary
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.memory_plan import Room
 from ltx_train.config import Config
@@ -32,6 +32,8 @@ def run(config: Config) -> int:
     if plan is None:
         raise UserError(memory_plan.refusal(config, room))
     _detail(room, plan)
+    memory = encoder_plan.within(config, room.budget_gib)
+    print(encoder_plan.description(memory, has_text=config.model.text_encoder is not None))
     if resolve.spans_machines(config):
         _network(config, plan)
     print(overrides(plan.choice))

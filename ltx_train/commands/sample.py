@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     outputs.check_output(config, "sample.out", config.sample.out)
     bucket = sample_bucket(config)
     fps = config.sample.fps or counted_fps(config)
-    request = _request(config, encoder_builder.encoders(config), bucket, fps)
+    request = _request(config, encoder_builder.encoders(config, bucket=bucket), bucket, fps)
     transformer = _transformer(config)
     video, audio = sampler.sample(
         transformer, _start(config, request), sigma.inference_schedule(config.sample.steps), _guidance(config)
@@ -133,7 +133,7 @@ def _transformer(config: Config) -> Transformer:
 
 
 def _write(config: Config, request: SampleRequest, video: Tensor | None, audio: Tensor | None, fps: float) -> None:
-    decoder = encoder_builder.decoder(config, resolve.device(config))
+    decoder = encoder_builder.decoder(config, resolve.device(config), sample_bucket(config))
     video_latent, audio_latent = request.batch.video_latent, request.batch.audio_latent
     clip = speech = None
     if video is not None and video_latent is not None:

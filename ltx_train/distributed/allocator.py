@@ -49,5 +49,19 @@ def cap(device_index: int, gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device_index)
 
 
+def room_gib(device_index: int, budget_gib: float | None) -> float:
+    """What this process may still allocate: of the budget, or of what is free on the device without one.
+
+    Memory that torch holds without using it is given back first, so that pools of CUDA graphs count as used.
+    """
+    import torch
+
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device_index)
+    if budget_gib is None:
+        return free / 2**30
+    return min(free / 2**30, budget_gib - torch.cuda.memory_reserved(device_index) / 2**30)
+
+
 def _settings(environment: MutableMapping[str, str]) -> str:
     return next((environment[name] for name in _VARIABLES if environment.get(name)), "")

@@ -9,12 +9,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ltx_train.model import mel
 
 VOCODER_RATE = 48000
 LATENT_MEL_BINS = 16
+_FRAMES_AT_ONCE = 16
+
+
+def scaled(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pixels (F, H, W, 3) uint8 -> (1, 3, F, H, W) in [-1, 1], rounded to `dtype`."""
+    frames, height, width, channels = pixels.shape
+    out = torch.empty(1, channels, frames, height, width, device=device, dtype=dtype)
+    # In parts: the whole clip in float32 takes 1.5 GiB at 1280x704x153.
+    for start in range(0, frames, _FRAMES_AT_ONCE):
+        part = pixels[start : start + _FRAMES_AT_ONCE].to(device).permute(3, 0, 1, 2)
+        out[0, :, start : start + _FRAMES_AT_ONCE] = part.float() / 127.5 - 1
+    return out
+
+
+def unscaled(decoded: Tensor) -> Tensor:
+    """(3, F, H, W), [-1, 1] after clamping -> pixels (F, H, W, 3) uint8 on the CPU."""
+    parts = decoded.split(_FRAMES_AT_ONCE, dim=1)
+    pixels = [((part.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu() for part in parts]
+    return torch.cat(pixels)
 
 
 def encode_video(vae: Any, pixels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +31,8 @@ M = TypeVar("M", bound=nn.Module)
 BlockQuantizer = Callable[[nn.Module], None]
 BlockArrival = Callable[[int, nn.Module], None]
 
+# Neighbouring tiles of the video VAE share so many pixels, over which they are blended.
+TILE_OVERLAP = 64
 TRANSFORMER_PREFIX = "model.diffusion_model."
 _CONNECTOR_PREFIXES = (
     f"{TRANSFORMER_PREFIX}video_embeddings_connector.",
@@ -73,17 +76,19 @@ def build_transformer(source: TensorSource) -> Transformer:
 
 
 def load_video_vae(
-    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, tiles: bool = False
+    path: Source, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, tile: int | None = None
 ) -> AutoencoderKLLTX2Video:
-    """The video VAE. Its latents are not normalized; `codecs` normalizes them. tiles: pictures larger than a tile are
-    encoded and decoded in overlapping tiles, which needs less memory and changes latents a little."""
+    """The video VAE. Its latents are not normalized; `codecs` normalizes them. tile: larger pictures are encoded and
+    decoded in tiles of this edge in pixels, which overlap by 64; this needs less memory and changes latents a little.
+    """
     from diffusers import AutoencoderKLLTX2Video
 
     source = checkpoint.open_source(path)
     with torch.device("meta"):
         model = AutoencoderKLLTX2Video(**spec.video_vae(source.config))
-    if tiles:
-        model.enable_tiling()
+    if tile is not None:
+        step = tile - TILE_OVERLAP
+        model.enable_tiling(tile, tile, tile_sample_stride_height=step, tile_sample_stride_width=step)
     return _filled(model, source, video_vae_original_name, ("vae.",), device=device, dtype=dtype)
 
 
@@ -134,6 +139,32 @@ def text_hidden_states(source: TensorSource) -> int:
     if shape is None:
         raise DataError(f"the checkpoint has no {_PROJECTION}video_aggregate_embed.weight")
     return shape[1] // values["caption_channels"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWeights:
+    """Bytes of the weights of encoders and decoders on a device."""
+
+    connectors: int
+    video_vae: int
+    audio_vae: int
+    vocoder: int
+
+
+def weights_of_encoders(source: TensorSource, dtype_bytes: int) -> EncoderWeights:
+    """From the source's metadata. The audio VAE and the vocoder are in float32 always."""
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+
+    with torch.device("meta"):
+        modules: tuple[nn.Module, ...] = (
+            build_text_connectors(source),
+            AutoencoderKLLTX2Video(**spec.video_vae(source.config)),
+            AutoencoderKLLTX2Audio(**spec.audio_vae(source.config)),
+            LTX2VocoderWithBWE(**spec.vocoder(source.config)),
+        )
+    connectors, video, audio, vocoder = (sum(p.numel() for p in module.parameters()) for module in modules)
+    return EncoderWeights(dtype_bytes * connectors, dtype_bytes * video, 4 * audio, 4 * vocoder)
 
 
 def expected_tensors(source: TensorSource) -> dict[str, tuple[int, ...]]:

@@ -7,11 +7,12 @@ preset. Contexts are computed once per caption, when the data are prepared.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx_train import rng
 from ltx_train.contracts import DataError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
 REGISTERS = 128
+_LOCKED_SHARE = 0.5
 
 
 class TextEncoder(Protocol):
@@ -50,7 +52,8 @@ class GemmaEncoder:
     """Gemma from a local folder in the transformers layout. Captions are padded on the left to `tokens`.
 
     streamed: the weights stay in host memory, and each comes to the device for its own product. The results are the
-    same, bit for bit; a caption takes as long as the weights need to travel.
+    same, bit for bit; a caption takes as long as the weights need to travel: 0.5 s from page-locked memory and 3.2 s
+    from other memory, on an H200. Weights that take more than half of the host's memory are not page-locked.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class GemmaEncoder:
         model: Any = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
         # Only the language model: the multimodal wrapper's vision tower is not needed.
         language: Any = getattr(model, "language_model", model).eval()
+        if streamed:
+            _page_lock(language, torch.device(device))
         self._model: Any = cpu_offload(language, torch.device(device)) if streamed else language.to(device)
 
     @torch.no_grad()
@@ -75,6 +80,15 @@ class GemmaEncoder:
         ).to(self._device)
         out = self._model(**tokens, output_hidden_states=True)
         return torch.stack(out.hidden_states, dim=-1), tokens["attention_mask"]
+
+
+def _page_lock(model: nn.Module, device: torch.device) -> None:
+    """Moves the weights to page-locked host memory, from which they travel several times as fast."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type != "cuda" or size > _LOCKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return
+    for parameter in model.parameters():
+        parameter.data = parameter.data.pin_memory()
 
 
 def gemma_fingerprint(path: str | Path) -> str:

@@ -43,10 +43,10 @@ class Sound:
     rate: int
 
 
-def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype, *, tiles: bool = False) -> Decoder:
-    """tiles: the video is decoded in overlapping tiles, which needs less memory."""
+def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype, *, tile: int | None = None) -> Decoder:
+    """tile: the edge of the tiles that the video is decoded in, None for the whole picture."""
     return Decoder(
-        loaders.load_video_vae(source, device=device, dtype=dtype, tiles=tiles),
+        loaders.load_video_vae(source, device=device, dtype=dtype, tile=tile),
         loaders.load_audio_vae(source, device=device),
         loaders.load_vocoder(source, device=device),
     )
@@ -57,8 +57,7 @@ def decode(decoder: Decoder, video: Tensor | None, audio: Tensor | None) -> tupl
     """video (C, F, H, W) -> pixels (frames, height, width, 3) uint8; audio (c, T, f) -> 48 kHz stereo; None -> None."""
     pixels = sound = None
     if video is not None:
-        decoded = codecs.decode_video(decoder.video_vae, video[None].to(decoder.video_vae.device))[0]
-        pixels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+        pixels = codecs.unscaled(codecs.decode_video(decoder.video_vae, video[None].to(decoder.video_vae.device))[0])
     if audio is not None:
         waveform = codecs.decode_waveform(decoder.audio_vae, decoder.vocoder, audio[None].to(decoder.audio_vae.device))
         sound = Sound(waveform[0].float().cpu(), codecs.VOCODER_RATE)

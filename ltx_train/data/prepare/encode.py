@@ -50,16 +50,16 @@ class Encoders:
     """The checkpoint's encoders on one device, each loaded on first use.
 
     A preparation without new clips or captions loads none. The text encoder and the VAEs need not share a GPU's
-    memory: `release_text` frees the former. streams_text, tiles: as in `memory.planning.encoding`. The constructor
-    raises DataError when a real model has no text encoder.
+    memory: `release_text` frees the former. streams_text: as in `memory.planning.encoding`; tile: the edge of the video
+    VAE's tiles. The constructor raises DataError when a real model has no text encoder.
     """
 
     def __init__(
         self, source: TensorSource, *, text_encoder: str | None, text_tokens: int, device: torch.device,
-        dtype: torch.dtype, latent_dtype: torch.dtype, streams_text: bool = False, tiles: bool = False,
+        dtype: torch.dtype, latent_dtype: torch.dtype, streams_text: bool = False, tile: int | None = None,
     ) -> None:  # fmt: skip
         self._source, self._device, self._dtype = source, device, dtype
-        self._streams_text, self._tiles = streams_text, tiles
+        self._streams_text, self._tile = streams_text, tile
         self._text = (text_encoder, text_tokens)
         self._width: int = source.config["transformer"]["caption_channels"]
         self.latent_dtype = latent_dtype
@@ -69,7 +69,7 @@ class Encoders:
 
     @cached_property
     def video_vae(self) -> Any:
-        return loaders.load_video_vae(self._source, device=self._device, dtype=self._dtype, tiles=self._tiles)
+        return loaders.load_video_vae(self._source, device=self._device, dtype=self._dtype, tile=self._tile)
 
     @cached_property
     def audio_vae(self) -> Any:
@@ -131,8 +131,13 @@ class Encoders:
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pixels (F, H, W, 3) uint8 -> latents (C, F', H', W') in `latent_dtype`, on the CPU."""
-        scaled = pixels.permute(3, 0, 1, 2)[None].to(self.video_vae.device).float() / 127.5 - 1
-        return codecs.encode_video(self.video_vae, scaled)[0].to(self.latent_dtype).cpu().contiguous()
+        vae = self.video_vae
+        return (
+            codecs.encode_video(vae, codecs.scaled(pixels, vae.device, vae.dtype))[0]
+            .to(self.latent_dtype)
+            .cpu()
+            .contiguous()
+        )
 
     @torch.no_grad()
     def caption(self, caption: str) -> dict[str, Tensor]:

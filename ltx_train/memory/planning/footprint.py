@@ -64,9 +64,9 @@ class Footprint:
 
 
 def predict(
-    size: ModelSizes, work: Workload, trained: TrainedWeights, choice: MemoryChoice, *, card: Card
+    size: ModelSizes, work: Workload, trained: TrainedWeights, choice: MemoryChoice, *, card: Card, between: float = 0.0
 ) -> Footprint:  # fmt: skip
-    """Predicts the memory peak and the duration of a training step."""
+    """Predicts the memory peak and the duration of a training step. between: bytes that are needed between steps."""
     streamed = min(choice.stream_blocks, size.layers)
     block = _block_bytes(size, choice, work.dtype_bytes)
     resident = (size.layers - streamed) * block + size.outside * work.dtype_bytes
@@ -100,12 +100,20 @@ def predict(
         parts["second slice of the weights"] = second
         overlapping = 0.0 if trained.offloaded else _ENGINE_GIB * GIB
         parts["DeepSpeed's buffers"] = overlapping + _ENGINE_SHARE * sum(parts.values())
+    parts["generated clips' decoders"] = max(0.0, between - _free_between(parts, choice))
     offloads = size.layers - choice.keep_everything if choice.offload_inputs else 0
     host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + offloads * unit + _snapshot(trained)
     if trained.offloaded and not trained.in_files:
         host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.slices
     step_s = seconds(size, work, trained, choice, card=card, streamed_bytes=streamed * block)
     return Footprint(parts=parts, step_s=step_s, host=host)
+
+
+def _free_between(parts: dict[str, float], choice: MemoryChoice) -> float:
+    """Bytes of a step that other work has between steps. The memory pool of CUDA graphs keeps its own."""
+    if choice.graphs:
+        return 0.0
+    return parts["one block at work"] + parts["kept for backward"] + parts["allocator's reserve"]
 
 
 def _states(trained: TrainedWeights) -> float:

@@ -23,11 +23,12 @@ _STEPS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepNeed:
-    """The needs of a run: sizes of its model, its largest micro-batch, its trained weights."""
+    """The needs of a run: sizes of its model, its largest micro-batch, its trained weights, bytes between its steps."""
 
     size: ModelSizes
     work: Workload
     trained: TrainedWeights
+    between: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,8 @@ def _best(candidates: Iterator[MemoryPlan], constraints: PlanConstraints, budget
 
 def _predicted(need: StepNeed, choices: Iterator[MemoryChoice], card: Card) -> Iterator[MemoryPlan]:
     for choice in choices:
-        yield MemoryPlan(choice, predict(need.size, need.work, need.trained, choice, card=card))
+        foot = predict(need.size, need.work, need.trained, choice, card=card, between=need.between)
+        yield MemoryPlan(choice, foot)
 
 
 def _choices(need: StepNeed, constraints: PlanConstraints) -> Iterator[MemoryChoice]:
