@@ -13,6 +13,8 @@ import pytest
 
 # Two test workers share two cores: more threads than that make every step wait for the other worker.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# MKL's paths for AVX round float32 differently on every kind of CPU, by up to 4e-6: more than the goldens allow.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # `nohup make test` ignores it, in all processes that tests start too.

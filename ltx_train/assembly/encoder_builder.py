@@ -6,21 +6,30 @@ import torch
 
 from ltx_train.assembly import encoder_plan, from_config, model_source, resolve
 from ltx_train.config import Config
+from ltx_train.contracts import UserError
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.distributed import allocator
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.sampling import media
 
+# Predictions are this much too high at most.
+_TOLERANCE = 1.05
+
 
 def encoders(config: Config, ranks: Ranks | None = None, bucket: Bucket | None = None) -> Encoders:
-    """The checkpoint's encoders, each loaded on first use. Caps this process at memory.budget_gib. bucket: the largest
-    video that is encoded, of data.buckets without one."""
+    """The checkpoint's encoders, each loaded on first use. Caps this process at memory.budget_gib; UserError where they
+    do not fit into it. bucket: the largest video that is encoded, of data.buckets without one."""
     device = resolve.device(config, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of ranks that exchange nothing no process group has done it
     cap(config, device)
-    memory = encoder_plan.here(config, device, bucket)
+    memory, budget = encoder_plan.here(config, device, bucket), resolve.budget_gib(config)
+    if budget is not None and memory.prepare_gib > _TOLERANCE * budget:
+        raise UserError(
+            f"the encoders need about {memory.prepare_gib:.1f} GiB, more than memory.budget_gib={budget:g}: raise it, "
+            "or take smaller or shorter buckets"
+        )
     return Encoders(
         model_source.weights(config), text_encoder=config.model.text_encoder, text_tokens=config.model.text_tokens,
         device=device, dtype=from_config.dtype(config), latent_dtype=from_config.DTYPES[config.data.latent_dtype],

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ltx_train import config
-from ltx_train.assembly import encoder_plan, memory_plan
+from ltx_train.assembly import encoder_builder, encoder_plan, memory_plan
+from ltx_train.contracts import UserError
 from ltx_train.data.prepare.media import Part, read_pixels
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.memory.blocks.keep import Keep
@@ -81,6 +82,12 @@ def test_settings_and_the_budget_reach_the_encoders(
     found = encoder_plan.here(made, torch.device("cpu"))
     assert (found.streams_text, found.encode_tile, found.decode_tile) == (streams, encode, decode)
     assert encoder_plan.sizes(made).connectors_gib > 0
+
+
+def test_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    made = config.compose_config([f"model.path={TINY}", "data.buckets=[1280x704x257]", "memory.budget_gib=0.5"])
+    with pytest.raises(UserError, match=r"the encoders need about .* more than memory\.budget_gib=0\.5"):
+        encoder_builder.encoders(made)
 
 
 def test_generated_clips_are_planned_for() -> None:
