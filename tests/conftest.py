@@ -64,6 +64,7 @@ def settings(root: Path, source: Path, *more: str) -> list[str]:
     return [
         "experiment=audio_reference", f"model.path={TINY}", f"data.root={root}", f"data.source={source}",
         "data.heldout_speakers=0.4", "logger=local", "eval.quantiles=2", "eval.sigmas=[0.5]", "eval.wrong_references=1",
+        "memory.keep=everything",  # recompute costs two fifths of a step; tests of it ask for it
         *more,
     ]  # fmt: skip
 

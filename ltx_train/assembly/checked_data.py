@@ -7,6 +7,7 @@ from pathlib import Path
 from ltx_train.assembly import from_config
 from ltx_train.config import Config
 from ltx_train.contracts import DataError
+from ltx_train.data import audited
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT, Index
 
@@ -14,14 +15,25 @@ _SHOWN = 10
 
 
 def open_checked(config: Config) -> tuple[Path, Index]:
-    """The prepared folder and its index; DataError with all errors of the audit."""
+    """The prepared folder and its index; DataError with all errors of the audit that data.accept does not name.
+
+    A folder that has passed is not read again until it changes.
+    """
     root, index, stale = from_config.prepared(config)
-    findings = audit(root, index, from_config.data_requirements(config), stale)
-    errors = [f.text for f in findings if f.error]
+    requirements = from_config.data_requirements(config)
+    signature = audited.signature(root, requirements)
+    if not stale and audited.is_remembered(root, signature):
+        return root, index
+    findings = [f for f in audit(root, index, requirements, stale) if f.error]
+    errors = [f.text for f in findings if f.kind not in config.data.accept]
     if errors:
         more = f"\n  and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         listed = "\n  ".join(errors[:_SHOWN]) + more
-        raise DataError(f"the data in {root} fail the check:\n  {listed}")
+        named = sorted({f.kind for f in findings if f.kind} - set(config.data.accept))
+        mend = f"\n  to train in spite of it: data.accept=[{','.join(named)}]" if named else ""
+        raise DataError(f"the data in {root} fail the check:\n  {listed}{mend}")
+    if not findings:
+        audited.remember(root, signature)
     return root, index
 
 

@@ -19,14 +19,19 @@ _PAGE = "check.html"
 
 
 def run(config: Config) -> int:
-    """Prints counts and findings, and writes check.html. Returns 78 on any error, otherwise 0, even with warnings."""
+    """Prints counts and findings, and writes check.html where all samples can be read.
+
+    Returns 78 on any error, otherwise 0, even with warnings.
+    """
     root, index, stale = from_config.prepared(config)
     _print_counts(index)
     findings = audit(root, index, from_config.data_requirements(config), stale)
     for finding in findings:
         print(f"{'ERROR  ' if finding.error else 'warning'} {finding.text}")
     errors = sum(f.error for f in findings)
-    written = None if errors else _write_page(config, root, index, findings)
+    # Samples that cannot be read cannot be shown either.
+    readable = all(f.kind for f in findings if f.error)
+    written = _write_page(config, root, index, findings) if readable else None
     print(f"check: {errors} errors, {len(findings) - errors} warnings in {len(index.records)} samples")
     close(written, f"ltx-train prepare {root}" if errors else f"ltx-train fit {root}")
     return Exit.DATA if errors else Exit.DONE

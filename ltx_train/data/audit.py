@@ -46,6 +46,14 @@ class DataRequirements:
         return frozenset(c.stream for c in conditions if c.source == mask)
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with a sample. kind: as in `Finding`."""
+
+    text: str
+    kind: str = ""
+
+
 def audit(root: Path, index: Index, requirements: DataRequirements, stale: Sequence[str]) -> list[Finding]:
     """Runs all checks and returns every finding, so that a user can fix all faults in one pass.
 
@@ -69,7 +77,7 @@ def audit(root: Path, index: Index, requirements: DataRequirements, stale: Seque
             found = copies.signature(tensors)
             signatures |= {} if found is None else {record.key: found}
             faults = _sample(reader, record, requirements, tensors)
-            findings += [Finding(True, f"{record.key}: {text}", (record.key,)) for text in faults]
+            findings += [Finding(True, f"{record.key}: {f.text}", (record.key,), f.kind) for f in faults]
         except DataError as error:
             findings.append(Finding(True, str(error), (record.key,)))
     findings += _copies(index, signatures)
@@ -121,19 +129,19 @@ def _copies(index: Index, signatures: Mapping[str, Tensor]) -> Iterator[Finding]
     for first, second in copies.pairs(index, signatures):
         if splits[first] != splits[second]:
             text = f"{first} and {second} are one recording, in both splits: the held-out loss would measure memory; "
-            yield Finding(True, text + "leave one out, or put both into one split", (first, second))
+            yield Finding(True, text + "leave one out, or put both into one split", (first, second), "copies")
         else:
             yield Finding(False, f"{first} and {second} are one recording: leave one out", (first, second))
 
 
 def _sample(
     reader: Reader, record: Record, requirements: DataRequirements, tensors: Mapping[str, Tensor]
-) -> Iterator[str]:
+) -> Iterator[Fault]:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            yield f"{name} holds numbers that are not finite"
+            yield Fault(f"{name} holds numbers that are not finite")
         elif name not in requirements.request.masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
-            yield f"{name} is constant"
+            yield Fault(f"{name} is constant", "constant")
     if requirements.role(ModalityName.video):
         yield from _video_fits(record, tensors.get(VIDEO))
     if requirements.role(ModalityName.audio):
@@ -144,67 +152,67 @@ def _sample(
         yield from _reference(reader, record, condition, tensors)
 
 
-def _video_fits(record: Record, latent: Tensor | None) -> Iterator[str]:
+def _video_fits(record: Record, latent: Tensor | None) -> Iterator[Fault]:
     expected = Bucket(*(int(n) for n in record.bucket.split("x"))).latents
     if latent is None:
-        yield "no video latent"
+        yield Fault("no video latent")
     elif tuple(latent.shape[1:]) != expected:
-        yield f"the video latent is {list(latent.shape[1:])}, but bucket {record.bucket} needs {list(expected)}"
+        yield Fault(f"the video latent is {list(latent.shape[1:])}, but bucket {record.bucket} needs {list(expected)}")
 
 
-def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Iterator[str]:
+def _audio_fits(record: Record, latent: Tensor | None, silence_db: float) -> Iterator[Fault]:
     expected = audio_latents(record.seconds)
     if latent is None:
-        yield "no audio, but the mode needs it"
+        yield Fault("no audio, but the mode needs it")
         return
     if latent.shape[1] != expected:
-        yield f"{latent.shape[1]} audio latents beside {record.seconds:g} s of video, which needs {expected}"
+        yield Fault(f"{latent.shape[1]} audio latents beside {record.seconds:g} s of video, which needs {expected}")
     if record.rms_db < silence_db:
-        yield f"silent ({record.rms_db:.0f} dB)"
+        yield Fault(f"silent ({record.rms_db:.0f} dB)", "silent")
 
 
-def _mask_fits(name: str, tensors: Mapping[str, Tensor], conditioned: frozenset[ModalityName]) -> Iterator[str]:
+def _mask_fits(name: str, tensors: Mapping[str, Tensor], conditioned: frozenset[ModalityName]) -> Iterator[Fault]:
     """conditioned: the modalities whose tokens the mask keeps clean; empty for a mask that only weighs the loss."""
     mask = tensors.get(name)
     if mask is None:
-        yield f"no {name} in the shards, but the mode or the loss reads it"
+        yield Fault(f"no {name} in the shards, but the mode or the loss reads it")
         return
     grids = {ModalityName.video: tensors[VIDEO].shape[1:]} if VIDEO in tensors else {}
     grids |= {ModalityName.audio: tensors[AUDIO].shape[1:2]} if AUDIO in tensors else {}
     wrong = [stream for stream in conditioned if grids.get(stream) != mask.shape]
     if wrong or mask.shape not in grids.values():
         grid = f"the grid of the {wrong[0]} latent" if wrong else "the grid of the video or of the audio latent"
-        yield f"{name} has the shape {list(mask.shape)}, not {grid}"
+        yield Fault(f"{name} has the shape {list(mask.shape)}, not {grid}")
     elif float(mask.min()) < 0 or float(mask.max()) > 1:
-        yield f"{name} has values outside [0, 1]"
+        yield Fault(f"{name} has values outside [0, 1]")
     elif conditioned and float(mask.min()) > 0.5:
-        yield f"{name} gives every place: nothing would be left to predict"
+        yield Fault(f"{name} gives every place: nothing would be left to predict")
 
 
-def _reference(reader: Reader, record: Record, condition: Condition, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _reference(reader: Reader, record: Record, condition: Condition, tensors: Mapping[str, Tensor]) -> Iterator[Fault]:
     key = reader.reference_key(Address(record.key, 0), condition)
     if key != record.key:
         if reader.records[key].source_sha256 == record.source_sha256:
-            yield f"its reference {key} comes from the same recording"
+            yield Fault(f"its reference {key} comes from the same recording", "same_recording")
         return
     target = tensors.get(AUDIO if condition.stream is ModalityName.audio else VIDEO)
     reference = tensors.get(REFERENCE if condition.source == SPEAKER else condition.source)
     if reference is None:
-        yield f"no {condition.source} in the shards, but a reference of the mode reads it"
+        yield Fault(f"no {condition.source} in the shards, but a reference of the mode reads it")
     elif target is not None and _same(reference.float(), target.float()):
-        yield "its reference is its own target: the model would learn to copy"
+        yield Fault("its reference is its own target: the model would learn to copy")
     elif target is not None and target.ndim == 4:
         yield from _scales(reference[None], target[None], condition)
 
 
-def _scales(reference: Tensor, target: Tensor, condition: Condition) -> Iterator[str]:
+def _scales(reference: Tensor, target: Tensor, condition: Condition) -> Iterator[Fault]:
     try:
         if condition.spatial_scale is None:
             references.spatial_scale(reference, target)
         if condition.temporal_scale is None:
             references.temporal_scale(reference, target)
     except DataError as error:
-        yield str(error)
+        yield Fault(str(error))
 
 
 def _same(reference: Tensor, target: Tensor) -> bool:

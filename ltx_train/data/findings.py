@@ -19,12 +19,14 @@ _MOST_NAMES = 5
 class Finding:
     """One result of the audit. An error makes `check` fail and `fit` refuse to start; a warning is only shown.
 
-    keys: the samples that it is about, empty when it is about the folder.
+    keys: the samples that it is about, empty when it is about the folder. kind: the name under which `data.accept` lets
+    a run train in spite of an error, empty where no run can.
     """
 
     error: bool
     text: str
     keys: tuple[str, ...] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

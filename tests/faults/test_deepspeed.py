@@ -26,7 +26,7 @@ from tests.faults.test_sliced import FULL, on, run, weights
 pytestmark = pytest.mark.slow
 # Otherwise all weights of the tiny model are too small to be sliced.
 SLICED = ("strategy.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",)
-LORA = ("memory=none", "memory.keep=inputs", "adapter.dropout=0.1", "optim.global_batch=2")
+LORA = ("memory=none", "adapter.dropout=0.1", "optim.global_batch=2")
 MIXTURE = ("mixture={audio_reference: 2, a2v: 1, t2a: 1}", "eval.quantiles=1", "sigma.kind=high")
 INT8 = ("memory.quantize=int8",)
 CLIPS = ("eval.samples=3", "sample.steps=2")

@@ -39,7 +39,9 @@ def newest(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step-*"))[-1]
 
 
-@pytest.mark.parametrize("variant", [(), ("memory=none", "optim=adamw", "mode=t2av", "optim.global_batch=4")])
+@pytest.mark.parametrize(
+    "variant", [("memory.keep=inputs",), ("memory=none", "optim=adamw", "mode=t2av", "optim.global_batch=4")]
+)
 def test_stopped_at_13_of_30_equals_an_unbroken_run(
     variant: tuple[str, ...], prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

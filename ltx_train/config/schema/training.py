@@ -76,6 +76,10 @@ class DataConfig:
     samples_per_shard: int = setting(256, "clips in one shard", least=1)
     silence_db: float = setting(-60.0, "clips below this loudness count as silent")
     on_bad_clip: str = setting("error", "what `prepare` does with a bad clip", choices=("error", "skip"))
+    accept: list[str] = setting(
+        list[str](), "faults of samples that training goes on with",
+        choices=("constant", "copies", "same_recording", "silent"),
+    )  # fmt: skip
     limit: int | None = setting(None, "train on this many clips of the training split alone; null: all", least=1)
     workers: int = setting(2, "processes that read samples; 0: the training process itself", least=0)
 
