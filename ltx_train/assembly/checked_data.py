@@ -7,7 +7,7 @@ from pathlib import Path
 from ltx_train.assembly import from_config
 from ltx_train.config import Config
 from ltx_train.contracts import DataError
-from ltx_train.data import audited
+from ltx_train.data import audited, store
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT, Index
 
@@ -17,14 +17,16 @@ _SHOWN = 10
 def open_checked(config: Config) -> tuple[Path, Index]:
     """The prepared folder and its index; DataError with all errors of the audit that data.accept does not name.
 
-    A folder that has passed is not read again until it changes.
+    A folder that has passed is not read again until it changes. Of a store's folder the samples are checked when they
+    are read: `ltx-train check` before the copy to the store checks them all.
     """
     root, index, stale = from_config.prepared(config)
     requirements = from_config.data_requirements(config)
+    is_whole = store.settings_of(root) is None
     signature = audited.signature(root, requirements)
-    if not stale and audited.is_remembered(root, signature):
+    if not stale and is_whole and audited.is_remembered(root, signature):
         return root, index
-    findings = [f for f in audit(root, index, requirements, stale) if f.error]
+    findings = [f for f in audit(root, index, requirements, stale, reads=is_whole) if f.error]
     errors = [f.text for f in findings if f.kind not in config.data.accept]
     if errors:
         more = f"\n  and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
@@ -32,7 +34,7 @@ def open_checked(config: Config) -> tuple[Path, Index]:
         named = sorted({f.kind for f in findings if f.kind} - set(config.data.accept))
         mend = f"\n  to train in spite of it: data.accept=[{','.join(named)}]" if named else ""
         raise DataError(f"the data in {root} fail the check:\n  {listed}{mend}")
-    if not findings:
+    if is_whole and not findings:
         audited.remember(root, signature)
     return root, index
 

@@ -16,7 +16,7 @@ from ltx_train import config as configuration
 from ltx_train.assembly import model_source, resolve
 from ltx_train.config import Config, counted_fps, fixed_fps, parse_bucket
 from ltx_train.contracts import Mode, Role
-from ltx_train.data import index
+from ltx_train.data import index, store
 from ltx_train.data.audit import DataRequirements
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.prepare.encode import encoder_fingerprints
@@ -24,6 +24,7 @@ from ltx_train.data.prepare.pictures import Crop
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Windows
 from ltx_train.data.reader import ReadRequest
+from ltx_train.data.store import StoreSettings
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
@@ -98,9 +99,24 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def prepared(config: Config) -> tuple[Path, Index, list[str]]:
     """The prepared folder, its index, and why it is stale for this configuration (empty: it is not)."""
-    root = Path(config.data.root)
+    root = data_folder(config)
     loaded = index.load(root)
     return root, loaded, index.stale_reasons(loaded, recipe(config).settings(), fingerprints(config))
+
+
+def data_folder(config: Config) -> Path:
+    """The prepared folder on this machine; of a store, the part of it that is here, with the store's present index."""
+    d = config.data
+    if not store.is_url(d.root):
+        return Path(d.root)
+    cache = Path(d.cache or Path.home() / ".cache" / "ltx-train" / "data")
+    return store.mirror(StoreSettings(d.root, d.cache_gib), cache)
+
+
+def shards_ahead(config: Config, prepared_index: Index) -> int:
+    """How many shards of a store are fetched ahead: those that take half of the cache."""
+    largest = max((shard.size for shard in prepared_index.shards), default=1)
+    return max(1, int(config.data.cache_gib * 2**30 / 2 / largest))
 
 
 def run_dir(config: Config) -> Path:

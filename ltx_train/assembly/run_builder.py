@@ -253,4 +253,5 @@ def _data(setup: Setup, start: RunStart) -> ShardData:
     return ShardData(
         reader, order, micro_batch=optim.batch_size, first_step=start.step, last_step=optim.steps,
         workers=config.data.workers, rank=setup.sharing.reader(setup.ranks.rank), world=setup.sharing.readers,
+        max_bad=config.data.max_bad_fraction, ahead=from_config.shards_ahead(config, start.index),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from ltx_train.assembly import encoder_plan, from_config, memory_plan, model_sou
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.contracts import Exit, UserError
+from ltx_train.data import store
 from ltx_train.distributed.ranks import process_group, ranks_from_environment
 from ltx_train.jobs import processes
 from ltx_train.memory.planning.cards import GIB
@@ -239,7 +240,7 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 
 def _data(config: Config) -> Iterator[Finding]:
-    if not config.data.root or not Path(config.data.root).is_dir():
+    if not config.data.root or not (store.is_url(config.data.root) or Path(config.data.root).is_dir()):
         yield Finding("data", "warn", f"nothing is prepared in {config.data.root!r}", "ltx-train prepare")
         return
     _, index, stale = from_config.prepared(config)

@@ -15,7 +15,8 @@ from ltx_train import durable
 from ltx_train.assembly import encoder_builder, from_config
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
-from ltx_train.contracts import Exit
+from ltx_train.contracts import ConfigError, Exit
+from ltx_train.data import store
 from ltx_train.data.findings import of_clips
 from ltx_train.data.index import Index
 from ltx_train.data.prepare import build
@@ -29,6 +30,8 @@ _LONGEST_WAIT_S = 7 * 86400.0
 def run(config: Config) -> int:
     """Encodes new and changed clips, and reuses the unchanged ones."""
     assert config.data.source is not None  # config.require has refused it
+    if store.is_url(config.data.root):
+        raise ConfigError(f"data.root={config.data.root}: prepare writes to a folder; copy it to the store afterwards")
     source, ranks, root = config.data.source, ranks_from_environment(os.environ), Path(config.data.root)
     # Control messages alone: the encoders of different ranks exchange nothing. A rank may wait for hours for another.
     with ExitStack() as stack:

@@ -31,6 +31,10 @@ _FIXED_IN_A_RUN = (
 # and what may change with a warning.
 _FREE_IN_A_RUN = (
     "data.workers",
+    "data.accept",
+    "data.cache",
+    "data.cache_gib",
+    "data.max_bad_fraction",
     "data.source",
     "data.root",
     "data.on_bad_clip",

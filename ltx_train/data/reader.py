@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role, Sample
-from ltx_train.data.index import Index, Record
+from ltx_train.data.files import CONTEXTS, SHARDS, Files
+from ltx_train.data.index import Index, Member, Record
 from ltx_train.data.order import Address
+from ltx_train.data.store import files_of
 from ltx_train.model import sealed
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
@@ -61,7 +64,8 @@ class Reader:
     """Reads the samples of a prepared folder by key. `seed` keys the choices of references and captions."""
 
     def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
-        self._root, self._seed, self._request = Path(root), seed, request or ReadRequest()
+        self._seed, self._request = seed, request or ReadRequest()
+        self.files: Files = files_of(Path(root), index)
         self._dropped, self._unit = index.dropped_context, index.unit
         self.records: Mapping[str, Record] = {r.key: r for r in index.records}
         self._by_speaker: dict[str, list[Record]] = {}
@@ -183,15 +187,51 @@ class Reader:
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
         """All tensors of a sample. DataError when its bytes cannot be read or do not match the index."""
-        path = self._root / "shards" / record.shard
+        name = f"{SHARDS}/{record.shard}"
         try:
-            with path.open("rb") as file:
-                data = os.pread(file.fileno(), record.tensors.size, record.tensors.offset)
-            if hashlib.sha256(data).hexdigest() != record.tensors.sha256:
-                raise DataError(f"{path}: the bytes of {record.key} do not match the index: prepare again")
+            data = self._member(name, record.tensors)
+            if data is None and self.files.forget(name):
+                data = self._member(name, record.tensors)
+            if data is None:
+                raise DataError(
+                    f"{self.files.path(name)}: the bytes of {record.key} do not match the index: prepare again"
+                )
             return load_tensors(data)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: cannot read {record.key} ({error}): prepare again") from error
+            raise DataError(f"{name}: cannot read {record.key} ({error}): prepare again") from error
+
+    def _member(self, name: str, member: Member) -> bytes | None:
+        """The bytes of a member; None when they do not match the index."""
+        try:
+            return _bytes(self.files.path(name), member)
+        except FileNotFoundError:
+            # Another process has made room in the cache between the two calls.
+            if not self.files.forget(name):
+                raise
+            return _bytes(self.files.path(name), member)
+
+    def stand_in(self, address: Address, attempt: int) -> Address | None:
+        """Another sample of the same split and shape for one whose shard is unusable, by keyed choice; None without."""
+        record, unusable = self.records[address.key], self.files.unusable()
+        usable = [
+            r.key for r in self._by_split[record.split] if r.shape == record.shape and r.shard not in unusable
+        ]  # fmt: skip
+        if not usable:
+            return None
+        chosen = rng.choice(len(usable), self._seed, f"stand-in/{attempt}", record.key, address.draw)
+        return Address(usable[chosen], address.draw)
+
+    def bad_share(self, address: Address) -> float:
+        """Share of the samples of an address's split that are in unusable shards."""
+        unusable, split = self.files.unusable(), self._by_split[self.records[address.key].split]
+        return sum(record.shard in unusable for record in split) / len(split)
+
+    def shards(self, address: Address) -> list[str]:
+        """Names of the shards that a sample and its references are read from, in the files of the folder."""
+        keys = [address.key]
+        with suppress(DataError):  # reading the sample names what is wrong with it
+            keys += [self.reference_key(address, condition) for condition in self._request.references.values()]
+        return list(dict.fromkeys(f"{SHARDS}/{self.records[key].shard}" for key in keys))
 
     def context(self, digest: str) -> dict[str, Tensor]:
         """A text context by its digest. DataError when it cannot be read or is damaged."""
@@ -202,11 +242,23 @@ class Reader:
         return self._contexts[digest]
 
     def _read_context(self, digest: str) -> dict[str, Tensor]:
-        path = self._root / "contexts" / f"{digest}.safetensors"
+        name = f"{CONTEXTS}/{digest}.safetensors"
         try:
-            return sealed.unpack(path.read_bytes())[0]
+            try:
+                return sealed.unpack(self.files.path(name).read_bytes())[0]
+            except DataError:
+                if not self.files.forget(name):
+                    raise
+                return sealed.unpack(self.files.path(name).read_bytes())[0]
         except (OSError, DataError) as error:
-            raise DataError(f"{path}: cannot read a text context ({error}): prepare again") from error
+            raise DataError(f"{name}: cannot read a text context ({error}): prepare again") from error
+
+
+def _bytes(path: Path, member: Member) -> bytes | None:
+    """The bytes of a member; None when they do not match the index."""
+    with path.open("rb") as file:
+        data = os.pread(file.fileno(), member.size, member.offset)
+    return data if hashlib.sha256(data).hexdigest() == member.sha256 else None
 
 
 def _can_serve(record: Record, target: Record, condition: Condition) -> bool:

@@ -85,7 +85,7 @@ def _refuse_unmeasured(config: Config) -> None:
     """UserError when trials would have no held-out loss to compare."""
     if config.eval.interval == 0:
         raise UserError("a search compares held-out losses, but eval.interval=0: set the steps between measurements")
-    if not index.load(config.data.root).split(index.HELDOUT):
+    if not index.load(from_config.data_folder(config)).split(index.HELDOUT):
         raise UserError(
             f"a search compares held-out losses, but nothing in {config.data.root} is held out: prepare with "
             "data.heldout_speakers above 0"

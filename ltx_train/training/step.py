@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from ltx_train import rng
-from ltx_train.contracts import Batch, DataError, Mode, StepResult
+from ltx_train.contracts import Batch, Mode, StepResult, UserError
 from ltx_train.diffusion import conditions, mixture, transfer
 from ltx_train.diffusion.conditions import ModelInputs, TokenWeights
 from ltx_train.diffusion.mixture import Weighted
@@ -164,8 +164,8 @@ class Task(LightningModule):
         self.automatic_optimization = False
         self.transformer, self.step_of_run = transformer, optimizer_step
 
-    def training_step(self, batch: Batch | DataError, batch_idx: int) -> None:
-        if isinstance(batch, DataError):
+    def training_step(self, batch: Batch | UserError, batch_idx: int) -> None:
+        if isinstance(batch, UserError):
             raise batch
         try:
             self.step_of_run.micro_batch(batch)

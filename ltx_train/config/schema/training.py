@@ -45,7 +45,12 @@ class AdapterConfig:
 class DataConfig:
     """Clips, and the prepared folder that training reads."""
 
-    root: str = setting(MISSING, "the prepared folder: `prepare` writes it, the other commands read it")
+    root: str = setting(MISSING, "the prepared folder; other commands than `prepare` also read s3://, gs://, https://")
+    cache: str | None = setting(None, "where shards of a store are kept; null: ~/.cache/ltx-train/data")
+    cache_gib: float = setting(100.0, "size of the kept shards of one store", least=0)
+    max_bad_fraction: float = setting(
+        0.0, "share of samples in a store's damaged shards that a run does without", least=0, below=1
+    )
     source: str | None = setting(None, "what `prepare` reads: a folder of clips, or a table of them")
     buckets: list[str] = setting(list[str](), "sizes of training clips, as [512x512x121]: width x height x frames")
     fps: float | int | str = setting(
