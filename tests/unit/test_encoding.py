@@ -19,7 +19,7 @@ from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.planning.cards import CARDS, GIB
 from ltx_train.memory.planning.encoding import EncoderSizes, choose, decode_gib, encode_gib, text_gib
 from ltx_train.memory.planning.footprint import predict
-from ltx_train.memory.planning.sizes import MemoryChoice
+from ltx_train.memory.planning.sizes import MemoryChoice, TrainedWeights
 from ltx_train.model import codecs
 from ltx_train.model.loaders import load_video_vae
 from tests.conftest import REPOSITORY, TINY
@@ -82,6 +82,21 @@ def test_settings_and_the_budget_reach_the_encoders(
     found = encoder_plan.here(made, torch.device("cpu"))
     assert (found.streams_text, found.encode_tile, found.decode_tile) == (streams, encode, decode)
     assert encoder_plan.sizes(made).connectors_gib > 0
+
+
+@pytest.mark.parametrize("row", [row for row in MEASURED if row["what"] == "sample"], ids=lambda row: row["case"])
+def test_a_command_that_trains_nothing_needs_what_is_predicted(row: dict[str, Any]) -> None:
+    """Allocated memory, without the share that the allocator reserves."""
+    made = config.compose_config(
+        ["experiment=talking_head_22b", "model.weights=random", "data.source=x", "data.root=y",
+         "data.buckets=[1280x704x153]"]
+    )  # fmt: skip
+    need = memory_plan.need(made)
+    choice = MemoryChoice(quantize="int8", keep=Keep.inputs, stream_blocks=row["stream_blocks"], offload_inputs=True)
+    trained = TrainedWeights(parameters=0, moment_bytes=0.0)
+    parts = predict(need.size, need.work, trained, choice, card=CARDS[0]).parts
+    allocated = sum(size for name, size in parts.items() if name != "allocator's reserve")
+    assert allocated / GIB == pytest.approx(row["allocated_gib"], rel=0.05)
 
 
 def test_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
 _KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
+# The running block of a command that trains nothing, fitted to the rows of `sample` in docs/performance/encoders.json.
+_WORKING_FORWARD = 21.5
 # Dequantized weights that exist at once in a block's backward, as a share of the block's size in bfloat16.
 _DEQUANTIZED = 0.75
 # Share of the attention outputs that is kept: those of audio-to-video attention are recomputed.
@@ -75,13 +77,16 @@ def predict(
     gradients = _gradients(trained, block, work.dtype_bytes)
     unit = unit_bytes(size, work)
     blocks_with_inputs = 4 + choice.keep_everything if choice.offload_inputs else size.layers
-    inputs = min(blocks_with_inputs, size.layers) * unit
+    is_forward = trained.parameters == 0
+    inputs = 0.0 if is_forward else min(blocks_with_inputs, size.layers) * unit
     # A block that keeps everything also keeps its dequantized weights.
     everything = _KEPT_EVERYTHING_FULL if trained.full else _KEPT_EVERYTHING
     kept = choice.keep_everything * (everything * unit + 2.0 * dequantized_elements(size, choice))
     kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * kept_per_block
-    working = _WORKING * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
+    working = (_WORKING_FORWARD if is_forward else _WORKING) * unit + _DEQUANTIZED * 2.0 * dequantized_elements(
+        size, choice
+    )
     always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
     early = inputs + kept + (gradients if always else 0)
     parts = {
