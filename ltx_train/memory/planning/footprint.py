@@ -105,7 +105,7 @@ def predict(
         parts["second slice of the weights"] = second
         overlapping = 0.0 if trained.offloaded else _ENGINE_GIB * GIB
         parts["DeepSpeed's buffers"] = overlapping + _ENGINE_SHARE * sum(parts.values())
-    parts["generated clips' decoders"] = max(0.0, between - _free_between(parts, choice))
+    parts["generated clips' decoders"] = max(0.0, between - _free_between(parts))
     offloads = size.layers - choice.keep_everything if choice.offload_inputs else 0
     host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + offloads * unit + _snapshot(trained)
     if trained.offloaded and not trained.in_files:
@@ -114,10 +114,8 @@ def predict(
     return Footprint(parts=parts, step_s=step_s, host=host)
 
 
-def _free_between(parts: dict[str, float], choice: MemoryChoice) -> float:
-    """Bytes of a step that other work has between steps. The memory pool of CUDA graphs keeps its own."""
-    if choice.graphs:
-        return 0.0
+def _free_between(parts: dict[str, float]) -> float:
+    """Bytes of a step that other work has between steps. CUDA graphs are released before it."""
     return parts["one block at work"] + parts["kept for backward"] + parts["allocator's reserve"]
 
 
