@@ -1,4 +1,4 @@
-"""`ltx-train bench`: speed and memory of a training step on random latents of the first bucket, as JSON."""
+"""`ltx-train bench`: speed and memory of a training step on random latents, or the speed of reading, as JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,21 @@ import torch
 
 from ltx_train import config as configuration
 from ltx_train import durable
-from ltx_train.assembly import memory_plan, outputs, resolve, run_builder, summary, timing, update_builder
+from ltx_train.assembly import (
+    data_speed,
+    from_config,
+    memory_plan,
+    outputs,
+    resolve,
+    run_builder,
+    summary,
+    timing,
+    update_builder,
+)
 from ltx_train.assembly.setup import Setup, settled
 from ltx_train.config import Config
-from ltx_train.contracts import Exit, UserError
+from ltx_train.contracts import ConfigError, Exit, UserError
+from ltx_train.data import index, store
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.memory.planning.cards import GIB, card_of_device
 from ltx_train.memory.planning.duration import model_flops
@@ -29,6 +40,8 @@ from ltx_train.memory.planning.duration import model_flops
 def run(config: Config) -> int:
     """Prints one record, and appends it to the list in bench.out. Several devices step together, each in its own
     process (`jobs.processes`)."""
+    if config.bench.what == "data":
+        return _data(config)
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single strategy.devices=1")
@@ -36,6 +49,17 @@ def run(config: Config) -> int:
     peer = _peer(config) if config.bench.baseline else {}
     with process_group(ranks, resolve.device(config, ranks), resolve.launch(config).rendezvous_timeout_s):
         return _run(config, ranks, peer)
+
+
+def _data(config: Config) -> int:
+    """Reading of samples. The folder must be on this machine: of a store the network would be measured."""
+    if store.is_url(config.data.root):
+        raise ConfigError(f"data.root={config.data.root}: bench.what=data reads a prepared folder on this machine")
+    outputs.check_output(config, "bench.out", config.bench.out)
+    root = from_config.data_folder(config)
+    measured = data_speed.measure(root, index.load(root), workers=config.data.workers)
+    _print({"case": config.bench.case, **measured}, config.bench.out)
+    return Exit.DONE
 
 
 def _run(config: Config, ranks: Ranks, peer: dict[str, Any]) -> int:
@@ -66,10 +90,14 @@ def _report(setup: Setup, record: dict[str, Any]) -> None:
         record["memory"] = summary.describe(setup.plan)
         record["planned_gib"] = round(setup.plan.footprint.gib, 2)
         record["planned_step_s"] = round(setup.plan.footprint.step_s, 3)
+    _print(record, setup.config.bench.out)
+
+
+def _print(record: dict[str, Any], out: str | None) -> None:
     print(json.dumps(record))
-    if setup.config.bench.out:
-        _collect(Path(setup.config.bench.out), record)
-        print(f"added to {setup.config.bench.out}", file=sys.stderr)
+    if out:
+        _collect(Path(out), record)
+        print(f"added to {out}", file=sys.stderr)
 
 
 def _peer(config: Config) -> dict[str, Any]:

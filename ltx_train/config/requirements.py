@@ -44,6 +44,8 @@ def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
             yield name
     if kind.name == "sample" and config.mode.audio is Role.freeze:
         yield "sample.audio"
+    if kind.name == "bench" and config.bench.what == "data":
+        yield "data.root"
 
 
 def _is_set(config: Config, name: str) -> bool:

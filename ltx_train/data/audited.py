@@ -26,7 +26,7 @@ _KEPT = 16
 
 
 def signature(root: Path, requirements: DataRequirements) -> str:
-    """What an audit's result depends on, as a digest. DataError and OSError: none, `index.load` comes first."""
+    """What an audit's result depends on, as a digest. The folder has an index."""
     with (root / INDEX_NAME).open("rb") as file:
         index = hashlib.file_digest(file, "sha256").hexdigest()
     files = [

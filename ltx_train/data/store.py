@@ -32,6 +32,8 @@ NAME = "store.json"
 _INCOMING, _LOCKS, _UNUSABLE = "incoming", "locks", "unusable"
 # Tries of a transfer, and the pause after the first that failed; it doubles, and half of it is random.
 _TRIES, _PAUSE_S = 6, 0.5
+# A transfer whose folder is so old has no process any more.
+_ABANDONED_S = 86400.0
 _GIB = 2**30
 
 
@@ -50,18 +52,32 @@ def is_url(root: str) -> bool:
 
 
 def mirror(settings: StoreSettings, cache: Path) -> Path:
-    """The folder on this machine for a store, with its present index. StoreError, DataError."""
+    """The folder on this machine for a store, with its present index. StoreError, DataError.
+
+    Shards that were damaged in the store are tried again from here on: they may have been copied anew.
+    """
     folder = cache / hashlib.sha256(settings.url.rstrip("/").encode()).hexdigest()[:16]
     for name in (SHARDS, CONTEXTS, _INCOMING, _LOCKS, _UNUSABLE):
         (folder / name).mkdir(parents=True, exist_ok=True)
     durable.write(folder / NAME, json.dumps(asdict(settings)) + "\n")
     with _locked(folder, INDEX_NAME):
+        _tidy(folder)
         _Transfer(folder, settings).bring(INDEX_NAME, lambda path: bool(indexes.load(path.parent).shards))
     return folder
 
 
+def _tidy(folder: Path) -> None:
+    """Removes marks of damage, and what killed processes left half transferred."""
+    for mark in (folder / _UNUSABLE).iterdir():
+        mark.unlink(missing_ok=True)
+    for left in (folder / _INCOMING).iterdir():
+        status = _status(left)
+        if status is not None and time.time() - status.st_mtime > _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def settings_of(root: Path) -> StoreSettings | None:
-    """The store behind a folder; None for a folder that is whole. DataError when it cannot be told."""
+    """The store behind a folder; None for a folder that is whole. DataError when its store.json is damaged."""
     path = root / NAME
     if not path.is_file():
         return None
@@ -72,7 +88,7 @@ def settings_of(root: Path) -> StoreSettings | None:
 
 
 def files_of(root: Path, index: Index) -> Files:
-    """The files of a folder, which knows by itself whether it is a part of a store."""
+    """The files of a folder: a store's where the folder has a store.json, else its own."""
     kept = settings_of(root)
     return LocalFiles(root) if kept is None else StoreFiles(root, kept, index)
 
@@ -120,7 +136,8 @@ class StoreFiles:
     def _make_room(self, size: int) -> None:
         """Removes shards, the longest unused first. Readers keep what they have open; others fetch it again."""
         with _locked(self._folder, SHARDS):
-            kept = [(path, path.stat()) for path in (self._folder / SHARDS).iterdir()]
+            found = [(path, _status(path)) for path in (self._folder / SHARDS).iterdir()]
+            kept = [(path, status) for path, status in found if status is not None]
             total = sum(status.st_size for _, status in kept)
             for path, status in sorted(kept, key=lambda entry: entry[1].st_mtime_ns):
                 if total + size <= self._limit:
@@ -225,6 +242,14 @@ def _locked(folder: Path, name: str) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None for a file that another process has removed meanwhile."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _holds(is_right: Callable[[Path], bool], path: Path) -> bool:

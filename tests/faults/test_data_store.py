@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -173,6 +174,26 @@ def test_no_flipped_bit_and_no_cut_of_a_shard_is_used(copy: Path, tmp_path: Path
         (root / "unusable" / name).unlink()
     path.write_bytes(whole)
     assert files.path(f"shards/{name}").read_bytes() == whole
+
+
+def test_a_new_start_tries_damaged_shards_again_and_removes_what_was_left(copy: Path, tmp_path: Path) -> None:
+    kept = StoreSettings(f"file://{copy}", 1.0)
+    root = store.mirror(kept, tmp_path / "cache")
+    name = _trained(index.load(root))
+    whole = (copy / "shards" / name).read_bytes()
+    (copy / "shards" / name).write_bytes(b"")
+    files = StoreFiles(root, kept, index.load(root))
+    for text in ("two transfers", "is damaged there"):
+        with pytest.raises(UnusableShardError, match=text):
+            files.path(f"shards/{name}")
+    assert files.unusable() == {name}
+    (copy / "shards" / name).write_bytes(whole)
+    (root / "incoming" / "of-yesterday").mkdir()
+    os.utime(root / "incoming" / "of-yesterday", (1.0, 1.0))
+    (root / "incoming" / "of-now").mkdir()
+    store.mirror(kept, tmp_path / "cache")
+    assert files.path(f"shards/{name}").read_bytes() == whole
+    assert [path.name for path in (root / "incoming").iterdir()] == ["of-now"]
 
 
 def test_damage_in_the_cache_is_fetched_again(source: Path, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ class InspectConfig:
 class BenchConfig:
     """`bench`."""
 
+    what: str = setting("step", "step: a training step; data: reading of samples", choices=("step", "data"))
     steps: int = setting(5, "timed steps", least=1)
     warmup: int = setting(3, "steps before the timed ones", least=1)
     case: str = setting("", "name of the record")
