@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_train import config as configuration
-from ltx_train.assembly import encoder_plan, memory_plan, resolve, summary
+from ltx_train.assembly import encoder_plan, footage_plan, memory_plan, resolve, summary
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.memory_plan import Room
 from ltx_train.config import Config
@@ -21,6 +21,8 @@ _CLUSTERS = (2, 8, 64)
 
 def run(config: Config) -> int:
     """Prints one card in detail, or a table of all known cards. UserError names fixes when the card is too small."""
+    if config.plan.clips is not None:
+        return _footage(config, config.plan.clips)
     if config.cluster.nodes > 1:
         config = resolve.for_job(config, config.cluster.nodes, config.cluster.devices)
     room = _room(config)
@@ -38,6 +40,16 @@ def run(config: Config) -> int:
         _network(config, plan)
     print(overrides(plan.choice))
     close(None, "ltx-train fit ... (it plans by itself; the line above fixes this plan)")
+    return Exit.DONE
+
+
+def _footage(config: Config, clips: int) -> int:
+    """What a data set takes."""
+    table = Table(show_header=False)
+    for name, value in footage_plan.rows(config, clips):
+        table.add_row(name, value)
+    Console(width=120).print(table)
+    close(None, "ltx-train prepare ... data.source=... data.root=...")
     return Exit.DONE
 
 

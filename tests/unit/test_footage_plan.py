@@ -1,0 +1,40 @@
+"""What a data set takes, beside what a prepared one has taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ltx_train import config
+from ltx_train.assembly import footage_plan
+from ltx_train.data import index
+from tests.conftest import REPOSITORY, command, settings
+
+
+def test_bytes_are_those_of_a_prepared_folder(prepared: Path, clips: Path) -> None:
+    one = footage_plan.of_config(config.compose_config(settings(prepared, clips)))
+    for record in index.load(prepared).records:
+        assert one.sample_bytes < record.tensors.size < one.sample_bytes + 1000
+        size = (prepared / "contexts" / f"{record.context}.safetensors").stat().st_size
+        assert one.context_bytes < size < one.context_bytes + 1000
+
+
+def test_the_documented_table_is_this_one() -> None:
+    asked = ["experiment=voice_reference_22b", "model.weights=random", "data.caption=null", "plan.price=3"]
+    page = (REPOSITORY / "docs" / "data.md").read_text()
+    for name, value in footage_plan.rows(config.compose_config(asked), 10_000_000):
+        assert f"| {name} | {value} |" in page
+
+
+def test_a_table_for_many_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["experiment=talking_head_22b", "model.weights=random", "data.buckets=[1280x704x153]"]
+    assert command("plan", *asked, "plan.clips=75", "plan.price=2", "data.root=x", "data.source=y") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(" 75 ") == 2
+    assert "a text context 12.58 MB" in shown
+    hours = 75 * (0.873 + 0.082) / 3600
+    one = footage_plan.of_config(config.compose_config(asked))
+    assert one.hours(75, 75) == pytest.approx(hours)
+    assert one.hours(75, 1, 8) == pytest.approx((75 * 0.873 + 0.082) / 3600 / 8)
+    assert one.total_bytes(2, 1) == 2 * one.sample_bytes + one.context_bytes
