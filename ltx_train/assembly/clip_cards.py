@@ -37,14 +37,15 @@ _MOST_CARDS = 2000
 
 
 def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
-    """One card for each clip in the index's order, at most 2000. `check.previews` cards have pictures and sound: clips
-    with findings first, then others at equal distances in the index."""
+    """One card for each clip, at most 2000. The first `check.previews` have pictures and sound: clips with findings, then
+    others at equal distances in the index, whose order the remaining cards keep."""
     shown = {record.key for record in _chosen(index, config.check.previews)}
     listed = {record.key for record in _chosen(index, _MOST_CARDS)}
     originals = _originals(config, {record.recording for record in index.records if record.key in shown})
     decoder = None
     reader = Reader(root, index, seed=0)
-    for record in (record for record in index.records if record.key in listed):
+    ordered = sorted(index.records, key=lambda record: record.key not in shown)
+    for record in (record for record in ordered if record.key in listed):
         told = findings.of_record(record)
         if record.key not in shown:
             yield Card(record=record, remarks=told)
