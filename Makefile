@@ -39,7 +39,7 @@ study: setup ## tests the verdicts on five data sets whose truth is known: docs/
 	$(BIN)/python docs/study/study.py
 
 test: setup lint tools ## lint, types and all tests
-	$(BIN)/pytest --numprocesses 3 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data docs tests
