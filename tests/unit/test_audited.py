@@ -38,7 +38,7 @@ def audits(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
 def _counted(monkeypatch: pytest.MonkeyPatch, findings: list[Finding]) -> list[Any]:
     made: list[Any] = []
 
-    def audit(*_: object) -> list[Finding]:
+    def audit(*_: object, **_named: object) -> list[Finding]:
         made.append(findings)
         return findings
 
