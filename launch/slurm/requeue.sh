@@ -15,11 +15,12 @@ run_step() {
   touch "$LTX_TRAIN_LOST_DEVICES"
   known=$(wc -l < "$LTX_TRAIN_LOST_DEVICES")
   # SLURM sends the notice to this shell alone; srun forwards it to every task.
-  trap 'noticed=1; kill -USR1 "$step" 2>/dev/null' USR1
+  trap hand_on_notice USR1
   "$@" &
   step=$!
   # A trapped signal interrupts wait.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+  trap '' USR1
   # 138: the notice came before the tasks had set up their handlers; there is nothing to save yet.
   if [ -n "$noticed" ] && [ "$code" = 138 ]; then code=75; fi
   # The other ranks end with codes of their own when one loses its GPU.
@@ -32,6 +33,14 @@ run_step() {
     requeue_elsewhere
   fi
   return "$code"
+}
+
+# In the variables of run_step. The notice is repeated until the step has ended: one that reaches srun while it starts its
+# tasks is lost, and a run ignores all but the first.
+hand_on_notice() {
+  noticed=1
+  kill -USR1 "$step" 2>/dev/null
+  (sleep 5; kill -USR1 "$$") > /dev/null 2>&1 &
 }
 
 # Nodes can be excluded from a pending job alone, and a requeued one is pending at once, but SLURM then ends this shell.

@@ -22,7 +22,7 @@ from ltx_train.config import changed, compose_config, from_file
 from ltx_train.contracts import ConfigError
 from ltx_train.jobs import slurm as slurm_jobs
 from ltx_train.training.tracking.metrics import read_rows
-from tests.conftest import command
+from tests.conftest import REPOSITORY, command
 from tests.faults.harness import PATIENCE_S, started, steps_done, wait_for
 from tests.faults.slurm import Slurm
 from tests.faults.test_ranks import fit
@@ -180,6 +180,24 @@ def test_launch_files_run_over_two_nodes(
     waited(lambda: slurm.state(done.stdout.strip()) in ("COMPLETED", "FAILED"))
     assert "2 on 2 machines, strategy=zero3, DeepSpeed's engine" in (tmp_path / "log").read_text()
     assert steps_done(tmp_path / "audio_reference" / "main") == 2
+
+
+def test_a_notice_that_is_lost_is_repeated(tmp_path: Path) -> None:
+    """srun loses a signal that comes while it starts its tasks."""
+    step = f"trap '' USR1; touch {tmp_path}/started; sleep 1; trap 'exit 75' USR1; while :; do sleep 0.1; done"
+    script = f"""
+        . {REPOSITORY}/launch/slurm/requeue.sh
+        scontrol() {{ echo "scontrol $*"; }}
+        run_step 0 0 bash -c "{step}"
+    """
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "LTX_TRAIN_LOST_DEVICES": str(tmp_path / "lost")}
+    with subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as shell:
+        waited((tmp_path / "started").exists)
+        shell.send_signal(signal.SIGUSR1)
+        shown, _ = shell.communicate(timeout=PATIENCE_S)
+    assert shell.returncode == 75
+    assert "job 7 ended with 75" in shown
+    assert "scontrol requeue 7" in shown
 
 
 @needs_slurm
