@@ -37,6 +37,7 @@ run_step() {
 
 # In the variables of run_step. The notice is repeated until the step has ended: one that reaches srun while it starts its
 # tasks is lost, and a run ignores all but the first.
+# shellcheck disable=SC2329  # the trap invokes it
 hand_on_notice() {
   noticed=1
   kill -USR1 "$step" 2>/dev/null

@@ -37,8 +37,8 @@ _MOST_CARDS = 2000
 
 
 def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
-    """One card for each clip, at most 2000. The first `check.previews` have pictures and sound: clips with findings, then
-    others at equal distances in the index, whose order the remaining cards keep."""
+    """One card for each clip, at most 2000. The first `check.previews` have pictures and sound: clips with findings,
+    then others at equal distances in the index, whose order the remaining cards keep."""
     shown = {record.key for record in _chosen(index, config.check.previews)}
     listed = {record.key for record in _chosen(index, _MOST_CARDS)}
     originals = _originals(config, {record.recording for record in index.records if record.key in shown})
