@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 BlockQuantizer = Callable[[nn.Module], None]
 BlockArrival = Callable[[int, nn.Module], None]
 
-# Neighbouring tiles of the video VAE share so many pixels, over which they are blended.
+# Overlap of neighbouring tiles of the video VAE, in pixels. The VAE blends the tiles over it.
 TILE_OVERLAP = 64
 TRANSFORMER_PREFIX = "model.diffusion_model."
 _CONNECTOR_PREFIXES = (

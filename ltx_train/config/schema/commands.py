@@ -128,6 +128,8 @@ class PlanConfig:
     """`plan`."""
 
     card: str | None = setting(None, "a GPU by name, for planning on a machine without it")
-    clips: int | None = setting(None, "plan a data set of so many clips instead: disk and hours", least=1)
+    clips: int | None = setting(
+        None, "number of clips of a data set; `plan` then shows its disk space and hours", least=1
+    )
     price: float | None = setting(None, "price of a device for an hour, for plan.clips", least=0)
     link_gbs: list[float] = setting([50.0, 400.0], "GB/s into a machine over its network cards; for several machines")
