@@ -8,6 +8,7 @@ from ltx_train.assembly import from_config, model_source, resolve
 from ltx_train.config import Config, counted_fps
 from ltx_train.memory.planning import footage
 from ltx_train.memory.planning.footage import Footage, StoredSizes
+from ltx_train.model.codecs import LATENT_MEL_BINS
 
 # Devices in the table.
 _DEVICES = (1, 8, 64)
@@ -17,7 +18,7 @@ def of_config(config: Config) -> Footage:
     """A clip of the largest bucket."""
     sizes = model_source.layout(config).config["transformer"]
     stored = StoredSizes(
-        video_channels=sizes["in_channels"], audio_channels=sizes["audio_in_channels"] // 16,
+        video_channels=sizes["in_channels"], audio_channels=sizes["audio_in_channels"] // LATENT_MEL_BINS,
         context_width=sizes["cross_attention_dim"] + sizes["audio_cross_attention_dim"],
         context_tokens=config.model.text_tokens, latent_bytes=from_config.DTYPES[config.data.latent_dtype].itemsize,
     )  # fmt: skip

@@ -37,4 +37,3 @@ def test_a_table_for_many_clips(capsys: pytest.CaptureFixture[str]) -> None:
     one = footage_plan.of_config(config.compose_config(asked))
     assert one.hours(75, 75) == pytest.approx(hours)
     assert one.hours(75, 1, 8) == pytest.approx((75 * 0.873 + 0.082) / 3600 / 8)
-    assert one.total_bytes(2, 1) == 2 * one.sample_bytes + one.context_bytes

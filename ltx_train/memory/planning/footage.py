@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ltx_train.diffusion.grid import Bucket, audio_latents
+from ltx_train.model.codecs import LATENT_MEL_BINS
 
 # Seconds for a pixel of a frame: 0.873 s a clip at 1280x704x153, decoding and writing included; and for a caption.
 _PIXEL_S, _CAPTION_S = 0.873 / (1280 * 704 * 153), 0.082
-_LATENT_MEL_BINS, _FLOAT32 = 16, 4
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +34,6 @@ class Footage:
     context_bytes: int
     prepare_s: float
 
-    def total_bytes(self, clips: int, captions: int) -> int:
-        return clips * self.sample_bytes + captions * self.context_bytes
-
     def hours(self, clips: int, captions: int, devices: int = 1) -> float:
         """Of `devices` H200s."""
         return (clips * (self.prepare_s - _CAPTION_S) + captions * _CAPTION_S) / 3600 / devices
@@ -44,7 +42,7 @@ class Footage:
 def of_clip(sizes: StoredSizes, bucket: Bucket, fps: float, reference_s: float) -> Footage:
     """A clip with sound: its latents and its voice window, without the headers of a few hundred bytes."""
     sounds = audio_latents(bucket.frames / fps) + audio_latents(reference_s)
-    sound = sizes.audio_channels * sounds * _LATENT_MEL_BINS * _FLOAT32
+    sound = sizes.audio_channels * sounds * LATENT_MEL_BINS * _FLOAT32
     return Footage(
         sample_bytes=sizes.video_channels * bucket.video_tokens * sizes.latent_bytes + sound,
         context_bytes=sizes.context_tokens * sizes.context_width * sizes.latent_bytes,
