@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ltx_train import rng
 from ltx_train.contracts import DataError
+from ltx_train.data.files import SHARDS
 from ltx_train.data.index import Index, Record
 from ltx_train.data.reader import Reader
 
@@ -25,7 +26,7 @@ def measure(root: Path, index: Index, *, workers: int) -> dict[str, Any]:
     """Rates in MB (10^6 bytes) a second: `plain_mb_s` of shards from beginning to end, `samples_mb_s` of samples in a
     random order, each compared with its digest. Both from the disk: the pages of the shards are dropped before."""
     records = _chosen(index)
-    shards = [root / "shards" / name for name in sorted({record.shard for record in records})]
+    shards = [root / SHARDS / name for name in sorted({record.shard for record in records})]
     plain = _plain(shards)
     _drop(shards)
     size = sum(record.tensors.size for record in records)

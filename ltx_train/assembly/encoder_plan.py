@@ -39,7 +39,9 @@ def within(config: Config, budget_gib: float | None, bucket: Bucket | None = Non
 
 def between_steps_gib(config: Config) -> float:
     """What a run needs between its steps beside the model: the decoders of its generated clips, in the least tiles."""
-    return encoding.least_decode_gib(sizes(config)) if config.eval.samples else 0.0
+    if not config.eval.samples:
+        return 0.0
+    return encoding.least_decode_gib(sizes(config), tiles=resolve.encoder_choice(config)[1])
 
 
 def sizes(config: Config, bucket: Bucket | None = None) -> EncoderSizes:

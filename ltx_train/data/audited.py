@@ -16,6 +16,7 @@ from typing import Any
 
 from ltx_train import durable
 from ltx_train.data.audit import DataRequirements
+from ltx_train.data.files import CONTEXTS, SHARDS
 from ltx_train.data.index import INDEX_NAME
 
 NAME = "audited.json"
@@ -31,7 +32,7 @@ def signature(root: Path, requirements: DataRequirements) -> str:
         index = hashlib.file_digest(file, "sha256").hexdigest()
     files = [
         f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
-        for folder in ("shards", "contexts")
+        for folder in (SHARDS, CONTEXTS)
         for path in sorted((root / folder).glob("*"))
         for status in (path.stat(),)
     ]

@@ -116,6 +116,8 @@ def test_generated_clips_are_planned_for() -> None:
     without, needed = (memory_plan.need(c) for c in made)
     assert without.between == 0
     assert 4.5 < needed.between / GIB < 5.5
+    whole = config.changed(made[1], {"memory.tiles": "off"})
+    assert memory_plan.need(whole).between > 2 * needed.between
     choice = MemoryChoice(quantize="int8", keep=Keep.inputs, offload_inputs=True)
     for share, more in ((1, False), (64, True)):
         work = replace(needed.work, video=needed.work.video // share)

@@ -65,7 +65,7 @@ def choose(
     room = float("inf") if budget_gib is None else budget_gib
     texts = {streamed: text_gib(sizes, streamed=streamed) for streamed in (False, True)}
     streams_text = texts[False] > room if streams_text is None else streams_text
-    candidates = {True: TILES, False: (None,), None: (None, *TILES)}[tiles]
+    candidates = _candidates(tiles)
     encodes = {tile: encode_gib(sizes, tile) for tile in candidates}
     decodes = {tile: decode_gib(sizes, tile) for tile in candidates}
     encode, decode = _first_that_fits(encodes, room), _first_that_fits(decodes, room)
@@ -75,9 +75,9 @@ def choose(
     )  # fmt: skip
 
 
-def least_decode_gib(sizes: EncoderSizes) -> float:
-    """The least peak with which a clip is decoded."""
-    return min(decode_gib(sizes, tile) for tile in (None, *TILES))
+def least_decode_gib(sizes: EncoderSizes, *, tiles: bool | None = None) -> float:
+    """The least peak with which a clip is decoded. tiles: as of `choose`."""
+    return min(decode_gib(sizes, tile) for tile in _candidates(tiles))
 
 
 def text_gib(sizes: EncoderSizes, *, streamed: bool) -> float:
@@ -111,6 +111,11 @@ def decode_gib(sizes: EncoderSizes, tile: int | None) -> float:
             held += _PIXEL * pixels
     joined = held + 2 * _pixels(sizes) if tile else 0.0
     return weights + max(peak, joined) / GIB
+
+
+def _candidates(tiles: bool | None) -> tuple[int | None, ...]:
+    """Tiles that may be chosen, the fastest first."""
+    return {True: TILES, False: (None,), None: (None, *TILES)}[tiles]
 
 
 def _pixels(sizes: EncoderSizes) -> float:
