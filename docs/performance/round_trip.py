@@ -1,4 +1,5 @@
-"""A full fine-tune's state saved in slices and restored, at real widths with fewer blocks: prints one JSON record.
+"""A full fine-tune's state saved in slices and restored, at real widths with fewer blocks: prints a JSON record
+of the save, and the whole record at the end.
 
 round_trip.py DEVICES LAYERS FOLDER [SETTING ...]: all devices step four times, save, and a fresh model restores.
 """
@@ -48,6 +49,7 @@ def trip(config: Config) -> int:
         ranks.any(False)
         started = time.perf_counter()
         losses += [float(step(3))]
+        torch.cuda.synchronize()  # an engine may still update on streams of its own, which would count as the save
         seconds = time.perf_counter() - started
         state = updates.state().slice
         assert state is not None
@@ -57,6 +59,13 @@ def trip(config: Config) -> int:
         saver.wait()
         written = time.perf_counter() - started
         ranks.any(False)
+        saved = {
+            "devices": ranks.world, "strategy": setup.sharing.name, "engine": config.strategy.engine,
+            "offload": setup.sharing.offload, "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
+            "written_s": round(written, 1),
+        }  # fmt: skip
+        if ranks.leads:
+            print(json.dumps(saved), flush=True)
         before = {n: {k: t.cpu().clone() for k, t in kinds.items()} for n, kinds in state.tensors.items()}
         losses += [float(step(4))]
         del transformer, updates, step, state
@@ -75,10 +84,8 @@ def trip(config: Config) -> int:
         if ranks.leads:
             size = sum(path.stat().st_size for path in (folder / "step-000004").iterdir())
             print(json.dumps({
-                "devices": ranks.world, "state_gib": round(size / GIB, 2), "strategy": setup.sharing.name,
-                "offload": setup.sharing.offload, "step_s": round(seconds, 2), "blocked_s": round(blocked, 2),
-                "written_s": round(written, 1), "restored_s": round(restored, 1), "bitwise": all(everyone),
-                "losses": losses,
+                **saved, "state_gib": round(size / GIB, 2), "restored_s": round(restored, 1),
+                "bitwise": all(everyone), "losses": losses,
             }))  # fmt: skip
     return 0
 

@@ -292,6 +292,8 @@ def test_shares_in_host_memory_leave_the_device() -> None:
     assert away.footprint.host_gib == pytest.approx(4.75e9 * 30 / 2**30, rel=0.01)
     assert away.footprint.step_s - here.footprint.step_s == pytest.approx(4.75, abs=0.2)
     assert files.footprint.gib == away.footprint.gib
+    # Four devices share a disk that reads and writes 12 bytes of each weight.
+    assert files.footprint.step_s - here.footprint.step_s == pytest.approx(24 * 18.99 / 1.8, rel=0.02)
     assert here.footprint.host_gib == files.footprint.host_gib == pytest.approx(4.75e9 * 12 / 2**30, rel=0.01)
 
 
@@ -326,8 +328,23 @@ FULL_A = (*WORK_A_SETTINGS, "adapter=full", "memory=recompute")
         ((*FULL_A, "strategy=zero3", "strategy.devices=2"), 2, 2, 18.23),
         ((*FULL_A, "strategy=zero3", "strategy.devices=2", "strategy.hpz=1"), 2, 2, 17.74),
         ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2", "strategy.offload=cpu"), 1, 3, 9.13),
+        ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2", "strategy.offload=cpu"), 1, 2, 8.03),
+        ((*WORK_A_SETTINGS, "strategy=deepspeed_zero3", "strategy.devices=4"), 1, 48, 16.7),
+        ((*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=4"), 1, 48, 103.19),
     ],
-    ids=["adapter", "adapter-2x1", "full", "full-2x1", "full-2x2-hpz", "small-2x2-hpz", "small-2x2", "offload"],
+    ids=[
+        "adapter",
+        "adapter-2x1",
+        "full",
+        "full-2x1",
+        "full-2x2-hpz",
+        "small-2x2-hpz",
+        "small-2x2",
+        "offload",
+        "small-offload",
+        "adapter-4",
+        "full-4",
+    ],
 )
 def test_peaks_of_deepspeed_are_within_5_percent_of_measured_ones(
     settings: tuple[str, ...], machines: int, blocks: int, reserved_gib: float, monkeypatch: pytest.MonkeyPatch
@@ -340,6 +357,19 @@ def test_peaks_of_deepspeed_are_within_5_percent_of_measured_ones(
     found = memory_plan.plan_for(config.compose_config(list(settings)), place)
     assert found is not None
     assert found.footprint.gib == pytest.approx(reserved_gib, rel=0.05)
+
+
+def test_a_step_with_its_state_in_files_takes_the_disks_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/performance/deepspeed.json, offload_nvme: 10.93 s, one of the 48 blocks, two devices."""
+    monkeypatch.setitem(presets.PRESETS, "fewer", replace(presets.PRESETS["ltx2_3_22b"], layers=1))
+    skeleton = build_transformer(RandomWeights("fewer"))
+    monkeypatch.setattr(model_source, "skeleton", lambda _config: skeleton)
+    made = config.compose_config(
+        [*FULL_A, "strategy=deepspeed_zero3", "strategy.devices=2", "strategy.offload=/nvme/ltx"]
+    )
+    found = memory_plan.plan_for(made, Room(card=H200, budget_gib=138.0, host_gib=None))
+    assert found is not None
+    assert found.footprint.step_s == pytest.approx(10.93, rel=0.05)
 
 
 def test_what_machines_send_each_other_is_what_was_counted() -> None:

@@ -32,6 +32,9 @@ _PEER, _UPDATE_BYTES = 0.8, 80.0
 # Seconds to accumulate, clip and update one weight in host memory. Measured: 0.68e-9 for one device with 16 processors;
 # several devices share the memory's bandwidth.
 _OFFLOADED_UPDATE_S = 1.0e-9
+# Bytes a second that an optimizer state in files is read and written with: a step of docs/performance/deepspeed.json
+# (offload_nvme), on a disk that writes 1.4e9. The disk of another machine can be several times faster or slower.
+_FILES_BYTES_S = 1.8e9
 # Share of the host link left for weights while inputs travel the other way.
 _BOTH_WAYS = 0.87
 
@@ -52,7 +55,7 @@ def seconds(
     overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 6.0 * dequantized_elements(size, choice) / bandwidth
-    update_s = trained.parameters / trained.slices * _OFFLOADED_UPDATE_S if trained.offloaded else 0.0
+    update_s = _offloaded_update_s(trained) if trained.offloaded else 0.0
     if trained.full and not trained.offloaded:
         compute += trained.parameters / trained.slices * _UPDATE_BYTES / bandwidth
     if choice.offload_inputs:
@@ -63,6 +66,17 @@ def seconds(
         return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
     link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
     return max(compute, 2 * streamed_bytes / link) + update_s
+
+
+def _offloaded_update_s(trained: TrainedWeights) -> float:
+    """Seconds in which a device updates its slice in host memory or in files. The devices of a machine share its
+    disk."""
+    own = trained.parameters / trained.slices
+    if not trained.in_files:
+        return own * _OFFLOADED_UPDATE_S
+    beside = trained.second_slices if trained.second_slices > 1 else trained.slices
+    read_and_written = 2 * (4 + trained.moment_bytes) * own * beside
+    return max(own * _OFFLOADED_UPDATE_S, read_and_written / _FILES_BYTES_S)
 
 
 def model_flops(size: ModelSizes, work: Workload, *, full: bool = False) -> float:
