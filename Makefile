@@ -8,7 +8,7 @@ LTX := $(BIN)/ltx-train
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint format unit golden faults docs gpu aio tools wheel sample settings clean
+.PHONY: help setup demo study test computing waiting lint format unit golden faults docs gpu aio tools wheel sample settings clean
 
 help: ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -18,8 +18,9 @@ setup: $(STAMP) ## a virtual environment with pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Python compiles what is imported, at its first import: a third of all that is installed.
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny model
@@ -38,8 +39,15 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 study: setup ## tests the verdicts on five data sets whose truth is known: docs/study.md
 	$(BIN)/python docs/study/study.py
 
-test: setup lint tools ## lint, types and all tests
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+test: setup ## lint, types and all tests
+	@$(MAKE) --no-print-directory --jobs 2 lint tools
+	@$(MAKE) --no-print-directory --jobs 2 computing waiting
+
+computing: setup # every test that needs a processor all the time
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --ignore tests/faults/test_slurm.py
+
+waiting: setup # the tests of SLURM, which wait for its clocks for minutes
+	$(BIN)/pytest tests/faults/test_slurm.py
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data docs tests

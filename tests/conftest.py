@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +30,6 @@ TINY = GOLDEN / "ltx-2.3-tiny.safetensors"
 SPEAKERS = 8
 
 Run = Callable[..., int]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The SLURM tests first: they wait for SLURM's clocks for minutes, while the other worker computes."""
-    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +57,29 @@ def prepared(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@functools.cache
+def cut(blocks: int) -> Path:
+    """The golden checkpoint with the first `blocks` of its three blocks, as a file of this process: the time of a step
+    goes with their number. The encoders are the same, so the files share prepared data."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder = Path(tempfile.mkdtemp(prefix="ltx-train-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with safe_open(TINY, "pt") as file:
+        metadata = file.metadata()
+        config = json.loads(metadata["config"])
+        left_out = [f".transformer_blocks.{block}." for block in range(blocks, config["transformer"]["num_layers"])]
+        tensors = {k: file.get_tensor(k) for k in file.keys() if not any(part in k for part in left_out)}  # noqa: SIM118
+    config["transformer"]["num_layers"] = blocks
+    save_file(tensors, folder / "tiny.safetensors", {**metadata, "config": json.dumps(config)})
+    return folder / "tiny.safetensors"
+
+
 def settings(root: Path, source: Path, *more: str) -> list[str]:
     """The overrides that the prepared fixture was made with."""
     return [
-        "experiment=audio_reference", f"model.path={TINY}", f"data.root={root}", f"data.source={source}",
+        "experiment=audio_reference", f"model.path={cut(1)}", f"data.root={root}", f"data.source={source}",
         "data.heldout_speakers=0.4", "logger=local", "eval.quantiles=2", "eval.sigmas=[0.5]", "eval.wrong_references=1",
         "memory.keep=everything",  # recompute costs two fifths of a step; tests of it ask for it
         *more,

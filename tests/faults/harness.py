@@ -55,6 +55,8 @@ def import_commands() -> None:
     for name in COMMANDS:
         if name != "completion":
             importlib.import_module(f"ltx_train.commands.{name}")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed")
 
 
 def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:

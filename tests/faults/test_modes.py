@@ -164,7 +164,7 @@ def test_layers_that_never_move_are_reported(
     asked = ["mode=t2av", "adapter=auto", "optim.lr=0", "optim.final_lr=0", "optim.steps=21", "eval.interval=0"]
     assert command("fit", *overrides(rich, tmp_path, clips, *asked)) == Exit.DONE
     assert "adapter layers have not moved since the start" in capsys.readouterr().err
-    assert rows(tmp_path / "audio_reference/main")[-1]["train/dead_adapters"] == 72
+    assert rows(tmp_path / "audio_reference/main")[-1]["train/dead_adapters"] == 24
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_experiments_run(
 def test_the_bundled_clips_show_the_method(tmp_path: Path) -> None:
     """The demo's claim, with fewer steps: a base, a voice-reference LoRA on it, new speakers."""
     base = tmp_path / "base.safetensors"
-    where = [f"run.root={tmp_path}", f"data.root={tmp_path / 'data'}", "logger=local"]
+    where = [f"run.root={tmp_path}", f"data.root={tmp_path / 'data'}", "logger=local", "memory=none"]
     lora = ["experiment=audio_reference", f"model.path={base}", "optim.steps=300", "eval.interval=0", *where]
     assert command("prepare", "experiment=audio_reference", *where) == 0
     assert command("fit", "experiment=tiny_base", "eval.interval=0", *where) == 0

@@ -17,6 +17,7 @@ from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.blocks.runner import BlockRunner
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import load_transformer
+from tests.faults.harness import PATIENCE_S, SERVER
 
 pytestmark = pytest.mark.slow
 WORLD, VIDEO, AUDIO, TEXT = 2, 9, 5, 8  # an odd number of tokens
@@ -70,8 +71,14 @@ def on_rank(rank: int, meeting: str, compiled: bool, out: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cut_tokens_give_the_velocities_and_gradients_of_whole_ones(compiled: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path / "meeting"), compiled, str(tmp_path)), nprocs=WORLD)
+    arguments = (str(tmp_path / "meeting"), compiled, str(tmp_path))
+    processes = [SERVER.Process(target=on_rank, args=(rank, *arguments)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
     alone = results(compiled=False)
+    for process in processes:
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
     for rank in range(WORLD):
         together = torch.load(tmp_path / f"{rank}.pt")
         assert together.keys() == alone.keys()

@@ -95,9 +95,9 @@ def test_a_dead_server_costs_seconds_and_no_row(
 
 @pytest.fixture
 def busy() -> Iterator[None]:
-    """Eight times as many busy processes as processors."""
+    """Four times as many busy processes as processors."""
     processes = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8 * len(os.sched_getaffinity(0)))
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * len(os.sched_getaffinity(0)))
     ]
     yield
     for process in processes:
@@ -107,16 +107,14 @@ def busy() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_record_is_whole_when_its_tracker_is_closed_on_a_loaded_machine(tmp_path: Path, busy: None) -> None:
-    for run in range(3):
-        folder = tmp_path / str(run) / "e" / "main"
-        tracker = sinks.WandB(folder, "offline", "p", {"a": 1}, 0)
-        for step in range(1, 101):
-            tracker.write(step, {"train/loss": 1.0})
-        tracker.close()
-        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-        kinds = list(records(file))
-        assert kinds.count("history") == 100
-        assert kinds[-1] in ("exit", "footer")
+    tracker = sinks.WandB(tmp_path / "e" / "main", "offline", "p", {"a": 1}, 0)
+    for step in range(1, 101):
+        tracker.write(step, {"train/loss": 1.0})
+    tracker.close()
+    (file,) = tmp_path.glob("e/main/wandb/offline-run-*/*.wandb")
+    kinds = list(records(file))
+    assert kinds.count("history") == 100
+    assert kinds[-1] in ("exit", "footer")
 
 
 def records(file: Path) -> Iterator[str]:
