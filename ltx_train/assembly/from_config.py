@@ -25,6 +25,7 @@ from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Windows
 from ltx_train.data.reader import ReadRequest
 from ltx_train.data.store import StoreSettings
+from ltx_train.data.united import Part
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
@@ -34,6 +35,8 @@ from ltx_train.model.adapter import Lora
 from ltx_train.training.schedule import Schedule
 from ltx_train.updates.optimizers import OptimizerSettings
 
+# Settings that a further folder shares with the first: references are taken by length and grid.
+_SHARED = ("reference_s", "reference_scale", "reference_stride")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -104,13 +107,37 @@ def prepared(config: Config) -> tuple[Path, Index, list[str]]:
     return root, loaded, index.stale_reasons(loaded, recipe(config).settings(), fingerprints(config))
 
 
+def further(config: Config) -> list[tuple[Part, list[str]]]:
+    """The folders of `data.also`, each with the reasons why it cannot be trained on beside the first."""
+    roots, weights = config.data.also, config.data.also_weights or [1.0] * len(config.data.also)
+    encoders = fingerprints(config) if roots else {}
+    found: list[tuple[Part, list[str]]] = []
+    for given, weight in zip(roots, weights, strict=True):
+        root = _folder(config, given)
+        part = Part(name=_name_of(given), root=root, index=index.load(root), weight=weight)
+        shared = {name: value for name, value in recipe(config).settings().items() if name in _SHARED}
+        reasons = index.stale_reasons(part.index, shared, encoders)
+        strange = {record.bucket for record in part.index.records} - set(config.data.buckets)
+        reasons += [f"bucket {bucket} is not in data.buckets" for bucket in sorted(strange)]
+        found.append((part, reasons))
+    return found
+
+
 def data_folder(config: Config) -> Path:
     """The prepared folder on this machine; of a store, the part of it that is here, with the store's present index."""
+    return _folder(config, config.data.root)
+
+
+def _folder(config: Config, root: str) -> Path:
     d = config.data
-    if not store.is_url(d.root):
-        return Path(d.root)
+    if not store.is_url(root):
+        return Path(root)
     cache = Path(d.cache or Path.home() / ".cache" / "ltx-train" / "data")
-    return store.mirror(StoreSettings(d.root, d.cache_gib), cache)
+    return store.mirror(StoreSettings(root, d.cache_gib), cache)
+
+
+def _name_of(root: str) -> str:
+    return root.rstrip("/").rpartition("/")[2] if store.is_url(root) else Path(root).resolve().name
 
 
 def shards_ahead(config: Config, prepared_index: Index) -> int:

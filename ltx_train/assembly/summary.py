@@ -74,7 +74,7 @@ def _lines(
         ("model", f"{source}, {_short(total)} parameters, {config.model.dtype}, {setup.memory.quantize} quantization"),
         ("mode", ", ".join(f"{k} {v}" for k, v in facts.items())),
         ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
-        ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {config.data.root}"),
+        ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {_folders(config)}"),
         ("batch", f"{optim.global_batch} samples, {optim.batch_size} at a time, {_tokens(setup)}"),
         *([("devices", _devices(setup))] if setup.ranks.world > 1 else []),
         ("memory", memory(setup, transformer, count)),
@@ -83,6 +83,13 @@ def _lines(
         ("measuring", _measuring(config, index)),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
     ]  # fmt: skip
+
+
+def _folders(config: Config) -> str:
+    """The prepared folders of a run."""
+    weights = config.data.also_weights or [1.0] * len(config.data.also)
+    further = [f"{root} x {weight:g}" for root, weight in zip(config.data.also, weights, strict=True)]
+    return ", ".join([config.data.root, *further])
 
 
 def _devices(setup: Setup) -> str:

@@ -21,6 +21,11 @@ def validate(config: Config) -> None:
         check_value(config, setting)
     for bucket in config.data.buckets + ([config.sample.bucket] if config.sample.bucket else []):
         parse_bucket(bucket)
+    if config.data.also_weights and len(config.data.also_weights) != len(config.data.also):
+        raise ConfigError(
+            f"data.also_weights has {len(config.data.also_weights)} numbers for {len(config.data.also)} folders in "
+            "data.also: give one for each"
+        )
     _validate_names(config)
     _validate_search(config)
     modes.validate(config)

@@ -23,7 +23,7 @@ from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mod
 from ltx_train.data.files import CONTEXTS, SHARDS
 from ltx_train.data.index import Index, Member, Record
 from ltx_train.data.order import Address
-from ltx_train.data.store import files_of
+from ltx_train.data.united import files_of
 from ltx_train.model import sealed
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"

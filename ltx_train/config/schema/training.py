@@ -85,6 +85,10 @@ class DataConfig:
         list[str](), "faults of samples that training goes on with",
         choices=("constant", "copies", "same_recording", "silent"),
     )  # fmt: skip
+    also: list[str] = setting(list[str](), "further prepared folders or URLs that are trained on too")
+    also_weights: list[float] = setting(
+        list[float](), "how often an epoch uses a sample of each of them; empty: once", least=0
+    )
     limit: int | None = setting(None, "train on this many clips of the training split alone; null: all", least=1)
     workers: int = setting(2, "processes that read samples; 0: the training process itself", least=0)
 
