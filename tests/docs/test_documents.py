@@ -33,7 +33,10 @@ def lines(prefix: str) -> list[str]:
 def test_documented_commands_compose(line: str) -> None:
     name, *words = [w for w in shlex.split(line)[1:] if w != "..."]
     assert name in (*COMMANDS, "help")
-    overrides = [re.sub(r"^\[|\]$", "", w) for w in words if "=" in w and not w.startswith("--")]
+    # [key=value ...]: what may be left out. A list's own bracket stays.
+    words = [w.removeprefix("[") for w in words]
+    words = [w[:-1] if w.endswith("]") and w.count("]") > w.count("[") else w for w in words]
+    overrides = [w for w in words if "=" in w and not w.startswith("--")]
     others = [w for w in words if "=" not in w and not w.startswith("-") and w not in ("job", "NAME")]
     assert len(others) <= 1, "a folder in place of overrides, a group, or a shell"
     if "-m" not in words:
