@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def recipe(config: Config) -> Recipe:
         reference_stride=data.reference_stride,
         drops_captions=data.caption_dropout > 0,
         keep_trigger=data.keep_trigger,
+        voice_variants=tuple(data.voice_variants),
     )
 
 
@@ -170,7 +172,9 @@ def lora(config: Config) -> Lora:
 
 def read_request(config: Config, modes: Iterable[Mode]) -> ReadRequest:
     """What a reader reads to train in modes: also masks of the loss, dropped captions and further captions."""
-    return ReadRequest.of(modes, config.loss.token_weights, config.data.caption_dropout)
+    request = ReadRequest.of(modes, config.loss.token_weights, config.data.caption_dropout)
+    variants = tuple(config.data.voice_variants)
+    return replace(request, voice_variants=variants, voice_variant_share=config.data.voice_variant_share)
 
 
 def data_requirements(config: Config) -> DataRequirements:
@@ -198,4 +202,5 @@ def measurement_settings(config: Config, levels: Grid) -> heldout.MeasurementSet
         mode=config.mode, levels=levels.levels, seed=e.seed, batch_size=e.batch_size, max_samples=e.max_samples,
         wrong_references=e.wrong_references, video_weight=config.loss.video_weight,
         audio_weight=config.loss.audio_weight, dropped=e.dropped, wrong_caption=e.wrong_caption,
+        voice_variant=e.voice_variant,
     )  # fmt: skip

@@ -32,6 +32,7 @@ def validate(config: Config) -> None:
     _validate_memory(config)
     _validate_strategy(config)
     _validate_adapter(config)
+    _validate_voices(config)
     _validate_measuring(config)
     _validate_noise(config)
     _validate_optimizer(config)
@@ -93,6 +94,14 @@ def _validate_search(config: Config) -> None:
         name = line.partition("=")[0].strip()
         if name not in known:
             raise ConfigError(f"sweep.space: there is no setting {name!r}{suggest.for_setting(name, known)}")
+
+
+def _validate_voices(config: Config) -> None:
+    variants, measured = config.data.voice_variants, config.eval.voice_variant
+    if config.data.voice_variant_share and not variants:
+        raise ConfigError("data.voice_variant_share needs data.voice_variants, such as [gain,lowpass,noise,music]")
+    if measured is not None and measured not in variants:
+        raise ConfigError(f"eval.voice_variant={measured}: the data have data.voice_variants={variants}")
 
 
 def _validate_measuring(config: Config) -> None:

@@ -33,13 +33,19 @@ CONTROL, VIDEO_MASK, AUDIO_MASK = "reference_video_latent", "video_mask", "audio
 _CONTEXTS_KEPT = 64
 
 
+def variant_of(name: str, variant: str) -> str:
+    """The name of a voice's variant in the shards."""
+    return f"{name}.{variant}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRequest:
     """What the reader reads of a clip besides its latents and its first caption.
 
     references: reference conditions by name. masks: names of mask tensors; a clip without one of them is an error.
     caption_dropout: share of draws whose caption is dropped. variants: whether draws use further captions too.
-    modalities: those whose latents are read. Clips may lack the others.
+    modalities: those whose latents are read. Clips may lack the others. voice_variants: those that
+    voice_variant_share of the draws choose from.
     """
 
     references: Mapping[str, Condition] = field(default_factory=dict[str, Condition])
@@ -47,6 +53,8 @@ class ReadRequest:
     caption_dropout: float = 0.0
     variants: bool = False
     modalities: frozenset[ModalityName] = frozenset(ModalityName)
+    voice_variants: tuple[str, ...] = ()
+    voice_variant_share: float = 0.0
 
     @classmethod
     def of(cls, modes: Iterable[Mode], masks: Iterable[str] = (), caption_dropout: float = 0.0) -> ReadRequest:
@@ -157,7 +165,7 @@ class Reader:
         if missing:
             raise DataError(f"{record.key}: no {missing[0]!r} in the shards, but the mode or the loss reads it")
         references = {
-            name: self._reference(donor or self.reference_key(address, condition), condition)
+            name: self._reference(donor or self.reference_key(address, condition), condition, self._variant(address))
             for name, condition in self._request.references.items()
         }
         return Sample(
@@ -173,12 +181,23 @@ class Reader:
             masks={name: tensors[name] for name in self._request.masks},
         )
 
-    def _reference(self, key: str, condition: Condition) -> Tensor:
+    def _variant(self, address: Address) -> str | None:
+        """The variant of the voice in this draw, for the correct and a wrong reference alike; None: as recorded."""
+        request, where = self._request, (address.key, address.draw)
+        if not request.voice_variants or not request.voice_variant_share:
+            return None
+        if float(rng.uniform(self._seed, "voice/varied", *where)) >= request.voice_variant_share:
+            return None
+        return request.voice_variants[rng.choice(len(request.voice_variants), self._seed, "voice/variant", *where)]
+
+    def _reference(self, key: str, condition: Condition, variant: str | None) -> Tensor:
         """The latents of clip `key` that serve as the reference of `condition`."""
         tensors = self.tensors(self.records[key])
         names = (condition.source,)
         if condition.source == SPEAKER:
             voice = (REFERENCE, VOICE) if self.records[key].own_reference else (VOICE,)
+            if variant is not None:
+                voice = tuple(variant_of(name, variant) for name in voice)
             names = voice if condition.stream is ModalityName.audio else (VIDEO,)
         for name in names:
             if name in tensors:

@@ -29,7 +29,8 @@ from ltx_train.model.transformer import Transformer
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings:
     """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether to
-    measure these arms. max_samples: number of clips, 0 for all."""
+    measure these arms. max_samples: number of clips, 0 for all. voice_variant: that of all voice references, None: as
+    they were recorded."""
 
     mode: Mode
     levels: tuple[float, ...]
@@ -41,6 +42,7 @@ class MeasurementSettings:
     audio_weight: float
     dropped: bool = True
     wrong_caption: bool = True
+    voice_variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,10 @@ def measure(
 
 def read_request(settings: MeasurementSettings) -> ReadRequest:
     """Request for the reader of a measurement: every clip's first caption, without caption dropout."""
-    return replace(ReadRequest.of([settings.mode]), variants=False)
+    request = replace(ReadRequest.of([settings.mode]), variants=False)
+    if settings.voice_variant is None:
+        return request
+    return replace(request, voice_variants=(settings.voice_variant,), voice_variant_share=1.0)
 
 
 def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]:

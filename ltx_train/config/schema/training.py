@@ -73,6 +73,12 @@ class DataConfig:
     reference_scale: int = setting(1, "how many times smaller control videos are prepared", least=1)
     reference_stride: int = setting(1, "of control videos every how many frames one is kept, behind the first", least=1)
     reference_s: float = setting(3.5, "seconds of the voice window cut from each clip", least=0.2)
+    voice_variants: list[str] = setting(
+        list[str](), "changed recordings of every voice window", choices=("gain", "lowpass", "noise", "music")
+    )
+    voice_variant_share: float = setting(
+        0.0, "share of draws whose voice reference is one of data.voice_variants", least=0, most=1
+    )
     heldout_speakers: float = setting(0.1, "share of identities that are held out of training", least=0, below=1)
     heldout_clips: float = setting(
         0.0, "clips held out instead, of the same people: a number, or a share below 1", least=0
@@ -164,6 +170,7 @@ class EvalConfig:
     max_samples: int = setting(0, "most clips that are measured; 0: all", least=0)
     wrong_references: int = setting(2, "other identities' references per clip, for the reference gap", least=1)
     dropped: bool = setting(True, "also measure without the reference")
+    voice_variant: str | None = setting(None, "measure with this variant of all voice references; null: as recorded")
     wrong_caption: bool = setting(True, "also measure under another clip's caption")
     attention: bool = setting(True, "also measure the attention on reference tokens")
     samples: int = setting(0, "held-out clips that are generated at each measurement", least=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ltx_train.contracts import DataError
-from ltx_train.data.prepare import extras
+from ltx_train.data.prepare import extras, voices
 from ltx_train.data.prepare.media import Media, Part
 from ltx_train.data.prepare.sound import loudest, read_audio
 from ltx_train.data.prepare.sources import Clip
@@ -29,6 +29,7 @@ from ltx_train.data.reader import (
     VIDEO_CONTEXT,
     VIDEO_MASK,
     VOICE,
+    variant_of,
 )
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.model import codecs, loaders, text
@@ -44,6 +45,15 @@ class EncodedClip:
 
     tensors: dict[str, Tensor]
     rms_db: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoiceWindows:
+    """What is encoded of a voice: its loudest `seconds`, and these variants of them. key: keys their random numbers."""
+
+    seconds: float
+    variants: tuple[str, ...] = ()
+    key: str = ""
 
 
 class Encoders:
@@ -97,19 +107,19 @@ class Encoders:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def clip(self, media: Media, part: Part, reference: Path | None, reference_s: float) -> EncodedClip:
+    def clip(self, media: Media, part: Part, reference: Path | None, voice: VoiceWindows) -> EncodedClip:
         """Encodes the video; the audio, cut to 25 latents per second; a voice window, which other clips use as their
         reference; and the file `reference`, if the clip has one."""
         tensors = {} if media.pixels is None else {VIDEO: self._encode_pixels(media.pixels)}
         loudness = _SILENT_DB
         if media.waveform is not None:
             tensors[AUDIO] = self.sound(media.waveform, media.rate)[:, : audio_latents(part.seconds)]
-            window = loudest_window(media.waveform, media.rate, reference_s)
+            window = loudest_window(media.waveform, media.rate, voice.seconds)
             if window is not None:
-                tensors[VOICE] = self.sound(window, media.rate)
+                tensors |= self._voices(VOICE, window, media.rate, voice)
             loudness = rms_db(media.waveform)
         if reference is not None:
-            tensors[REFERENCE] = self.reference(reference, reference_s)
+            tensors |= self._voices(REFERENCE, *_window_of(reference, voice.seconds), voice)
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
 
     @torch.no_grad()
@@ -158,13 +168,23 @@ class Encoders:
 
     def reference(self, path: Path, seconds: float) -> Tensor:
         """Reference latents of the loudest `seconds` of a file. DataError when the file's sound is shorter."""
-        waveform, rate = read_audio(path)
-        window = None if waveform is None else loudest_window(waveform, rate, seconds)
-        if window is None:
-            raise DataError(
-                f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s"
-            )
-        return self.sound(window, rate)
+        return self.sound(*_window_of(path, seconds))
+
+    def _voices(self, name: str, window: Tensor, rate: int, voice: VoiceWindows) -> dict[str, Tensor]:
+        """Latents of a voice window and of its variants, by their tensor names."""
+        made = {name: self.sound(window, rate)}
+        for variant in voice.variants:
+            made[variant_of(name, variant)] = self.sound(voices.changed(variant, window, rate, voice.key), rate)
+        return made
+
+
+def _window_of(path: Path, seconds: float) -> tuple[Tensor, int]:
+    """The loudest `seconds` of a file and their rate; DataError when the file's sound is shorter."""
+    waveform, rate = read_audio(path)
+    window = None if waveform is None else loudest_window(waveform, rate, seconds)
+    if window is None:
+        raise DataError(f"{path} has less than {seconds:g} s of sound: give a longer file, or lower data.reference_s")
+    return window, rate
 
 
 def encoder_fingerprints(source: TensorSource, text_encoder: str | None, tokens: int) -> dict[str, str]:

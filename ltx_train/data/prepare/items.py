@@ -17,7 +17,7 @@ from torch import Tensor
 from ltx_train import durable
 from ltx_train.contracts import DataError
 from ltx_train.data.prepare import measure, pictures
-from ltx_train.data.prepare.encode import Encoders
+from ltx_train.data.prepare.encode import Encoders, VoiceWindows
 from ltx_train.data.prepare.media import Media, read_clip, read_sound
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Window
@@ -98,7 +98,8 @@ def _encoded(decoded: Decoded, recipe: Recipe, encoders: Encoders) -> bytes:
     """The bytes of an item: its tensors, with the facts about them as metadata."""
     window, media = decoded.window, decoded.media
     clip, part = window.clip, window.part
-    encoded = encoders.clip(media, part, clip.files.get("reference_audio"), recipe.reference_s)
+    voice = VoiceWindows(seconds=recipe.reference_s, variants=recipe.voice_variants, key=decoded.source_sha256)
+    encoded = encoders.clip(media, part, clip.files.get("reference_audio"), voice)
     encoded.tensors.update(encoders.beside(part, clip, recipe.control_grid))
     facts = {
         "bucket": str(part.bucket),
@@ -147,7 +148,7 @@ def _key(window: Window, source_sha: str, recipe: Recipe, fingerprints: dict[str
     made_of = [str(part.bucket), part.fps, round(part.start, 6), part.framing.crop.value, face]
     vaes = {k: v for k, v in fingerprints.items() if k.endswith("VAE")}
     files = {name: _file_sha256(path) for name, path in sorted(clip.files.items())}
-    settings = [recipe.reference_s, recipe.latent_dtype, recipe.loudness, recipe.control_grid]
+    settings = [recipe.reference_s, recipe.latent_dtype, recipe.loudness, recipe.control_grid, *recipe.voice_variants]
     return digest(FORMAT, source_sha, files, clip.audio_mask, round(window.given_s, 3), made_of, settings, vaes)
 
 

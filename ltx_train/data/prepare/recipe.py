@@ -38,12 +38,15 @@ class Recipe:
     reference_stride: int = 1
     drops_captions: bool = False
     keep_trigger: bool = True
+    voice_variants: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """The settings that make prepared data stale when they change."""
-        # Data that hold a dropped caption serve runs that drop none.
-        dropped = {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
-        return dropped | {
+        # Data that hold a dropped caption or variants of voices serve runs that use none.
+        further: dict[str, Any] = {"dropped_caption": self.dropped_caption} if self.drops_captions else {}
+        if self.voice_variants:
+            further["voice_variants"] = list(self.voice_variants)
+        return further | {
             "buckets": [str(bucket) for bucket in self.buckets],
             "fps": "source" if self.fps is None else self.fps,
             "windows": self.windows.value,
