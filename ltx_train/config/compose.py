@@ -48,13 +48,17 @@ def from_file(path: str | Path, overrides: list[str], moved: Mapping[str, Any] |
 
     moved: settings that differ from the file's before all that, because the file was moved.
     """
+    return from_saved(load(Path(path)), overrides, moved)
+
+
+def from_saved(saved: Config, overrides: list[str], moved: Mapping[str, Any] | None = None) -> Config:
+    """As `from_file`, of what the file holds. `saved` is changed."""
     groups = group_options(None)
     for override in overrides:
         _check_override(override, groups)
     chosen = [override.partition("=") for override in overrides if override.partition("=")[0] in groups]
     singles = [override for override in overrides if override.partition("=")[0] not in groups]
     try:
-        saved = load(Path(path))
         if follows_mode(saved) and any(group == "mode" for group, _, _ in chosen):
             saved.adapter.targets = []
         node = OmegaConf.structured(saved)

@@ -1,4 +1,5 @@
-"""A folder in place of overrides: a run's folder, or a prepared folder, whose config.yaml supplies all settings."""
+"""A folder in place of overrides: a run's folder, or a prepared folder, also in a store, whose config.yaml supplies all
+settings."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from ltx_train.config import compose
 from ltx_train.config.schema import Config
-from ltx_train.contracts import ConfigError
+from ltx_train.contracts import ConfigError, StoreError
 
 FILE = "config.yaml"
 _INDEX = "index.json"
@@ -16,6 +17,8 @@ _INDEX = "index.json"
 
 def from_folder(folder: str, command: str, overrides: list[str]) -> Config:
     """The folder's configuration with single settings changed, and with what `command` reads of the folder."""
+    if "://" in folder:
+        return _from_store(folder, overrides)
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder!r} is neither an override (key=value) nor a folder")
@@ -26,6 +29,22 @@ def from_folder(folder: str, command: str, overrides: list[str]) -> Config:
         return compose.from_file(file, overrides, {"data.root": folder})
     config = compose.from_file(file, overrides, _names(path))
     return compose.changed(config, _inputs(path, command, config))
+
+
+def _from_store(url: str, overrides: list[str]) -> Config:
+    """Of a prepared folder in a store, whatever fsspec's stores raise."""
+    import fsspec
+
+    try:
+        system, base = fsspec.core.url_to_fs(url.rstrip("/"))
+        text = system.cat_file(f"{base}/{FILE}").decode()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{url} has no {FILE}: give the URL of a whole prepared folder") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url}: {error}") from error
+    except Exception as error:
+        raise StoreError(f"{url}/{FILE} cannot be read ({type(error).__name__}: {error})") from error
+    return compose.from_saved(compose.parse(text, Path(f"{url}/{FILE}")), overrides, {"data.root": url})
 
 
 def _readable(path: Path) -> Path | None:

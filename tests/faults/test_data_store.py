@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from ltx_train import rng
-from ltx_train.contracts import DataError, Sample, StoreError
+from ltx_train.config import changed, folders
+from ltx_train.contracts import DataError, Exit, Sample, StoreError
 from ltx_train.data import index, store
 from ltx_train.data.ahead import FetchAhead
 from ltx_train.data.files import UnusableShardError
@@ -288,6 +289,36 @@ def test_a_run_does_without_as_many_samples_as_it_may(
     assert command(*arguments, *[word.format("some") for word in more], "data.max_bad_fraction=0.5") == 0
     rows = read_rows(tmp_path / "audio_reference/some/metrics.jsonl")
     assert len(rows) == 4
+
+
+def test_a_url_stands_for_all_settings_of_the_folder(
+    source: Path, bucket: tuple[str, Way], web: str, clips: Path, tmp_path: Path
+) -> None:
+    local = folders.from_folder(str(source), "fit", ["optim.steps=3"])
+    for url in (f"file://{source}", f"{bucket[0]}/", web):
+        assert folders.from_folder(url, "fit", ["optim.steps=3"]) == changed(local, {"data.root": url})
+    more = ("optim.steps=2", "eval.interval=0", "data.workers=0", f"data.cache={tmp_path / 'cache'}")
+    assert command("fit", f"file://{source}", f"run.root={tmp_path}", *more) == 0
+    assert len(read_rows(tmp_path / "audio_reference/main/metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("file://{copy}/none", Exit.CONFIG, "has no config.yaml: give the URL of a whole prepared folder"),
+        ("file://{copy}", Exit.CONFIG, "config.yaml does not match its digest"),
+        ("http://127.0.0.1:9", Exit.STORE, "http://127.0.0.1:9/config.yaml cannot be read"),
+        ("nfs5://server/data", Exit.CONFIG, "nfs5://server/data: Protocol not known"),
+    ],
+)
+def test_a_url_without_readable_settings_is_refused(
+    url: str, code: int, message: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("logger", "Logger", 1))
+    assert command("fit", url.format(copy=copy), f"run.root={tmp_path / 'runs'}") == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_prepare_writes_to_folders_alone(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
