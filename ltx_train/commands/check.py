@@ -14,6 +14,7 @@ from ltx_train.data import page
 from ltx_train.data.audit import audit
 from ltx_train.data.findings import Finding
 from ltx_train.data.index import Index
+from ltx_train.evaluation import leaks
 
 _PAGE = "check.html"
 
@@ -26,12 +27,16 @@ def run(config: Config) -> int:
     root, index, stale = from_config.prepared(config)
     _print_counts(index)
     findings = audit(root, index, from_config.data_requirements(config), stale)
+    measured = leaks.of_index(index)
+    findings += [finding for leak in measured if (finding := leak.finding()) is not None]
+    for leak in measured:
+        print(leak.text)
     for finding in findings:
         print(f"{'ERROR  ' if finding.error else 'warning'} {finding.text}")
     errors = sum(f.error for f in findings)
     # Samples that cannot be read cannot be shown either.
     readable = all(f.kind for f in findings if f.error)
-    written = _write_page(config, root, index, findings) if readable else None
+    written = _write_page(config, root, index, findings, [leak.text for leak in measured]) if readable else None
     print(f"check: {errors} errors, {len(findings) - errors} warnings in {len(index.records)} samples")
     close(written, f"ltx-train prepare {root}" if errors else f"ltx-train fit {root}")
     return Exit.DATA if errors else Exit.DONE
@@ -48,8 +53,8 @@ def _print_counts(index: Index) -> None:
             print(f"  {len(counts)} {title}s: {listed}{' ...' if len(counts) > 12 else ''}")
 
 
-def _write_page(config: Config, root: Path, index: Index, findings: list[Finding]) -> Path:
+def _write_page(config: Config, root: Path, index: Index, findings: list[Finding], facts: list[str]) -> Path:
     title = f"{root.resolve().name}: {len(index.records)} clips, {sum(r.seconds for r in index.records):.1f} s"
     path = root / _PAGE
-    durable.write(path, page.render(title, findings, list(clip_cards.cards(config, root, index))))
+    durable.write(path, page.render(title, facts, findings, list(clip_cards.cards(config, root, index))))
     return path

@@ -42,9 +42,10 @@ class Card:
     psnr: float | None = None
 
 
-def render(title: str, findings: Sequence[Finding], cards: Sequence[Card]) -> str:
-    """The page as HTML text."""
-    told = "".join(
+def render(title: str, facts: Sequence[str], findings: Sequence[Finding], cards: Sequence[Card]) -> str:
+    """The page as HTML text. facts: sentences about the folder."""
+    told = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
+    told += "".join(
         f'<p class="{"error" if f.error else "warning"}">{html.escape(f.text)}</p>' for f in findings
     ) or "<p>No finding.</p>"  # fmt: skip
     kinds = sorted({remark.kind for card in cards for remark in card.remarks})

@@ -113,7 +113,8 @@ def test_clips_are_filtered_by_finding_and_word(page: Path, tmp_path: Path) -> N
 
 def test_a_folder_without_findings_says_so(prepared: Path) -> None:
     record = index.load(prepared).records[0]
-    text = render("x", [], [Card(record=record, remarks=[])])
+    text = render("x", ["1 < 2"], [], [Card(record=record, remarks=[])])
+    assert "<p>1 &lt; 2</p>" in text
     assert "No finding." in text
-    text = render("x", [Finding(True, "a < b")], [])
+    text = render("x", [], [Finding(True, "a < b")], [])
     assert '<p class="error">a &lt; b</p>' in text
