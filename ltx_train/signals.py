@@ -12,6 +12,15 @@ from types import FrameType
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+class StopSignal(KeyboardInterrupt):
+    """What handlers raise, never KeyboardInterrupt itself.
+
+    CPython remembers an exception of exactly that type that has left an `exec` of text, with which imports make
+    dataclasses and named tuples. A program of `python -m` then ends itself by SIGINT (130 in a shell), although it has
+    handled the exception.
+    """
+
+
 def handled() -> tuple[signal.Signals, ...]:
     """STOP without SIGHUP where it is ignored: `nohup` starts programs so."""
     return tuple(n for n in STOP if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN)
@@ -46,4 +55,4 @@ def arrived() -> bool:
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     global _arrived  # noqa: PLW0603
     _arrived = True
-    raise KeyboardInterrupt
+    raise StopSignal

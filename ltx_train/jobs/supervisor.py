@@ -135,7 +135,7 @@ def _stopping(state: _State) -> Any:
         elif state.interrupts > 1:
             # A transfer is left, maybe with a store that does not answer. Ctrl-C alone gives it up: SIGTERM after a
             # notice means that there are seconds left for it.
-            raise KeyboardInterrupt
+            raise signals.StopSignal
 
     return forward
 

@@ -49,5 +49,5 @@ class Preemption(Callback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT and not self._is_saved:
             self.forced = True
-            raise KeyboardInterrupt
+            raise signals.StopSignal
         self.requested = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from multiprocessing import get_context
@@ -17,6 +19,7 @@ from ltx_train.contracts import ConfigError, Exit
 from ltx_train.jobs import processes
 from ltx_train.jobs.exit_codes import exit_code_of, is_device_fault
 from ltx_train.training.preemption import Preemption
+from tests.conftest import REPOSITORY
 
 
 class AcceleratorError(RuntimeError):
@@ -50,6 +53,25 @@ def test_a_failed_gpu_is_reported(
     assert exit_code_of(work) == Exit.DEVICE == 71
     assert (tmp_path / "lost").read_text() == "2 gpu7\n"
     assert "a GPU of gpu7 failed" in capsys.readouterr().err
+
+
+_STOPPED_IN_EXEC = """
+import os, sys
+from ltx_train import signals
+from ltx_train.jobs.exit_codes import exit_code_of
+
+signals.stop_like_ctrl_c()
+sys.exit(exit_code_of(lambda: exec("os.kill(os.getpid(), {number})", globals())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", signals.STOP, ids=lambda number: number.name)
+def test_a_signal_while_an_import_makes_a_class_is_a_preemption(number: signal.Signals, tmp_path: Path) -> None:
+    """Libraries make dataclasses and named tuples with `exec`. A plain KeyboardInterrupt ended `python -m` with 130."""
+    (tmp_path / "stopped.py").write_text(_STOPPED_IN_EXEC.format(number=int(number)))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    assert subprocess.run([sys.executable, "-m", "stopped"], env=environment, check=False).returncode == Exit.PREEMPTED
 
 
 @pytest.fixture
