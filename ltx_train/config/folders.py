@@ -38,12 +38,15 @@ def _from_store(url: str, overrides: list[str]) -> Config:
     try:
         system, base = fsspec.core.url_to_fs(url.rstrip("/"))
         text = system.cat_file(f"{base}/{FILE}").decode()
+        is_prepared = system.exists(f"{base}/{_INDEX}")
     except FileNotFoundError as error:
         raise ConfigError(f"{url} has no {FILE}: give the URL of a whole prepared folder") from error
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url}: {error}") from error
     except Exception as error:
         raise StoreError(f"{url}/{FILE} cannot be read ({type(error).__name__}: {error})") from error
+    if not is_prepared:
+        raise ConfigError(f"{url} is no prepared folder: a run in a store goes on with supervise.store")
     return compose.from_saved(compose.parse(text, Path(f"{url}/{FILE}")), overrides, {"data.root": url})
 
 

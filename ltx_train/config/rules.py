@@ -6,7 +6,7 @@ from ltx_train.config import modes, suggest, targets
 from ltx_train.config.buckets import parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import all_settings, check_value
-from ltx_train.contracts import ConfigError
+from ltx_train.contracts import SPEAKER, ConfigError, ModalityName
 from ltx_train.distributed.strategies import AUTO, DEEPSPEED, STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
@@ -102,6 +102,11 @@ def _validate_voices(config: Config) -> None:
         raise ConfigError("data.voice_variant_share needs data.voice_variants, such as [gain,lowpass,noise,music]")
     if measured is not None and measured not in variants:
         raise ConfigError(f"eval.voice_variant={measured}: the data have data.voice_variants={variants}")
+    references = [c for _, mode in modes.training_modes(config) for c in mode.references]
+    hears = any(c.source == SPEAKER and c.stream is ModalityName.audio for c in references)
+    used = "data.voice_variant_share" if config.data.voice_variant_share else "eval.voice_variant" if measured else ""
+    if used and not hears:
+        raise ConfigError(f"{used} is for modes with a voice reference: leave it out, or take mode=audio_reference")
 
 
 def _validate_measuring(config: Config) -> None:

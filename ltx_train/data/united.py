@@ -40,16 +40,11 @@ class UnitedIndex(Index):
 def unite(first: Part, further: Sequence[Part]) -> UnitedIndex:
     """One index of all parts, with the settings and encoders of the first.
 
-    DataError for two parts of one name, and for a person who is trained on in one folder and held out in another of
-    the same name.
+    DataError for parts whose samples cannot be named apart, and for a clip that is trained on in one folder and held
+    out in another.
     """
-    names = [part.name for part in further]
-    for name in names:
-        if names.count(name) > 1 or not name:
-            raise DataError(
-                f"two folders in data.also are called {name!r}: samples are named after them, so rename one"
-            )
     parts = (first, *further)
+    _refuse_names([part.name for part in further])
     _refuse_leaks(parts)
     same = {field.name: getattr(first.index, field.name) for field in fields(Index)}
     same["shards"] = tuple(replace(s, name=_named(p.name, s.name)) for p in parts for s in p.index.shards)
@@ -100,6 +95,16 @@ def _named(part: str, name: str) -> str:
 def _renamed(part: Part, record: Record) -> Record:
     names = {field: _named(part.name, getattr(record, field)) for field in ("key", "speaker", "recording", "shard")}
     return replace(record, **names, weight=record.weight * part.weight)
+
+
+def _refuse_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"two folders in data.also are called {name!r}: samples are named after them, so rename one"
+            )
+        if not name or _BETWEEN in name:
+            raise DataError(f"a folder in data.also is called {name!r}: give it a name without {_BETWEEN!r}")
 
 
 def _refuse_leaks(parts: Sequence[Part]) -> None:

@@ -307,6 +307,7 @@ def test_a_url_stands_for_all_settings_of_the_folder(
     [
         ("file://{copy}/none", Exit.CONFIG, "has no config.yaml: give the URL of a whole prepared folder"),
         ("file://{copy}", Exit.CONFIG, "config.yaml does not match its digest"),
+        ("file://{copy}/contexts", Exit.CONFIG, "is no prepared folder"),
         ("http://127.0.0.1:9", Exit.STORE, "http://127.0.0.1:9/config.yaml cannot be read"),
         ("nfs5://server/data", Exit.CONFIG, "nfs5://server/data: Protocol not known"),
     ],
@@ -315,6 +316,7 @@ def test_a_url_without_readable_settings_is_refused(
     url: str, code: int, message: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = copy / "config.yaml"
+    shutil.copy(path, copy / "contexts")
     path.write_text(path.read_text().replace("logger", "Logger", 1))
     assert command("fit", url.format(copy=copy), f"run.root={tmp_path / 'runs'}") == code
     assert message in capsys.readouterr().err

@@ -107,6 +107,7 @@ def test_a_run_trains_and_is_measured_on_both(
     ("also", "code", "message"),
     [
         ("data.also=[{other},{other}]", Exit.DATA, "two folders in data.also are called 'other'"),
+        ("data.also=['{colon}']", Exit.DATA, "give it a name without ':'"),
         ("data.also=[{none}]", Exit.DATA, "no prepared data at"),
         ("data.also=[{changed}]", Exit.DATA, "bucket 96x64x33 is not in data.buckets"),
         ("data.also=[{changed}]", Exit.DATA, "data.reference_s was 9.0, now"),
@@ -122,7 +123,8 @@ def test_what_cannot_be_united_is_refused(
     made = indexes.load(other)
     records = tuple(replace(record, bucket="96x64x33") for record in made.records)
     indexes.save(replace(made, records=records, settings={**made.settings, "reference_s": 9.0}), changed)
-    given = also.format(other=other, none=tmp_path / "none", changed=changed)
+    colon = shutil.copytree(other, tmp_path / "a:b")
+    given = also.format(other=other, none=tmp_path / "none", changed=changed, colon=colon)
     assert command("fit", *settings(prepared, clips), f"run.root={tmp_path}", given) == code
     assert message in capsys.readouterr().err
     assert not any(tmp_path.rglob("checkpoints"))

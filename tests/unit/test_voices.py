@@ -135,6 +135,7 @@ def test_a_run_trains_on_variants_and_is_measured_on_one(varied: tuple[Path, lis
         (["data.voice_variants=[]", "data.voice_variant_share=0.5"], Exit.CONFIG, "needs data.voice_variants"),
         (["eval.voice_variant=music"], Exit.CONFIG, "eval.voice_variant=music"),
         (["data.voice_variants=[reverb]"], Exit.CONFIG, "reverb"),
+        (["mode=t2av", "eval.voice_variant=noise"], Exit.CONFIG, "is for modes with a voice reference"),
     ],
 )
 def test_what_the_folder_does_not_have_is_refused(
