@@ -17,7 +17,7 @@ from ltx_train.data import copies, store
 from ltx_train.data.findings import Finding, of_clips
 from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
 from ltx_train.data.order import Address
-from ltx_train.data.reader import AUDIO, REFERENCE, VIDEO, Reader, ReadRequest
+from ltx_train.data.reader import AUDIO, AUDIO_MASK, FACE_MASK, REFERENCE, VIDEO, VIDEO_MASK, Reader, ReadRequest
 from ltx_train.diffusion import references
 from ltx_train.diffusion.grid import Bucket, audio_latents
 
@@ -140,10 +140,11 @@ def _copies(index: Index, signatures: Mapping[str, Tensor]) -> Iterator[Finding]
 def _sample(
     reader: Reader, record: Record, requirements: DataRequirements, tensors: Mapping[str, Tensor]
 ) -> Iterator[Fault]:
+    masks = {*requirements.request.masks, VIDEO_MASK, AUDIO_MASK, FACE_MASK}  # a face may fill the picture
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield Fault(f"{name} holds numbers that are not finite")
-        elif name not in requirements.request.masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
+        elif name not in masks and tensor.numel() > 1 and float(tensor.float().std()) < 1e-6:
             yield Fault(f"{name} is constant", "constant")
     if requirements.role(ModalityName.video):
         yield from _video_fits(record, tensors.get(VIDEO))

@@ -29,6 +29,7 @@ from ltx_train.model import sealed
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
 CONTROL, VIDEO_MASK, AUDIO_MASK = "reference_video_latent", "video_mask", "audio_mask"
+FACE_MASK = "face_mask"
 # A text context of the 22B takes 12.6 MB. Up to 64 captions are read once; a constant caption needs one context.
 _CONTEXTS_KEPT = 64
 

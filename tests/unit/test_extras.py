@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_train.contracts import DataError
-from ltx_train.data import index
+from ltx_train.contracts import DataError, Mode
+from ltx_train.data import audit, index
+from ltx_train.data.audit import DataRequirements
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import extras, sources
-from ltx_train.data.prepare.media import Part
-from ltx_train.data.reader import AUDIO_MASK, CONTROL, VIDEO_MASK, Reader, ReadRequest
+from ltx_train.data.prepare.media import Part, read_pixels
+from ltx_train.data.prepare.pictures import Box, Crop, Framing
+from ltx_train.data.reader import AUDIO_MASK, CONTROL, FACE_MASK, VIDEO_MASK, Reader, ReadRequest
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command, settings
@@ -39,6 +41,22 @@ def test_a_place_is_given_only_if_all_of_it_is_white(tmp_path: Path) -> None:
     assert mask[:, :, 1].sum() == 0
     assert mask[:, 1, 0].tolist() == [1, 1, 1, 1, 1]
     assert mask[:, 0, 0].tolist() == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("crop", list(Crop))
+@pytest.mark.parametrize(("width", "height"), [(192, 96), (96, 160), (128, 128), (64, 64)])
+def test_a_faces_mask_is_where_the_face_comes_to_lie(crop: Crop, width: int, height: int, tmp_path: Path) -> None:
+    """A white face on black, through the same decoder, scaling and cropping as any clip."""
+    face = Box(0.25, 0.125, 0.75, 0.5)
+    pixels = torch.zeros(9, height, width, 3, dtype=torch.uint8)
+    pixels[:, height // 8 : height // 2, width // 4 : width * 3 // 4] = 255
+    part = Part(bucket=Bucket(SIDE, SIDE, 9), fps=25.0, framing=Framing(crop=crop, face=face))
+    seen = read_pixels(clip_of(tmp_path / "face.mp4", pixels), part).float().mean(dim=-1) / 255
+    mask = extras.face_mask(part, (width, height))
+    assert mask.shape == (2, 2, 2)
+    assert torch.equal(mask[0], mask[1])
+    assert mask.max() > 0.15
+    torch.testing.assert_close(mask[0], torch.nn.functional.avg_pool2d(seen[:1], 32)[0], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(("spans", "given"), [("0-0.13", [0, 1, 2, 3]), ("0.05-0.13, 1.2-9", [2, 3, 31, 32])])
@@ -78,7 +96,7 @@ def rich(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "video": f"clips/{row['file']}", "speaker": row["speaker"],
             "caption": [f"{row['speaker']} first", f"{row['speaker']} second"],
             "reference_video": str(REPOSITORY / "data/sample/speaker09_0.mp4"), "mask": "mask.mp4",
-            "audio_mask": "0-0.4",
+            "audio_mask": "0-0.4", "face": "0.5,0,1,0.25",
         }
         for row in rows
     ]  # fmt: skip
@@ -100,8 +118,24 @@ def test_shards_hold_controls_masks_and_a_second_caption(rich: Path) -> None:
         assert tensors[VIDEO_MASK][:, 0].min() == 1
         assert tensors[VIDEO_MASK][:, 1].max() == 0
         assert int(tensors[AUDIO_MASK].sum()) == 10
+        assert tensors[FACE_MASK].tolist() == [[[0, 0.5], [0, 0]]] * 5
         assert len(record.variants) == 1
         assert record.variants[0] != record.context
+
+
+@pytest.mark.slow
+def test_the_face_can_weigh_more_in_the_loss(
+    rich: Path, prepared: Path, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(rich, rich.parent / "table.json", "data.reference_scale=1", "data.caption=null")
+    weighed = ("loss.token_weights={face_mask: 3}", "check.previews=0")
+    assert command("check", *asked, "data.trigger=OHWX", *weighed) == 0
+    reader = Reader(rich, index.load(rich), seed=0)
+    filled = {**reader.tensors(next(iter(reader.records.values()))), FACE_MASK: torch.ones(5, 2, 2)}
+    unread = DataRequirements(modes=(Mode(),), request=ReadRequest(), silence_db=-60.0)
+    assert not [f for f in audit._sample(reader, index.load(rich).records[0], unread, filled) if "face" in f.text]
+    assert command("check", *settings(prepared, clips), *weighed) == 78
+    assert "no face_mask in the shards" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from ltx_train.data.reader import (
     AUDIO_CONTEXT,
     AUDIO_MASK,
     CONTROL,
+    FACE_MASK,
     REFERENCE,
     VIDEO,
     VIDEO_CONTEXT,
@@ -123,10 +124,11 @@ class Encoders:
         return EncodedClip({k: v.contiguous() for k, v in tensors.items()}, loudness)
 
     @torch.no_grad()
-    def beside(self, part: Part, clip: Clip, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def beside(self, part: Part, clip: Clip, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
         """A clip's control video latents and masks, as far as it has them, by their tensor names in the shards.
 
-        grid: how many times smaller the control video is, and every how many frames one is taken.
+        grid: how many times smaller the control video is, and every how many frames one is taken. size: width and
+        height of the clip's upright pictures.
         """
         tensors: dict[str, Tensor] = {}
         if "reference_video" in clip.files:
@@ -134,6 +136,8 @@ class Encoders:
             tensors[CONTROL] = self._encode_pixels(pixels)
         if "mask" in clip.files:
             tensors[VIDEO_MASK] = extras.video_mask(clip.files["mask"], part).contiguous()
+        if clip.face is not None and clip.video is not None:
+            tensors[FACE_MASK] = extras.face_mask(part, size).contiguous()
         if clip.audio_mask:
             latents = part.bucket.audio_tokens(part.fps)
             tensors[AUDIO_MASK] = extras.audio_mask(clip.audio_mask, latents, clip.key)

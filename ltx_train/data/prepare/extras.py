@@ -1,4 +1,4 @@
-"""Optional inputs of a clip besides picture and sound: a control video, and masks of the latents kept clean.
+"""Optional inputs of a clip besides picture and sound: a control video, masks of the latents kept clean, and the face.
 
 Owns the mapping from pixels and seconds to the latent grid. A latent is kept clean only if the mask
 covers it completely, because a part of a latent cannot be clean.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_train.contracts import DataError
+from ltx_train.data.prepare import pictures
 from ltx_train.data.prepare.media import Part, read_pixels
 from ltx_train.diffusion import positions
 from ltx_train.diffusion.grid import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Bucket
@@ -51,6 +52,19 @@ def video_mask(path: Path, part: Part) -> Tensor:
     # The first latent frame covers one pixel frame, every later one eight.
     later = cells[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).amin(dim=1) if len(cells) > 1 else cells[1:]
     return torch.cat([cells[:1], later])
+
+
+def face_mask(part: Part, source: tuple[int, int]) -> Tensor:
+    """Mask (F, H, W) on the latent grid: the share of a latent's area that the face's box covers, in every frame alike.
+
+    part: its framing has a face. source: width and height of the upright pictures.
+    """
+    assert part.framing.face is not None
+    bucket = part.bucket
+    picture = pictures.box_in_bucket(part.framing.face, source, bucket.width, bucket.height, part.framing)
+    covered = torch.from_numpy(picture[..., 0]).float() / 255
+    cells = F.avg_pool2d(covered[None, None], PIXELS_PER_LATENT)[0]
+    return cells.expand((bucket.frames - 1) // FRAMES_PER_LATENT + 1, -1, -1)
 
 
 def audio_mask(spans: str, latents: int, where: str) -> Tensor:

@@ -21,7 +21,7 @@ from ltx_train.data.prepare.encode import Encoders, VoiceWindows
 from ltx_train.data.prepare.media import Media, read_clip, read_sound
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Window
-from ltx_train.data.reader import AUDIO, REFERENCE, VOICE
+from ltx_train.data.reader import AUDIO, FACE_MASK, REFERENCE, VOICE
 from ltx_train.model import sealed
 
 # Of items and contexts. 2: sealed files, whose damage is found. 3: resized pixels without a cast, surround by channels.
@@ -100,7 +100,7 @@ def _encoded(decoded: Decoded, recipe: Recipe, encoders: Encoders) -> bytes:
     clip, part = window.clip, window.part
     voice = VoiceWindows(seconds=recipe.reference_s, variants=recipe.voice_variants, key=decoded.source_sha256)
     encoded = encoders.clip(media, part, clip.files.get("reference_audio"), voice)
-    encoded.tensors.update(encoders.beside(part, clip, recipe.control_grid))
+    encoded.tensors.update(encoders.beside(part, clip, recipe.control_grid, (window.facts.width, window.facts.height)))
     facts = {
         "bucket": str(part.bucket),
         "fps": part.fps,
@@ -144,7 +144,7 @@ def _normalized(media: Media, measured: dict[str, float], loudness: float | None
 
 def _key(window: Window, source_sha: str, recipe: Recipe, fingerprints: dict[str, str]) -> str:
     clip, part = window.clip, window.part
-    face = None if part.framing.face is None else repr(part.framing.face)
+    face = None if part.framing.face is None else [repr(part.framing.face), FACE_MASK]
     made_of = [str(part.bucket), part.fps, round(part.start, 6), part.framing.crop.value, face]
     vaes = {k: v for k, v in fingerprints.items() if k.endswith("VAE")}
     files = {name: _file_sha256(path) for name, path in sorted(clip.files.items())}

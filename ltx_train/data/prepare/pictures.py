@@ -48,7 +48,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Framing:
-    """How a clip's pictures become the bucket's size. face: where the face is, for `Crop.face`."""
+    """How a clip's pictures become the bucket's size. face: where the face is."""
 
     crop: Crop = Crop.centre
     face: Box | None = None
@@ -63,12 +63,35 @@ def picture_to_bucket(frame: Any, width: int, height: int, framing: Framing | No
     framing = framing or Framing()
     turn = round(getattr(frame, "rotation", 0) / 90) % 4
     target = (height, width) if turn % 2 else (width, height)
-    ratios = target[0] / frame.width, target[1] / frame.height
-    pads = framing.crop is Crop.pad
-    scale, limit = (min(ratios), min) if pads else (max(ratios), max)
-    size = (max(1, limit(target[0], round(frame.width * scale))), max(1, limit(target[1], round(frame.height * scale))))
+    size = _scaled((frame.width, frame.height), target, framing)
     upright = np.rot90(_resized(frame.to_ndarray(format="rgb24"), *size), turn)
-    return np.ascontiguousarray(_padded(upright, width, height) if pads else _cropped(upright, width, height, framing))
+    return np.ascontiguousarray(_placed(upright, width, height, framing))
+
+
+def box_in_bucket(box: Box, source: tuple[int, int], width: int, height: int, framing: Framing) -> Picture:
+    """A picture (height, width, 3) that is white where a box of the source's upright pictures comes to lie.
+
+    source: their width and height.
+    """
+    across, down = _scaled(source, (width, height), framing)
+    picture = np.zeros((down, across, 3), np.uint8)
+    top, bottom = round(box.top * down), round(box.bottom * down)
+    left, right = round(box.left * across), round(box.right * across)
+    picture[top:bottom, left:right] = 255
+    return _placed(picture, width, height, framing)
+
+
+def _scaled(source: tuple[int, int], target: tuple[int, int], framing: Framing) -> tuple[int, int]:
+    """Width and height to which a picture is resized before it is cropped or padded."""
+    ratios = target[0] / source[0], target[1] / source[1]
+    scale, limit = (min(ratios), min) if framing.crop is Crop.pad else (max(ratios), max)
+    return max(1, limit(target[0], round(source[0] * scale))), max(1, limit(target[1], round(source[1] * scale)))
+
+
+def _placed(picture: Picture, width: int, height: int, framing: Framing) -> Picture:
+    if framing.crop is Crop.pad:
+        return _padded(picture, width, height)
+    return _cropped(picture, width, height, framing)
 
 
 def kept_share(picture: tuple[int, int], bucket: tuple[int, int], crop: Crop) -> float:
