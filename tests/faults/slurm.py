@@ -52,9 +52,9 @@ class Slurm:
     """`with Slurm(folder) as slurm:` and its `env` for commands; nodes are n1, n2."""
 
     def __init__(self, root: Path, nodes: int = 2) -> None:
-        # Test processes side by side have a cluster each.
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-        self.root, self._nodes, self._port = root, nodes, 27817 + 20 * worker
+        # Test processes side by side, also of another checkout, have a cluster each: below the ports that the system
+        # gives away by itself.
+        self.root, self._nodes, self._port = root, nodes, 20_000 + 20 * (os.getpid() % 600)
         self._daemons: list[subprocess.Popen[bytes]] = []
         path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
         self.env = {**os.environ, "SLURM_CONF": str(root / "slurm.conf"), "PATH": path}
