@@ -10,7 +10,7 @@ from ltx_train.contracts import DataError
 from ltx_train.data import audited, store
 from ltx_train.data.audit import audit
 from ltx_train.data.index import HELDOUT, Index
-from ltx_train.data.united import Part, unite
+from ltx_train.data.united import PreparedFolder, unite
 
 _SHOWN = 10
 
@@ -29,7 +29,7 @@ def open_checked(config: Config) -> tuple[Path, Index]:
         _refuse_bad(config, part.root, part.index, reasons)
     if not further:
         return root, index
-    return root, unite(Part(name="", root=root, index=index), [part for part, _ in further])
+    return root, unite(PreparedFolder(name="", root=root, index=index), [part for part, _ in further])
 
 
 def _refuse_bad(config: Config, root: Path, index: Index, stale: list[str]) -> None:

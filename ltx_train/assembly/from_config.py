@@ -26,7 +26,7 @@ from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.windows import Windows
 from ltx_train.data.reader import ReadRequest
 from ltx_train.data.store import StoreSettings
-from ltx_train.data.united import Part
+from ltx_train.data.united import PreparedFolder
 from ltx_train.diffusion import sigma
 from ltx_train.diffusion.grid import audio_latents
 from ltx_train.diffusion.sigma import SigmaDistribution, SigmaKind
@@ -109,14 +109,14 @@ def prepared(config: Config) -> tuple[Path, Index, list[str]]:
     return root, loaded, index.stale_reasons(loaded, recipe(config).settings(), fingerprints(config))
 
 
-def further(config: Config) -> list[tuple[Part, list[str]]]:
+def further(config: Config) -> list[tuple[PreparedFolder, list[str]]]:
     """The folders of `data.also`, each with the reasons why it cannot be trained on beside the first."""
     roots, weights = config.data.also, config.data.also_weights or [1.0] * len(config.data.also)
     encoders = fingerprints(config) if roots else {}
-    found: list[tuple[Part, list[str]]] = []
+    found: list[tuple[PreparedFolder, list[str]]] = []
     for given, weight in zip(roots, weights, strict=True):
         root = _folder(config, given)
-        part = Part(name=_name_of(given), root=root, index=index.load(root), weight=weight)
+        part = PreparedFolder(name=_name_of(given), root=root, index=index.load(root), weight=weight)
         shared = {name: value for name, value in recipe(config).settings().items() if name in _SHARED}
         reasons = index.stale_reasons(part.index, shared, encoders)
         strange = {record.bucket for record in part.index.records} - set(config.data.buckets)

@@ -20,7 +20,7 @@ _BETWEEN = ":"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PreparedFolder:
     """A prepared folder. name: what its samples are called after, empty for the first folder. weight: factor on how
     often an epoch uses each of its samples."""
 
@@ -34,10 +34,10 @@ class Part:
 class UnitedIndex(Index):
     """The index of several folders."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PreparedFolder, ...]
 
 
-def unite(first: Part, further: Sequence[Part]) -> UnitedIndex:
+def unite(first: PreparedFolder, further: Sequence[PreparedFolder]) -> UnitedIndex:
     """One index of all parts, with the settings and encoders of the first.
 
     DataError for parts whose samples cannot be named apart, and for a clip that is trained on in one folder and held
@@ -61,7 +61,7 @@ def files_of(root: Path, index: Index) -> Files:
 class UnitedFiles:
     """`data.files.Files` of several folders: shards by FOLDER:NAME, text contexts by digest."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[PreparedFolder]) -> None:
         self._files = {part.name: files_of_folder(part.root, part.index) for part in parts}
         self._has_context: dict[str, str] = {}
         for part in reversed(parts):
@@ -92,7 +92,7 @@ def _named(part: str, name: str) -> str:
     return f"{part}{_BETWEEN}{name}" if part else name
 
 
-def _renamed(part: Part, record: Record) -> Record:
+def _renamed(part: PreparedFolder, record: Record) -> Record:
     names = {field: _named(part.name, getattr(record, field)) for field in ("key", "speaker", "recording", "shard")}
     return replace(record, **names, weight=record.weight * part.weight)
 
@@ -107,7 +107,7 @@ def _refuse_names(names: Sequence[str]) -> None:
             raise DataError(f"a folder in data.also is called {name!r}: give it a name without {_BETWEEN!r}")
 
 
-def _refuse_leaks(parts: Sequence[Part]) -> None:
+def _refuse_leaks(parts: Sequence[PreparedFolder]) -> None:
     """Clips that are trained on in one folder must not be held out in another."""
     for one in parts:
         trained = {record.source_sha256: record for record in one.index.split(TRAIN)}

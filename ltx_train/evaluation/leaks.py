@@ -61,7 +61,7 @@ def of_index(index: Index) -> list[Leak]:
         ("captions", _by_words, "leave out of captions what only one person has, such as names"),
         (
             "loudness, noise, bandwidth and sharpness", _by_conditions,
-            "data.loudness and data.voice_variants make the references of a person differ",
+            "data.loudness evens out levels, and data.voice_variants vary the references",
         ),
     ]  # fmt: skip
     found = [_leak(source, records, nearness(records), advice) for source, nearness, advice in measured]

@@ -18,7 +18,7 @@ from ltx_train.data.index import HELDOUT, TRAIN
 from ltx_train.data.module import training_order
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader, ReadRequest
-from ltx_train.data.united import Part, UnitedIndex
+from ltx_train.data.united import PreparedFolder, UnitedIndex
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
 
@@ -41,8 +41,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def both(prepared: Path, other: Path, weight: float = 1.0) -> UnitedIndex:
-    first = Part(name="", root=prepared, index=indexes.load(prepared))
-    return united.unite(first, [Part(name="other", root=other, index=indexes.load(other), weight=weight)])
+    first = PreparedFolder(name="", root=prepared, index=indexes.load(prepared))
+    return united.unite(first, [PreparedFolder(name="other", root=other, index=indexes.load(other), weight=weight)])
 
 
 def test_a_sample_is_that_of_its_folder(prepared: Path, other: Path) -> None:
@@ -83,10 +83,10 @@ def test_what_is_trained_on_here_must_not_be_held_out_there(prepared: Path, tmp_
     shutil.copytree(prepared, tmp_path / "again")
     again = indexes.load(tmp_path / "again")
     swapped = tuple(replace(r, split=TRAIN if r.split == HELDOUT else HELDOUT) for r in again.records)
-    first = Part(name="", root=prepared, index=indexes.load(prepared))
+    first = PreparedFolder(name="", root=prepared, index=indexes.load(prepared))
     turned = replace(again, records=swapped)
     with pytest.raises(DataError, match="where it is held out"):
-        united.unite(first, [Part(name="again", root=tmp_path / "again", index=turned)])
+        united.unite(first, [PreparedFolder(name="again", root=tmp_path / "again", index=turned)])
 
 
 def test_a_run_trains_and_is_measured_on_both(

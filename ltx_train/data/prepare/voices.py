@@ -1,8 +1,8 @@
 """Changed recordings of a voice window: louder, duller, in noise, over music.
 
-Pure functions of a waveform. A reference at inference comes from another microphone and another room than the target;
-an adapter that is trained on such references cannot take loudness, bandwidth and background for identity. The strengths
-are this project's choice; no measurement stands behind them.
+Pure functions of a waveform. A reference at inference comes from another microphone and another room than the target.
+With variants, loudness, bandwidth and background of a voice differ from draw to draw. The strengths are this project's
+choice; no measurement stands behind them.
 """
 
 from __future__ import annotations
