@@ -15,10 +15,10 @@ help: ## list the targets
 
 setup: $(STAMP) ## a virtual environment with pinned versions
 
+# pip compiles with one processor what compileall does with all of them. Some packages bring files that do not compile.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	# pip compiles with one processor what compileall does with all of them. Some packages bring files that do not compile.
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log 2>&1 || true
