@@ -1,9 +1,9 @@
-"""How well captions, or the conditions of recordings, tell a person by themselves.
+"""Leaks: how well captions or recording conditions predict the identity without a reference.
 
-A reference should be all that tells who is wanted. Where captions name the person, an adapter can read the caption;
-where every person has their own microphone and room, it can learn those instead of voice and face. Both are measured on
-the index alone: by the share of clips whose nearest other clip is of the same person. Windows of one recording are no
-neighbours of each other. No model takes part, so a leak that needs more than words and levels is not seen.
+An adapter may learn identity from these instead of the reference. Captions leak it when they contain names. Recording
+conditions leak it when each person has a separate microphone or room. The measure is the accuracy of a
+nearest-neighbour classifier over the index: the share of clips whose nearest other clip has the same identity. Windows
+of one recording are not neighbours of each other. The classifier uses words and levels alone and misses other leaks.
 """
 
 from __future__ import annotations
