@@ -111,18 +111,24 @@ def prepared(config: Config) -> tuple[Path, Index, list[str]]:
 
 def further(config: Config) -> list[tuple[PreparedFolder, list[str]]]:
     """The folders of `data.also`, each with the reasons why it cannot be trained on beside the first."""
-    roots, weights = config.data.also, config.data.also_weights or [1.0] * len(config.data.also)
-    encoders = fingerprints(config) if roots else {}
+    weights = further_weights(config)
+    encoders = fingerprints(config) if weights else {}
+    shared = {name: value for name, value in recipe(config).settings().items() if name in _SHARED}
     found: list[tuple[PreparedFolder, list[str]]] = []
-    for given, weight in zip(roots, weights, strict=True):
+    for given, weight in weights:
         root = _folder(config, given)
         part = PreparedFolder(name=_name_of(given), root=root, index=index.load(root), weight=weight)
-        shared = {name: value for name, value in recipe(config).settings().items() if name in _SHARED}
         reasons = index.stale_reasons(part.index, shared, encoders)
         strange = {record.bucket for record in part.index.records} - set(config.data.buckets)
         reasons += [f"bucket {bucket} is not in data.buckets" for bucket in sorted(strange)]
         found.append((part, reasons))
     return found
+
+
+def further_weights(config: Config) -> list[tuple[str, float]]:
+    """The folders of `data.also` as they are given, each with its weight."""
+    weights = config.data.also_weights or [1.0] * len(config.data.also)
+    return list(zip(config.data.also, weights, strict=True))
 
 
 def data_folder(config: Config) -> Path:

@@ -87,8 +87,7 @@ def _lines(
 
 def _folders(config: Config) -> str:
     """The prepared folders of a run."""
-    weights = config.data.also_weights or [1.0] * len(config.data.also)
-    further = [f"{root} x {weight:g}" for root, weight in zip(config.data.also, weights, strict=True)]
+    further = [f"{root} x {weight:g}" for root, weight in from_config.further_weights(config)]
     return ", ".join([config.data.root, *further])
 
 

@@ -29,14 +29,15 @@ def run(config: Config) -> int:
     findings = audit(root, index, from_config.data_requirements(config), stale)
     measured = leaks.of_index(index)
     findings += [finding for leak in measured if (finding := leak.finding()) is not None]
-    for leak in measured:
-        print(leak.text)
+    facts = [leak.text for leak in measured if leak.finding() is None]
+    for fact in facts:
+        print(fact)
     for finding in findings:
         print(f"{'ERROR  ' if finding.error else 'warning'} {finding.text}")
     errors = sum(f.error for f in findings)
     # Samples that cannot be read cannot be shown either.
     readable = all(f.kind for f in findings if f.error)
-    written = _write_page(config, root, index, findings, [leak.text for leak in measured]) if readable else None
+    written = _write_page(config, root, index, findings, facts) if readable else None
     print(f"check: {errors} errors, {len(findings) - errors} warnings in {len(index.records)} samples")
     close(written, f"ltx-train prepare {root}" if errors else f"ltx-train fit {root}")
     return Exit.DATA if errors else Exit.DONE

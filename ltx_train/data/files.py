@@ -24,6 +24,10 @@ class Files(Protocol):
         """The file on this machine. A store's file is fetched first; UnusableShardError, StoreError."""
         ...
 
+    def place(self, name: str) -> Path:
+        """Where the file is, or will be once it has been fetched."""
+        ...
+
     def forget(self, name: str) -> bool:
         """Removes a file that was found damaged, where it can be had again. Returns whether it can."""
         ...
@@ -41,6 +45,8 @@ class LocalFiles:
 
     def path(self, name: str) -> Path:
         return self._root / name
+
+    place = path
 
     def forget(self, name: str) -> bool:
         return False

@@ -74,7 +74,7 @@ class Reader:
 
     def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
         self._seed, self._request = seed, request or ReadRequest()
-        self._root, self.files = Path(root), files_of(Path(root), index)
+        self.files = files_of(Path(root), index)
         self._dropped, self._unit = index.dropped_context, index.unit
         self.records: Mapping[str, Record] = {r.key: r for r in index.records}
         self._by_speaker: dict[str, list[Record]] = {}
@@ -213,10 +213,12 @@ class Reader:
             if data is None and self.files.forget(name):
                 data = self._member(name, record.tensors)
             if data is None:
-                raise DataError(f"{self._root / name}: the bytes of {record.key} do not match the index: prepare again")
+                raise DataError(
+                    f"{self.files.place(name)}: the bytes of {record.key} do not match the index: prepare again"
+                )
             return load_tensors(data)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{self._root / name}: cannot read {record.key} ({error}): prepare again") from error
+            raise DataError(f"{self.files.place(name)}: cannot read {record.key} ({error}): prepare again") from error
 
     def _member(self, name: str, member: Member) -> bytes | None:
         """The bytes of a member; None when they do not match the index."""
@@ -269,7 +271,7 @@ class Reader:
                     raise
                 return sealed.unpack(self.files.path(name).read_bytes())[0]
         except (OSError, DataError) as error:
-            raise DataError(f"{self._root / name}: cannot read a text context ({error}): prepare again") from error
+            raise DataError(f"{self.files.place(name)}: cannot read a text context ({error}): prepare again") from error
 
 
 def _bytes(path: Path, member: Member) -> bytes | None:

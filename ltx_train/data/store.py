@@ -113,6 +113,9 @@ class StoreFiles:
                 self._fetch(name)
         return target
 
+    def place(self, name: str) -> Path:
+        return self._folder / name
+
     def forget(self, name: str) -> bool:
         (self._folder / name).unlink(missing_ok=True)
         return True

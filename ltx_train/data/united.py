@@ -69,17 +69,21 @@ class UnitedFiles:
             self._has_context |= dict.fromkeys(digests, part.name)
 
     def path(self, name: str) -> Path:
-        part, own = self._place(name)
+        part, own = self._owner(name)
         return self._files[part].path(own)
 
+    def place(self, name: str) -> Path:
+        part, own = self._owner(name)
+        return self._files[part].place(own)
+
     def forget(self, name: str) -> bool:
-        part, own = self._place(name)
+        part, own = self._owner(name)
         return self._files[part].forget(own)
 
     def unusable(self) -> frozenset[str]:
         return frozenset(_named(part, name) for part, files in self._files.items() for name in files.unusable())
 
-    def _place(self, name: str) -> tuple[str, str]:
+    def _owner(self, name: str) -> tuple[str, str]:
         """The part that has a file, and the file's name in it."""
         folder, _, file = name.partition("/")
         if folder == CONTEXTS:

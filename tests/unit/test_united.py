@@ -67,6 +67,16 @@ def test_one_name_in_two_folders_is_two_people(prepared: Path, other: Path) -> N
             assert donor.startswith("other:") == key.startswith("other:")
 
 
+def test_an_error_names_the_file_of_its_folder(prepared: Path, other: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(other, tmp_path / "other")
+    record = indexes.load(damaged).records[0]
+    shard = damaged / "shards" / record.shard
+    shard.write_bytes(bytes(shard.stat().st_size))
+    reader = Reader(prepared, both(prepared, damaged), seed=3)
+    with pytest.raises(DataError, match=f"{shard}: the bytes of other:{record.key} do not match"):
+        reader.sample(Address(f"other:{record.key}", 0))
+
+
 @pytest.mark.parametrize("weight", [1.0, 3.0, 0.5, 0.0])
 def test_an_epoch_uses_a_folder_by_its_weight(weight: float, prepared: Path, other: Path) -> None:
     index = both(prepared, other, weight)
