@@ -31,14 +31,16 @@ from ltx_train.assembly.run_builder import RunStart
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.data import index
-from ltx_train.data.index import Index, Record
+from ltx_train.data.columns import Rows
+from ltx_train.data.index import Index
 from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO_CONTEXT, VOICE
+from ltx_train.data.record import Record
 from ltx_train.evaluation import attention_mass, verdicts
 from ltx_train.evaluation.rows import CORRECT, DROPPED, WRONG, Row, differences, paired
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.model import adapter, sealed
+from ltx_train.model import adapter
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.watchdog import Watchdog
 
@@ -102,8 +104,8 @@ def clip(case: Case, who: str, number: int, seed: int) -> tuple[dict[str, Tensor
 
 def prepared(case: Case, seed: int, root: Path) -> Index:
     """A prepared folder, as `prepare` would leave it."""
-    (root / "contexts").mkdir(parents=True)
     items: dict[str, bytes] = {}
+    contexts: dict[str, bytes] = {}
     records: list[Record] = []
     frames = {1: 1, 33: 33}[case.steps]
     for number in range(IDENTITIES + HELDOUT):
@@ -112,10 +114,7 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
             key = f"{who}_{take}"
             tensors, told = clip(case, who, take, seed)
             context = who if case.caption else "constant"
-            path = root / "contexts" / f"{context}.safetensors"
-            if not path.exists():
-                contexts = {AUDIO_CONTEXT: told, VIDEO_CONTEXT: torch.zeros(TEXT, VIDEO_WIDTH)}
-                path.write_bytes(sealed.pack(contexts, {}))
+            contexts[context] = save({AUDIO_CONTEXT: told, VIDEO_CONTEXT: torch.zeros(TEXT, VIDEO_WIDTH)})
             items[key] = save(tensors)
             records.append(
                 Record(
@@ -141,8 +140,9 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
                     item=key,
                 )
             )
-    shards, placed = pack.write_shards(records, lambda r: items[r.key], root / "shards", 512)
-    made = Index(settings={}, encoders={}, shards=tuple(shards), records=tuple(placed))
+    sources = pack.Sources(lambda r: items[r.key], contexts.__getitem__, dropped=records[0].context)
+    shards, placed = pack.write_shards(records, sources, root / "shards", 512)
+    made = Index(settings={}, encoders={}, shards=tuple(shards), records=Rows.of(placed))
     index.save(made, root)
     return made
 

@@ -18,13 +18,14 @@ from ltx_train.config import Config
 from ltx_train.contracts import DataError
 from ltx_train.data import findings
 from ltx_train.data.findings import Remark
-from ltx_train.data.index import Index, Record
+from ltx_train.data.index import Index
 from ltx_train.data.page import Card, Look
 from ltx_train.data.prepare import windows
 from ltx_train.data.prepare.media import Media, read_clip, read_sound
 from ltx_train.data.prepare.sources import read_source
 from ltx_train.data.prepare.windows import Window
 from ltx_train.data.reader import AUDIO, VIDEO, Reader
+from ltx_train.data.record import Record
 from ltx_train.sampling import media
 from ltx_train.sampling.media import Sound
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from ltx_train import rng
 from ltx_train.contracts import DataError
 from ltx_train.data.files import SHARDS
-from ltx_train.data.index import Index, Record
+from ltx_train.data.index import Index
 from ltx_train.data.reader import Reader
+from ltx_train.data.record import Record
 
 # Enough for a steady rate, little enough for a minute on a slow disk.
 _MOST_BYTES = 8 * 10**9

@@ -26,14 +26,21 @@ def of_config(config: Config) -> Footage:
     return footage.of_clip(stored, bucket, counted_fps(config), config.data.reference_s)
 
 
+def shards(config: Config, clips: int) -> tuple[int, int]:
+    """Numbers of shards and of the text contexts in them: of each caption, and in every shard of the dropped one."""
+    files = -(-clips // config.data.samples_per_shard)
+    return files, files + (clips if config.data.caption is None else files)
+
+
 def rows(config: Config, clips: int) -> Iterator[tuple[str, str]]:
     """Names and values of the table. Every clip has its own caption, or all share data.caption."""
     one, captions = of_config(config), 1 if config.data.caption is not None else clips
+    files, contexts = shards(config, clips)
     yield "clips", f"{clips:,}"
     yield "captions", f"{captions:,}"
     yield "a sample", f"{one.sample_bytes / 1e6:.2f} MB, a text context {one.context_bytes / 1e6:.2f} MB"
-    yield "shards", f"{_size(clips * one.sample_bytes)} in {-(-clips // config.data.samples_per_shard):,} files"
-    yield "text contexts", _size(captions * one.context_bytes)
+    yield "shards", f"{_size(clips * one.sample_bytes + contexts * one.context_bytes)} in {files:,} files"
+    yield "of these, text contexts", _size(contexts * one.context_bytes)
     for devices in _DEVICES:
         hours = one.hours(clips, captions, devices)
         price = "" if config.plan.price is None else f", {config.plan.price * hours * devices:,.0f} for the devices"

@@ -9,9 +9,10 @@ from ltx_train.assembly import encoder_builder, from_config
 from ltx_train.assembly.setup import Setup
 from ltx_train.contracts import Batch, Clip, ModalityName
 from ltx_train.data.collate import collate
-from ltx_train.data.index import Index, Record
+from ltx_train.data.index import Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader
+from ltx_train.data.record import Record
 from ltx_train.diffusion import conditions, references, sigma, transfer
 from ltx_train.evaluation import heldout
 from ltx_train.model import codecs

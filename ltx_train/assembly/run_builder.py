@@ -246,7 +246,10 @@ def _evaluate(
 def _data(setup: Setup, start: RunStart) -> ShardData:
     config, optim = setup.config, setup.config.optim
     assert optim.global_batch is not None
-    order = training_order(start.index, optim.global_batch, config.run.seed, config.data.limit)
+    order = training_order(
+        start.index, optim.global_batch, config.run.seed, config.data.limit,
+        window=config.data.shuffle if config.data.order == "stream" else None,
+    )  # fmt: skip
     modes = [mode for _, mode in configuration.training_modes(config)]
     request = from_config.read_request(config, modes)
     reader = Reader(start.root, start.index, seed=config.run.seed, request=request)

@@ -12,7 +12,7 @@ from ltx_train.config.schema import Config
 from ltx_train.contracts import ConfigError, StoreError
 
 FILE = "config.yaml"
-_INDEX = "index.json"
+_INDEX = "index.safetensors"
 
 
 def from_folder(folder: str, command: str, overrides: list[str]) -> Config:

@@ -15,9 +15,10 @@ from torch import Tensor
 from ltx_train.contracts import SPEAKER, Condition, ConditionKind, DataError, ModalityName, Mode, Role
 from ltx_train.data import copies, store
 from ltx_train.data.findings import Finding, of_clips
-from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
+from ltx_train.data.index import HELDOUT, TRAIN, Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import AUDIO, AUDIO_MASK, FACE_MASK, REFERENCE, VIDEO, VIDEO_MASK, Reader, ReadRequest
+from ltx_train.data.record import Record
 from ltx_train.diffusion import references
 from ltx_train.diffusion.grid import Bucket, audio_latents
 
@@ -68,8 +69,6 @@ def audit(
         index, sound=requirements.role(ModalityName.audio), pictures=requirements.role(ModalityName.video)
     )
     findings += _files(root, index) if store.settings_of(root) is None else ()
-    if requirements.request.caption_dropout and not index.dropped_context:
-        findings.append(Finding(True, "the folder has no text context for dropped captions: run prepare again"))
     if not reads or any(f.error for f in findings if "shard" in f.text):
         return findings
     reader = Reader(root, index, seed=0, request=requirements.request)
@@ -79,23 +78,19 @@ def audit(
             tensors = reader.tensors(record)
             found = copies.signature(tensors)
             signatures |= {} if found is None else {record.key: found}
+            for number in range(len(record.contexts)):
+                reader.context(record, number)
             faults = _sample(reader, record, requirements, tensors)
             findings += [Finding(True, f"{record.key}: {f.text}", (record.key,), f.kind) for f in faults]
         except DataError as error:
             findings.append(Finding(True, str(error), (record.key,)))
     findings += _copies(index, signatures)
-    dropped = [index.dropped_context] if requirements.request.caption_dropout and index.dropped_context else []
-    for digest in sorted({*dropped, *(d for r in index.records for d in (r.context, *r.variants))}):
-        try:
-            reader.context(digest)
-        except DataError as error:
-            findings.append(Finding(True, str(error)))
     findings += [Finding(False, f"set aside by prepare: {key}: {why}") for key, why in index.quarantined.items()]
     return findings
 
 
 def _splits(index: Index) -> Iterator[Finding]:
-    train, heldout = ({r.speaker for r in index.split(name)} for name in (TRAIN, HELDOUT))
+    train, heldout = ({*index.split(name).distinct("speaker")} for name in (TRAIN, HELDOUT))
     if index.by_clip:
         shared = ", ".join(sorted(train & heldout)[:_MOST_NAMES])
         yield Finding(

@@ -1,8 +1,8 @@
 """Remembers which prepared folders passed the audit, so that a run starts without reading every byte again.
 
-Owns `audited.json` beside the index. A folder is known by the bytes of its index, by sizes and times of its shards and
-text contexts, and by what the run needs of it: any difference means a new audit. Every sample's digest is checked when
-it is read in any case; what is remembered saves time at the start and vouches for no byte.
+Owns `audited.json` beside the index. A folder is known by the bytes of its index, by sizes and times of its shards,
+and by what the run needs of it: any difference means a new audit. Every sample's digest is checked when it is read in
+any case; what is remembered saves time at the start and vouches for no byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ltx_train import durable
 from ltx_train.data.audit import DataRequirements
-from ltx_train.data.files import CONTEXTS, SHARDS
+from ltx_train.data.files import SHARDS
 from ltx_train.data.index import INDEX_NAME
 
 NAME = "audited.json"
@@ -32,8 +32,7 @@ def signature(root: Path, requirements: DataRequirements) -> str:
         index = hashlib.file_digest(file, "sha256").hexdigest()
     files = [
         f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
-        for folder in (SHARDS, CONTEXTS)
-        for path in sorted((root / folder).glob("*"))
+        for path in sorted((root / SHARDS).glob("*"))
         for status in (path.stat(),)
     ]
     text = json.dumps([_FORMAT, index, files, _plain(requirements)])

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ltx_train.contracts import DataError
 
-SHARDS, CONTEXTS = "shards", "contexts"
+SHARDS = "shards"
 
 
 class UnusableShardError(DataError):
@@ -18,7 +18,7 @@ class UnusableShardError(DataError):
 
 
 class Files(Protocol):
-    """The files of a prepared folder by their names in it, as shards/NAME and contexts/NAME."""
+    """The files of a prepared folder by their names in it, as shards/NAME."""
 
     def path(self, name: str) -> Path:
         """The file on this machine. A store's file is fetched first; UnusableShardError, StoreError."""

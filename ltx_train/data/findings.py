@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ltx_train.data.index import Index, Record
+from ltx_train.data.index import Index
+from ltx_train.data.record import Record
 
 # Relative difference of two frame rates that are one: a minute apart by two frames of 30 a second.
 _SAME_RATE = 1e-3 / 2

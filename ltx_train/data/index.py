@@ -1,6 +1,7 @@
 """The index of a prepared folder: its samples, the location of their bytes, and their sources.
 
-Owns `index.json` and its schema version. It imports no torch, because reading an index must be instant.
+Owns `index.safetensors`: the samples' records by column, and everything else as JSON in its metadata. It imports no
+torch, because reading an index must be instant.
 """
 
 from __future__ import annotations
@@ -8,70 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save as save_arrays
+
 from ltx_train import durable
 from ltx_train.contracts import DataError
-from ltx_train.diffusion.grid import audio_latents
+from ltx_train.data.columns import Columns, Rows
+from ltx_train.data.record import Record
 
-SCHEMA = 4
-_DIGEST = "sha256"
-INDEX_NAME = "index.json"
+# 5: by column, and the text contexts in the shards.
+SCHEMA = 5
+INDEX_NAME = "index.safetensors"
 TRAIN, HELDOUT = "train", "heldout"
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """The location of a member inside a shard: byte offset, size in bytes, and SHA-256 of the bytes."""
-
-    offset: int
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One sample.
-
-    recording: the row that the sample is a part of, from `start` seconds of its file on. seconds: length of the target.
-    weight: how often an epoch uses the sample. voice: whether the sample has a voice window, which other clips use as a
-    reference. context, variants: digests of the text contexts of the first caption and of the further captions.
-    source_fps: frames a second of the clip's file, on average. averaged: the layout of a sound whose channels were
-    averaged, else empty. measured: what `data.prepare.measure` and `data.prepare.items` define, by name.
-    """
-
-    key: str
-    split: str
-    speaker: str
-    recording: str
-    start: float
-    weight: float
-    caption: str
-    bucket: str
-    fps: float
-    source_fps: float
-    averaged: str
-    seconds: float
-    context: str
-    has_audio: bool
-    voice: bool
-    own_reference: bool
-    rms_db: float
-    source: str
-    source_sha256: str
-    item: str
-    measured: Mapping[str, float] = field(default_factory=dict[str, float])
-    variants: tuple[str, ...] = ()
-    shard: str = ""
-    tensors: Member = Member(0, 0, "")
-
-    @property
-    def shape(self) -> str:
-        """What samples of one batch share: the bucket, and the length of the sound, which follows from the rate."""
-        return f"{self.bucket}+{audio_latents(self.seconds)}"
+# One value in the metadata: safetensors writes several in another order every time.
+_ABOUT = "index"
+_DTYPES = {"F64": np.float64, "I64": np.int64, "U32": np.uint32, "U8": np.uint8, "BOOL": np.bool_}
+_BLOCK = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +46,21 @@ class Index:
     """The content of a prepared folder.
 
     settings, encoders: what the latents depend on. The folder is stale when they differ from the run's.
-    dropped_context: digest of the text context that replaces a dropped caption.
     """
 
     settings: Mapping[str, Any]
     encoders: Mapping[str, str]
     shards: tuple[Shard, ...]
-    records: tuple[Record, ...]
+    records: Rows
     quarantined: Mapping[str, str] = field(default_factory=dict[str, str])
-    dropped_context: str = ""
 
-    def split(self, name: str) -> tuple[Record, ...]:
-        return tuple(r for r in self.records if r.split == name)
+    def split(self, name: str) -> Rows:
+        return self.records.where("split", name)
 
     @cached_property
     def by_clip(self) -> bool:
         """Whether recordings of the same people are held out, not people."""
-        return bool({r.speaker for r in self.split(HELDOUT)} & {r.speaker for r in self.split(TRAIN)})
+        return bool({*self.split(HELDOUT).distinct("speaker")} & {*self.split(TRAIN).distinct("speaker")})
 
     def unit(self, record: Record) -> str:
         """What counts once in intervals: the identity, or the recording where those are held out."""
@@ -112,13 +69,18 @@ class Index:
 
 def save(index: Index, root: Path) -> None:
     """Writes the index atomically. `prepare` writes it last, so a folder with an index is complete."""
-    content = {"schema": SCHEMA, **asdict(index)}
-    text = json.dumps({**content, _DIGEST: _digest(content)}, indent=1, sort_keys=True, ensure_ascii=False)
-    durable.write(root / INDEX_NAME, text + "\n")
+    arrays = {name: np.ascontiguousarray(array) for name, array in index.records.columns.arrays.items()}
+    facts = {field.name: getattr(index, field.name) for field in fields(index) if field.name != "records"}
+    facts["shards"] = [asdict(shard) for shard in index.shards]
+    described, data = _parts(save_arrays(arrays))
+    digest = hashlib.sha256(_text([SCHEMA, facts, described]).encode())
+    digest.update(data)
+    about = _text({"schema": SCHEMA, "sha256": digest.hexdigest(), **facts})
+    durable.write(root / INDEX_NAME, save_arrays(arrays, {_ABOUT: about}))
 
 
 def load(root: str | Path) -> Index:
-    """Reads the index of a prepared folder.
+    """Reads the index of a prepared folder. Its columns stay in the file, and are mapped from it.
 
     DataError when the folder is not completely prepared, or when its index is damaged or from another release.
     """
@@ -126,31 +88,49 @@ def load(root: str | Path) -> Index:
     if not path.is_file():
         raise DataError(f"no prepared data at {root}: run `ltx-train prepare` with the same data settings first")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["schema"] != SCHEMA:
-            raise DataError(f"{path} was written by another release: run `ltx-train prepare` again")
-        if raw.pop(_DIGEST) != _digest(raw):
+        with path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            facts = json.loads(header.pop("__metadata__")[_ABOUT])
+            if facts.pop("schema") != SCHEMA:
+                raise DataError(f"{path} was written by another release: run `ltx-train prepare` again")
+            start, expected = file.tell(), facts.pop("sha256")
+            digest = hashlib.sha256(_text([SCHEMA, facts, header]).encode())
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != expected:
             raise ValueError("its content does not match its digest")
-        del raw["schema"]
-        raw["records"] = tuple(_record(r) for r in raw["records"])
-        raw["shards"] = tuple(Shard(**s) for s in raw["shards"])
-        return Index(**raw)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        shards = tuple(_shard(**shard) for shard in facts.pop("shards"))
+        return Index(**facts, shards=shards, records=Rows(Columns(_mapped(path, start, header))))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise DataError(f"{path} is damaged ({error}): run `ltx-train prepare` again") from error
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _mapped(path: Path, start: int, header: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file whose data begin at `start`."""
+    whole = np.memmap(path, np.uint8, "r", offset=0) if header else np.zeros(0, np.uint8)
+    found: dict[str, NDArray[Any]] = {}
+    for name, about in header.items():
+        first, end = about["data_offsets"]
+        found[name] = whole[start + first : start + end].view(_DTYPES[about["dtype"]]).reshape(about["shape"])
+    return found
 
 
-def _record(raw: dict[str, Any]) -> Record:
-    member = Member(**raw.pop("tensors"))
-    # Names are printed to terminals, and a foreign folder's may hold escape sequences.
-    strange = [raw[name] for name in ("key", "speaker", "recording", "shard", "source") if not raw[name].isprintable()]
-    if strange or "/" in raw["shard"]:
-        raise ValueError(f"the name {(strange or [raw['shard']])[0]!r}")
-    variants = tuple(raw.pop("variants", ()))
-    return Record(**raw, variants=variants, tensors=member)
+def _parts(file: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    return json.loads(file[8:end]), file[end:]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _shard(**values: Any) -> Shard:
+    """ValueError for a name that is no plain name of a file."""
+    shard = Shard(**values)
+    if "/" in shard.name or not shard.name.isprintable():
+        raise ValueError(f"the name {shard.name!r}")
+    return shard
 
 
 def stale_reasons(index: Index, settings: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:

@@ -12,9 +12,10 @@ from ltx_train import signals
 from ltx_train.contracts import Batch, DataError, Sample, StoreError, UserError
 from ltx_train.data.ahead import FetchAhead
 from ltx_train.data.collate import collate
+from ltx_train.data.columns import Rows
 from ltx_train.data.files import LocalFiles, UnusableShardError
 from ltx_train.data.index import TRAIN, Index
-from ltx_train.data.order import Address, MicroBatches, Order
+from ltx_train.data.order import Address, MicroBatches, Order, Shuffled, Streamed
 from ltx_train.data.reader import Reader
 
 # Tries to find a sample whose shards are usable; nearly always the first one is.
@@ -110,16 +111,28 @@ def _ignore_signals(_worker: int) -> None:
     signals.ignore()
 
 
-def training_order(index: Index, global_batch: int, seed: int, limit: int | None = None) -> Order:
-    """The order over the training split, or over its first `limit` clips; DataError when it is empty."""
+def training_order(
+    index: Index, global_batch: int, seed: int, limit: int | None = None, *, window: int | None = None
+) -> Order:
+    """The order over the training split, or over its first `limit` clips; DataError when it is empty.
+
+    window: samples of a lane that are shuffled when shards are read one after another; None: any sample at any time.
+    """
     records = index.split(TRAIN)[:limit]
-    if not records:
+    if not len(records):
         raise DataError("the training split is empty: lower data.heldout_speakers or add clips, then prepare again")
-    shapes: dict[str, set[str]] = {}
-    for record in records:
-        shapes.setdefault(record.bucket, set()).add(record.shape)
-    groups: dict[str, list[str]] = {}
-    for record in records:
+    records = records.only(records.numbers("weight") != 0)
+    if not len(records):
+        raise DataError("all clips of the training split have the weight 0: give one of them another weight")
+    groups: dict[str, Rows] = {}
+    for bucket, clips in records.grouped("bucket").items():
+        shapes = clips.by_shape()
         # The name keys the permutation: a bucket of one length keeps its own.
-        groups.setdefault(record.bucket if len(shapes[record.bucket]) == 1 else record.shape, []).append(record.key)
-    return Order(groups, global_batch, seed, {r.key: r.weight for r in records if r.weight != 1})
+        groups |= {bucket if len(shapes) == 1 else shape: alike for shape, alike in shapes.items()}
+    weighted = records.only(records.numbers("weight") != 1)
+    weights = dict(zip(weighted.texts("key"), weighted.numbers("weight").tolist(), strict=True))
+    keys = {name: list(rows.texts("key")) for name, rows in groups.items()}
+    if window is None:
+        return Shuffled(keys, global_batch, seed, weights)
+    shards = {name: list(rows.texts("shard")) for name, rows in groups.items()}
+    return Streamed(keys, shards, global_batch, seed, window=window, weights=weights)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ltx_train.data.findings import Finding, Remark
-from ltx_train.data.index import Record
+from ltx_train.data.record import Record
 
 # Titles and units of measured numbers, in the order of the page.
 _NUMBERS = {

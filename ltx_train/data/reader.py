@@ -13,18 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.contracts import SPEAKER, Condition, DataError, ModalityName, Mode, Role, Sample
-from ltx_train.data.files import CONTEXTS, SHARDS
-from ltx_train.data.index import Index, Member, Record
+from ltx_train.data.donors import Donors, unusable_share
+from ltx_train.data.files import SHARDS
+from ltx_train.data.index import Index
 from ltx_train.data.order import Address
+from ltx_train.data.record import Member, Record
 from ltx_train.data.united import files_of
-from ltx_train.model import sealed
 
 VIDEO, AUDIO, VOICE, REFERENCE = "video_latent", "audio_latent", "voice_latent", "reference_latent"
 VIDEO_CONTEXT, AUDIO_CONTEXT = "video_context", "audio_context"
@@ -75,93 +75,50 @@ class Reader:
     def __init__(self, root: str | Path, index: Index, *, seed: int, request: ReadRequest | None = None) -> None:
         self._seed, self._request = seed, request or ReadRequest()
         self.files = files_of(Path(root), index)
-        self._dropped, self._unit = index.dropped_context, index.unit
-        self.records: Mapping[str, Record] = {r.key: r for r in index.records}
-        self._by_speaker: dict[str, list[Record]] = {}
-        self._by_split: dict[str, list[Record]] = {}
-        for record in sorted(index.records, key=lambda r: r.key):
-            self._by_speaker.setdefault(record.speaker, []).append(record)
-            self._by_split.setdefault(record.split, []).append(record)
+        self._unit, self.records = index.unit, index.records.by_key()
+        self._donors = Donors(index, self.records, seed)
         self._contexts: dict[str, dict[str, Tensor]] = {}
 
     def sample(self, address: Address) -> Sample:
         """The sample with its correct references and the caption of this draw."""
-        return self._assemble(address, None, self.caption(address))
+        return self._assemble(address, None, self._captioned(address))
 
     def with_references_of(self, address: Address, other: str) -> Sample:
         """The sample with the references of clip `other`: its voice, its video, or the tensors prepared for it."""
-        return self._assemble(address, other, self.caption(address))
+        return self._assemble(address, other, self._captioned(address))
 
     def with_caption_of(self, address: Address, other: str) -> Sample:
         """The sample with the first caption of clip `other`."""
-        return self._assemble(address, None, self.records[other].context)
+        return self._assemble(address, None, (self.records[other], 0))
 
-    def caption(self, address: Address) -> str:
-        """Digest of this draw's text context, for the dropped caption or a keyed choice among the clip's captions."""
+    def caption(self, address: Address) -> int:
+        """Which of the record's text contexts this draw uses: the dropped caption's, or a keyed choice among the
+        clip's captions."""
         record, request = self.records[address.key], self._request
         where = (record.key, address.draw)
         if request.caption_dropout and float(rng.uniform(self._seed, "caption/drop", *where)) < request.caption_dropout:
-            return self._dropped
-        choices = (record.context, *record.variants) if request.variants else (record.context,)
-        return choices[rng.choice(len(choices), self._seed, "caption", *where)]
+            return len(record.contexts) - 1
+        return rng.choice(1 + len(record.variants), self._seed, "caption", *where) if request.variants else 0
 
     def reference_key(self, address: Address, condition: Condition) -> str:
-        """The key of the clip that provides the reference.
-
-        This is the clip itself if it has a prepared reference, else a keyed choice among the speaker's other clips.
-        DataError when no other clip fits.
-        """
-        record = self.records[address.key]
-        if condition.source != SPEAKER or (condition.stream is ModalityName.audio and record.own_reference):
-            return record.key
-        others = [r for r in self._by_speaker.get(record.speaker, []) if r.key != record.key]
-        donors = [r.key for r in others if _can_serve(r, record, condition)]
-        if donors:
-            return donors[rng.choice(len(donors), self._seed, "reference", record.key, address.draw)]
-        if condition.stream is ModalityName.audio:
-            raise DataError(
-                f"{record.key}: speaker {record.speaker!r} has no other clip long enough for a reference window; "
-                "add clips or a reference_audio column, or lower data.reference_s and prepare again"
-            )
-        raise DataError(
-            f"{record.key}: speaker {record.speaker!r} has no other clip of bucket {record.bucket} and its length as a "
-            "reference; add clips, or prepare references and name their tensor in the condition's source"
-        )
+        """As of `Donors.reference`."""
+        return self._donors.reference(address, condition)
 
     def others(self, address: Address, count: int) -> list[str]:
-        """Keys of up to `count` clips of other identities in the same split, by keyed choice.
-
-        Each clip can provide every requested reference. The identities differ as long as there are enough of them.
-        """
-        record = self.records[address.key]
-        fitting: dict[str, list[str]] = {}
-        for other in self._by_split[record.split]:
-            if other.speaker != record.speaker and all(
-                _can_serve(other, record, c) or (c.stream is ModalityName.audio and other.own_reference)
-                for c in self._request.references.values()
-            ):
-                fitting.setdefault(other.speaker, []).append(other.key)
-        stream = rng.generator(self._seed, "wrong-reference", record.key, address.draw)
-        lists = [fitting[speaker] for speaker in sorted(fitting)]
-        picked = [lists[i] for i in torch.randperm(len(lists), generator=stream).tolist()] if lists else []
-        turns = [picked[i % len(picked)] for i in range(count)] if picked else []
-        chosen = [keys[int(torch.randint(len(keys), (1,), generator=stream))] for keys in turns]
-        return list(dict.fromkeys(chosen))
+        """As of `Donors.others`, for every requested reference."""
+        return self._donors.others(address, count, self._request.references.values())
 
     def other_caption(self, address: Address) -> str | None:
-        """The key of a clip with another identity and another caption in the same split, by keyed choice; None if
-        there is no such clip."""
-        record = self.records[address.key]
-        keys = [
-            r.key for r in self._by_split[record.split] if r.speaker != record.speaker and r.context != record.context
-        ]  # fmt: skip
-        if not keys:
-            return None
-        return keys[rng.choice(len(keys), self._seed, "wrong-caption", record.key, address.draw)]
+        """As of `Donors.other_caption`."""
+        return self._donors.other_caption(address)
 
-    def _assemble(self, address: Address, donor: str | None, context: str) -> Sample:
+    def _captioned(self, address: Address) -> tuple[Record, int]:
+        return self.records[address.key], self.caption(address)
+
+    def _assemble(self, address: Address, donor: str | None, text: tuple[Record, int]) -> Sample:
+        """text: the record whose text context it gets, and the number of that context."""
         record = self.records[address.key]
-        tensors, contexts = self.tensors(record), self.context(context)
+        tensors, contexts = self.tensors(record), self.context(*text)
         missing = sorted(name for name in self._request.masks if name not in tensors)
         if missing:
             raise DataError(f"{record.key}: no {missing[0]!r} in the shards, but the mode or the loss reads it")
@@ -207,18 +164,30 @@ class Reader:
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
         """All tensors of a sample. DataError when its bytes cannot be read or do not match the index."""
+        return self._read(record, record.tensors, record.key)
+
+    def context(self, record: Record, number: int = 0) -> dict[str, Tensor]:
+        """One of the text contexts of a sample: `Record.contexts`. DataError as of `tensors`."""
+        member = record.contexts[number]
+        if member.sha256 not in self._contexts:
+            context = self._read(record, member, f"a text context of {record.key}")
+            if len(self._contexts) >= _CONTEXTS_KEPT:
+                self._contexts.pop(next(iter(self._contexts)))
+            self._contexts[member.sha256] = context
+        return self._contexts[member.sha256]
+
+    def _read(self, record: Record, member: Member, what: str) -> dict[str, Tensor]:
+        """The tensors of a member of a sample's shard."""
         name = f"{SHARDS}/{record.shard}"
         try:
-            data = self._member(name, record.tensors)
+            data = self._member(name, member)
             if data is None and self.files.forget(name):
-                data = self._member(name, record.tensors)
+                data = self._member(name, member)
             if data is None:
-                raise DataError(
-                    f"{self.files.place(name)}: the bytes of {record.key} do not match the index: prepare again"
-                )
+                raise DataError(f"{self.files.place(name)}: the bytes of {what} do not match the index: prepare again")
             return load_tensors(data)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.files.place(name)}: cannot read {record.key} ({error}): prepare again") from error
+            raise DataError(f"{self.files.place(name)}: cannot read {what} ({error}): prepare again") from error
 
     def _member(self, name: str, member: Member) -> bytes | None:
         """The bytes of a member; None when they do not match the index."""
@@ -232,19 +201,17 @@ class Reader:
 
     def stand_in(self, address: Address, attempt: int) -> Address | None:
         """Another sample of the same split and shape for one whose shard is unusable, by keyed choice; None without."""
-        record, unusable = self.records[address.key], self.files.unusable()
-        usable = [
-            r.key for r in self._by_split[record.split] if r.shape == record.shape and r.shard not in unusable
-        ]  # fmt: skip
-        if not usable:
+        record = self.records[address.key]
+        usable, _ = unusable_share(self._donors.split(record), self.files.unusable())
+        alike = usable.only(usable.shaped_like(self.records.row[address.key]))
+        if not len(alike):
             return None
-        chosen = rng.choice(len(usable), self._seed, f"stand-in/{attempt}", record.key, address.draw)
-        return Address(usable[chosen], address.draw)
+        chosen = rng.choice(len(alike), self._seed, f"stand-in/{attempt}", record.key, address.draw)
+        return Address(alike[chosen].key, address.draw)
 
     def bad_share(self, address: Address) -> float:
         """Share of the samples of an address's split that are in unusable shards."""
-        unusable, split = self.files.unusable(), self._by_split[self.records[address.key].split]
-        return sum(record.shard in unusable for record in split) / len(split)
+        return unusable_share(self._donors.split(self.records[address.key]), self.files.unusable())[1]
 
     def shards(self, address: Address) -> list[str]:
         """Names of the shards that a sample and its references are read from, in the files of the folder."""
@@ -253,36 +220,9 @@ class Reader:
             keys += [self.reference_key(address, condition) for condition in self._request.references.values()]
         return list(dict.fromkeys(f"{SHARDS}/{self.records[key].shard}" for key in keys))
 
-    def context(self, digest: str) -> dict[str, Tensor]:
-        """A text context by its digest. DataError when it cannot be read or is damaged."""
-        if digest not in self._contexts:
-            if len(self._contexts) >= _CONTEXTS_KEPT:
-                self._contexts.pop(next(iter(self._contexts)))
-            self._contexts[digest] = self._read_context(digest)
-        return self._contexts[digest]
-
-    def _read_context(self, digest: str) -> dict[str, Tensor]:
-        name = f"{CONTEXTS}/{digest}.safetensors"
-        try:
-            try:
-                return sealed.unpack(self.files.path(name).read_bytes())[0]
-            except DataError:
-                if not self.files.forget(name):
-                    raise
-                return sealed.unpack(self.files.path(name).read_bytes())[0]
-        except (OSError, DataError) as error:
-            raise DataError(f"{self.files.place(name)}: cannot read a text context ({error}): prepare again") from error
-
 
 def _bytes(path: Path, member: Member) -> bytes | None:
     """The bytes of a member; None when they do not match the index."""
     with path.open("rb") as file:
         data = os.pread(file.fileno(), member.size, member.offset)
     return data if hashlib.sha256(data).hexdigest() == member.sha256 else None
-
-
-def _can_serve(record: Record, target: Record, condition: Condition) -> bool:
-    """Whether the clip of `record` can serve as the reference of the clip of `target`."""
-    if condition.source != SPEAKER:
-        return condition.stream is ModalityName.audio or record.shape == target.shape
-    return record.voice if condition.stream is ModalityName.audio else record.shape == target.shape

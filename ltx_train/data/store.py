@@ -24,9 +24,8 @@ from typing import Any
 from ltx_train import durable, rng
 from ltx_train.contracts import DataError, StoreError
 from ltx_train.data import index as indexes
-from ltx_train.data.files import CONTEXTS, SHARDS, Files, LocalFiles, UnusableShardError
+from ltx_train.data.files import SHARDS, Files, LocalFiles, UnusableShardError
 from ltx_train.data.index import INDEX_NAME, Index
-from ltx_train.model import sealed
 
 NAME = "store.json"
 _INCOMING, _LOCKS, _UNUSABLE = "incoming", "locks", "unusable"
@@ -57,7 +56,7 @@ def mirror(settings: StoreSettings, cache: Path) -> Path:
     Shards that were damaged in the store are tried again from here on: they may have been copied anew.
     """
     folder = cache / hashlib.sha256(settings.url.rstrip("/").encode()).hexdigest()[:16]
-    for name in (SHARDS, CONTEXTS, _INCOMING, _LOCKS, _UNUSABLE):
+    for name in (SHARDS, _INCOMING, _LOCKS, _UNUSABLE):
         (folder / name).mkdir(parents=True, exist_ok=True)
     durable.write(folder / NAME, json.dumps(asdict(settings)) + "\n")
     with _locked(folder, INDEX_NAME):
@@ -124,10 +123,7 @@ class StoreFiles:
         return frozenset(path.name for path in (self._folder / _UNUSABLE).iterdir())
 
     def _fetch(self, name: str) -> None:
-        shard = self._shards.get(name)
-        if shard is None:
-            self._transfer.bring(name, _is_sealed)
-            return
+        shard = self._shards[name]
         self._make_room(shard.size)
         try:
             self._transfer.bring(name, lambda path: path.stat().st_size == shard.size and _sha256(path) == shard.sha256)
@@ -260,11 +256,6 @@ def _holds(is_right: Callable[[Path], bool], path: Path) -> bool:
         return is_right(path)
     except (DataError, OSError):
         return False
-
-
-def _is_sealed(path: Path) -> bool:
-    sealed.unpack(path.read_bytes())
-    return True
 
 
 def _sha256(path: Path) -> str:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ltx_train.contracts import DataError
-from ltx_train.data.files import CONTEXTS, SHARDS, Files
-from ltx_train.data.index import HELDOUT, TRAIN, Index, Record
+from ltx_train.data.columns import Rows
+from ltx_train.data.files import SHARDS, Files
+from ltx_train.data.index import HELDOUT, TRAIN, Index
+from ltx_train.data.record import Record
 from ltx_train.data.store import files_of as files_of_folder
 
 _BETWEEN = ":"
@@ -48,7 +50,7 @@ def unite(first: PreparedFolder, further: Sequence[PreparedFolder]) -> UnitedInd
     _refuse_leaks(parts)
     same = {field.name: getattr(first.index, field.name) for field in fields(Index)}
     same["shards"] = tuple(replace(s, name=_named(p.name, s.name)) for p in parts for s in p.index.shards)
-    same["records"] = tuple(_renamed(part, record) for part in parts for record in part.index.records)
+    same["records"] = Rows.of([_renamed(part, record) for part in parts for record in part.index.records])
     same["quarantined"] = {_named(p.name, k): why for p in parts for k, why in p.index.quarantined.items()}
     return UnitedIndex(**same, parts=parts)
 
@@ -59,14 +61,10 @@ def files_of(root: Path, index: Index) -> Files:
 
 
 class UnitedFiles:
-    """`data.files.Files` of several folders: shards by FOLDER:NAME, text contexts by digest."""
+    """`data.files.Files` of several folders: shards by FOLDER:NAME."""
 
     def __init__(self, parts: Sequence[PreparedFolder]) -> None:
         self._files = {part.name: files_of_folder(part.root, part.index) for part in parts}
-        self._has_context: dict[str, str] = {}
-        for part in reversed(parts):
-            digests = {d for r in part.index.records for d in (r.context, *r.variants)} | {part.index.dropped_context}
-            self._has_context |= dict.fromkeys(digests, part.name)
 
     def path(self, name: str) -> Path:
         part, own = self._owner(name)
@@ -85,10 +83,7 @@ class UnitedFiles:
 
     def _owner(self, name: str) -> tuple[str, str]:
         """The part that has a file, and the file's name in it."""
-        folder, _, file = name.partition("/")
-        if folder == CONTEXTS:
-            return self._has_context.get(file.partition(".")[0], ""), name
-        part, between, own = file.partition(_BETWEEN)
+        part, between, own = name.removeprefix(f"{SHARDS}/").partition(_BETWEEN)
         return (part, f"{SHARDS}/{own}") if between and part in self._files else ("", name)
 
 

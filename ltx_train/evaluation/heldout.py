@@ -14,9 +14,10 @@ import torch
 
 from ltx_train.contracts import Batch, Mode
 from ltx_train.data.collate import collate
-from ltx_train.data.index import HELDOUT, Index, Record
+from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader, ReadRequest
+from ltx_train.data.record import Record
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ltx_train import rng
 from ltx_train.data.findings import Finding
-from ltx_train.data.index import Index, Record
+from ltx_train.data.index import Index
+from ltx_train.data.record import Record
 from ltx_train.evaluation.statistics import Interval, by_identity
 
 # Most clips that are compared with each other; all clips of people who are drawn at random.

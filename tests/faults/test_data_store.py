@@ -201,7 +201,7 @@ def test_damage_in_the_cache_is_fetched_again(source: Path, tmp_path: Path) -> N
     reader = opened(f"file://{source}", tmp_path)
     assert_same(reader, source)
     for path in tmp_path.glob("*/*/*"):
-        if path.parent.name in ("shards", "contexts"):
+        if path.parent.name == "shards":
             data = bytearray(path.read_bytes())
             for place in range(600, len(data), 997):
                 data[place] ^= 1
@@ -264,14 +264,15 @@ def test_files_are_fetched_before_they_are_needed() -> None:
     assert seen == batches
 
 
+@pytest.mark.parametrize("order", ["shuffled", "stream"])
 def test_a_run_reads_a_store_as_it_reads_the_folder(
-    source: Path, bucket: tuple[str, Way], clips: Path, tmp_path: Path
+    order: str, source: Path, bucket: tuple[str, Way], clips: Path, tmp_path: Path
 ) -> None:
     losses: list[list[float]] = []
     for root in (str(source), bucket[0]):
         arguments = fit(source, clips, tmp_path / Path(root).name / str(len(losses)), f"data.root={root}")
         more = ("optim.steps=3", "data.workers=2", f"data.cache={tmp_path / 'cache'}", "data.samples_per_shard=2")
-        assert command(*arguments, *more) == 0
+        assert command(*arguments, *more, f"data.order={order}", "data.shuffle=2") == 0
         run = next(tmp_path.glob(f"*/{len(losses)}/audio_reference/main"))
         losses.append([row["train/loss"] for row in read_rows(run / "metrics.jsonl")])
     assert losses[0] == losses[1]

@@ -196,11 +196,13 @@ def assert_same_clips(first: Path, other: Path) -> None:
     one, two = (sorted((run(root) / "samples").rglob("*.mp4")) for root in (first, other))
     assert [path.name for path in one] == [path.name for path in two]
     assert len(one) == 3
-    for path, same in zip(one, two, strict=True):
-        (pictures, sound), (others, heard) = decoded(path), decoded(same)
-        # Of equal or nearly equal latents the encoders make files that differ here and there.
-        assert np.abs(sound - heard).mean() < 0.01
-        assert np.abs(pictures - others).mean() < 1
+    clips = [(decoded(path), decoded(same)) for path, same in zip(one, two, strict=True)]
+    for number, ((pictures, sound), (others, heard)) in enumerate(clips):
+        further, noise = clips[number - 1][0]
+        # Sums in another order change latents a little, and the encoders of the file make more of it, most of all that
+        # of sounds. Another clip is farther away.
+        assert np.abs(pictures - others).mean() < 0.05 * np.abs(pictures - further).mean()
+        assert np.abs(sound - heard).mean() < 0.5 * np.abs(sound - noise).mean()
 
 
 def decoded(path: Path) -> tuple[Any, Any]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ltx_train.contracts import DataError, DivergedError, Sample, StepResult
 from ltx_train.data import index
-from ltx_train.data.index import Record
 from ltx_train.data.order import Address
-from ltx_train.data.prepare import pack
 from ltx_train.data.reader import Reader
+from ltx_train.data.record import Record
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.stability.nonfinite import NonFiniteGuard
@@ -27,6 +26,7 @@ from ltx_train.training.tracking.metrics import read_rows
 from ltx_train.updates.optimizers import step_within
 from tests.conftest import command
 from tests.faults.test_resume import fit, newest
+from tests.packing import repacked
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
@@ -194,17 +194,15 @@ def test_clips_with_and_without_sound_train_a_mode_of_pictures(prepared: Path, c
     """Batches of two, where every other clip has no sound."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
-    loaded = index.load(root)
-    reader = Reader(root, loaded, seed=0)
+    reader = Reader(prepared, index.load(prepared), seed=0)
 
-    def data(record: Record) -> bytes:
-        tensors = reader.tensors(next(r for r in loaded.records if r.key == record.key))
+    def muted(record: Record) -> dict[str, Tensor]:
+        tensors = reader.tensors(reader.records[record.key])
         if int(record.key[-1]) % 2:
             del tensors["audio_latent"]
-        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return tensors
 
-    shards, placed = pack.write_shards(loaded.records, data, root / "shards", 256)
-    index.save(replace(loaded, shards=tuple(shards), records=tuple(placed)), root)
+    repacked(root, muted)
     steps = ("mode=t2v", "adapter=video_only", "optim.steps=4", "optim.batch_size=2", "eval.interval=0")
     assert command(*fit(root, clips, tmp_path / "runs", *steps)) == 0
 
@@ -239,7 +237,7 @@ def test_a_full_disk_while_preparing_loses_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, previous)
     assert "the same command continues" in capsys.readouterr().err
-    assert not (tmp_path / "data" / "index.json").exists()
+    assert not (tmp_path / "data" / "index.safetensors").exists()
     assert command("prepare", *where) == 0
     assert "0 clips encoded, 16 unchanged" in capsys.readouterr().out
     assert not list((tmp_path / "data").rglob("*.tmp-*"))

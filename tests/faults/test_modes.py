@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from ltx_train.contracts import Exit
 from ltx_train.data import index
-from ltx_train.data.index import Record
-from ltx_train.data.prepare import pack
 from ltx_train.data.reader import VIDEO, Reader
+from ltx_train.data.record import Record
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
+from tests.packing import repacked
 
 PRESETS = sorted(p.stem for p in (REPOSITORY / "conf/mode").glob("*.yaml"))
 Tensors = dict[str, torch.Tensor]
 
 
-def repacked(prepared: Path, root: Path, change: object) -> Path:
-    """A copy of prepared data whose tensors `change(record, tensors)` has altered."""
+def changed(prepared: Path, root: Path, change: Callable[[Record, Tensors], None]) -> Path:
+    """A copy of prepared data whose tensors `change` has altered."""
     shutil.copytree(prepared, root)
-    found = index.load(root)
-    reader = Reader(prepared, found, seed=0)
+    reader = Reader(prepared, index.load(prepared), seed=0)
 
-    def data(record: Record) -> bytes:
-        tensors = reader.tensors(reader.records[record.key])
-        change(record, tensors)  # type: ignore[operator]
-        return save({k: v.contiguous() for k, v in tensors.items()})
+    def tensors(record: Record) -> Tensors:
+        found = reader.tensors(reader.records[record.key])
+        change(record, found)
+        return found
 
-    shards, placed = pack.write_shards(found.records, data, root / "shards", 256)
-    index.save(replace(found, shards=tuple(shards), records=tuple(placed)), root)
+    repacked(root, tensors)
     return root
 
 
@@ -51,7 +49,7 @@ def rich(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors["video_mask"][:2] = 1
         tensors["audio_mask"] = (torch.arange(33) % 4 == 0).float()
 
-    return repacked(prepared, tmp_path_factory.mktemp("rich") / "data", add)
+    return changed(prepared, tmp_path_factory.mktemp("rich") / "data", add)
 
 
 def overrides(root: Path, runs: Path, clips: Path, *more: str) -> list[str]:

@@ -24,7 +24,7 @@ def prepare(root: Path, source: Path, *more: str) -> list[str]:
 
 def content(root: Path) -> dict[str, bytes]:
     """Every file that readers use."""
-    names = ("shards/*.tar", "contexts/*.safetensors", "items/*.safetensors", "index.json")
+    names = ("shards/*.tar", "contexts/*.safetensors", "items/*.safetensors", "index.safetensors")
     return {str(path.relative_to(root)): path.read_bytes() for name in names for path in sorted(root.glob(name))}
 
 
@@ -48,7 +48,7 @@ def test_a_killed_process_costs_at_most_a_clip_each(prepared: Path, clips: Path,
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         assert process.wait() == 137
     made = len(list((root / "items").glob("*.safetensors")))
-    assert not (root / "index.json").exists()
+    assert not (root / "index.safetensors").exists()
     assert command(*prepare(root, clips)) == 0
     assert made >= 4
     assert content(root) == content(prepared)

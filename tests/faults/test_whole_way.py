@@ -297,7 +297,7 @@ def test_preparing_goes_on_where_it_stopped(
     where = settings(tmp_path / "data", clips)
     monkeypatch.setattr(Encoders, "clip", stopping)
     assert command("prepare", *where) == 75
-    assert not (tmp_path / "data" / "index.json").exists()
+    assert not (tmp_path / "data" / "index.safetensors").exists()
     monkeypatch.undo()
     monkeypatch.chdir(REPOSITORY)
     assert command("prepare", *where) == 0

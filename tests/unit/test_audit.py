@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from ltx_train.contracts import Condition, ConditionKind, ModalityName, Mode
 from ltx_train.data import index
 from ltx_train.data.audit import DataRequirements, audit
+from ltx_train.data.columns import Rows
 from ltx_train.data.findings import conversions
-from ltx_train.data.index import Record
-from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, VIDEO, Reader, ReadRequest
+from ltx_train.data.record import Record
+from tests.packing import repacked
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,18 +28,17 @@ def spoiled(
 ) -> list[str]:  # fmt: skip
     """The errors of the audit for `mode` after one training sample's tensors were changed and packed again."""
     shutil.copytree(prepared, root)
-    found = index.load(root)
-    reader = Reader(root, found, seed=0)
+    found = index.load(prepared)
+    reader = Reader(prepared, found, seed=0)
     victim = found.split("train")[0].key
 
-    def data(record: Record) -> bytes:
-        tensors = reader.tensors(next(r for r in found.records if r.key == record.key))
+    def tensors(record: Record) -> Tensors:
+        read = reader.tensors(reader.records[record.key])
         if record.key == victim:
-            spoil(tensors)
-        return save({k: v.contiguous() for k, v in tensors.items()})
+            spoil(read)
+        return read
 
-    shards, placed = pack.write_shards(found.records, data, root / "shards", 256)
-    made = replace(found, shards=tuple(shards), records=tuple(placed))
+    made = repacked(root, tensors)
     modes = (mode or Mode(),)
     requirements = DataRequirements(modes, ReadRequest.of(modes, weighed), -60.0)
     return [f.text for f in audit(root, made, requirements, []) if f.error and made.split("train")[0].key in f.text]
@@ -56,14 +55,14 @@ def test_conversions_of_preparation_are_named(prepared: Path) -> None:
         replace(r, source_fps=rate, averaged=layout)
         for r, rate, layout in zip(found.records, rates, layouts, strict=True)
     ]
-    texts = [finding.text for finding in conversions(replace(found, records=tuple(records)))]
+    texts = [finding.text for finding in conversions(replace(found, records=Rows.of(records)))]
     assert len(texts) == 4
     assert f"1 clip ({records[4].key}) of 23.976 frames a second were converted to data.fps=25" in texts[0]
     assert f"2 clips ({records[2].key}, {records[3].key}) of 30 frames" in texts[1]
     assert texts[2].count(",") >= 5
     assert ", ...)" in texts[2]
     assert texts[3].startswith(f"1 clip ({records[0].key}) with sound in quad")
-    assert not any(finding.error for finding in conversions(replace(found, records=tuple(records))))
+    assert not any(finding.error for finding in conversions(replace(found, records=Rows.of(records))))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +111,18 @@ def test_an_untouched_copy_has_no_errors(prepared: Path, tmp_path: Path) -> None
     assert spoiled(prepared, tmp_path / "data", lambda _: None) == []
 
 
-def test_the_context_of_dropped_captions_counts_where_captions_are_dropped(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_damaged_context_is_found(number: int, prepared: Path, tmp_path: Path) -> None:
+    """Of the caption, and of the dropped caption."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
     found = index.load(root)
-    path = root / "contexts" / f"{found.dropped_context}.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    for dropout, faults in ((0.0, 0), (0.1, 1)):
-        requirements = DataRequirements((Mode(),), replace(ReadRequest.of((Mode(),)), caption_dropout=dropout), -60.0)
-        assert sum(finding.error for finding in audit(root, found, requirements, [])) == faults
+    record = found.records[0]
+    path, place = root / "shards" / record.shard, record.contexts[number].offset
+    data = bytearray(path.read_bytes())
+    data[place + 200] ^= 1
+    path.write_bytes(data)
+    errors = [f.text for f in audit(root, found, DataRequirements((Mode(),), ReadRequest(), -60.0), []) if f.error]
+    # All samples of the shard share the caption.
+    assert len(errors) == sum(other.shard == record.shard for other in found.records)
+    assert all("a text context of" in text for text in errors)

@@ -167,7 +167,7 @@ def test_a_signal_during_imports_asks_for_a_restart(name: str, tmp_path: Path) -
     (tmp_path / "torch.py").write_text(
         f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
     )
-    (tmp_path / "index.json").touch()
+    (tmp_path / "index.safetensors").touch()
     arguments = ["fit", "model.weights=random", f"data.root={tmp_path}", "data.source=x", "strategy.device=cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "ltx_train", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False,
@@ -180,7 +180,7 @@ def test_settings_of_a_folder_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
     """`--cfg job` over a folder and over a saved file; entries of a list by their number."""
     made = config.compose_config(["mode=v2v_ic", "optim.steps=7"])
     (tmp_path / "config.yaml").write_text(config.dump(made))
-    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "index.safetensors").write_text("{}")
     for words in ([str(tmp_path)], ["--config", str(tmp_path / "config.yaml")]):
         assert command("fit", *words, "mode.conditions.0.p=0.25", "--cfg", "job") == Exit.DONE
         shown = capsys.readouterr().out
@@ -392,7 +392,7 @@ def test_a_run_folder_that_cannot_be_sampled_is_refused(run_folder: Path) -> Non
 
 
 def test_a_prepared_folder_is_found_where_it_is(tmp_path: Path) -> None:
-    (tmp_path / "index.json").touch()
+    (tmp_path / "index.safetensors").touch()
     (tmp_path / "config.yaml").write_text(config.dump(config.compose_config(["data.root=moved", "run.id=x"])))
     made = from_folder(str(tmp_path), "fit", [])
     assert (made.data.root, made.run.id) == (str(tmp_path), "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,24 @@ def test_bytes_are_those_of_a_prepared_folder(prepared: Path, clips: Path) -> No
     one = footage_plan.of_config(config.compose_config(settings(prepared, clips)))
     for record in index.load(prepared).records:
         assert one.sample_bytes < record.tensors.size < one.sample_bytes + 1000
-        size = (prepared / "contexts" / f"{record.context}.safetensors").stat().st_size
-        assert one.context_bytes < size < one.context_bytes + 1000
+        assert one.context_bytes < record.contexts[0].size < one.context_bytes + 1000
+
+
+@pytest.mark.parametrize("caption", ["null", "one for all"])
+def test_shards_hold_as_many_contexts_as_counted(caption: str, clips: Path, tmp_path: Path) -> None:
+    """Of clips that have captions of their own."""
+    root, table = tmp_path / "data", tmp_path / "table.json"
+    rows = json.loads((clips / "CAPTIONS.json").read_text())["captions"]
+    own = [{**row, "file": str(clips / row["file"]), "caption": str(number)} for number, row in enumerate(rows)]
+    table.write_text(json.dumps({"captions": own}))
+    made = [*settings(root, table, "data.heldout_speakers=0"), f"data.caption={caption}", "data.samples_per_shard=6"]
+    assert command("prepare", *made) == 0
+    found = index.load(root)
+    contexts = 0
+    for shard in found.shards:
+        with tarfile.open(root / "shards" / shard.name) as tar:
+            contexts += sum(name.startswith("contexts/") for name in tar.getnames())
+    assert footage_plan.shards(config.compose_config(made), len(found.records)) == (len(found.shards), contexts)
 
 
 def test_the_documented_table_is_this_one() -> None:

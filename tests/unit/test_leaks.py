@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ltx_train import rng
-from ltx_train.data.index import Index, Record
+from ltx_train.data.columns import Rows
+from ltx_train.data.index import Index
+from ltx_train.data.record import Record
 from ltx_train.evaluation import leaks
 
 PEOPLE, CLIPS = 12, 5
@@ -42,8 +44,8 @@ def record(person: int, clip: int, *, caption: str, recording: str = "", **measu
 
 
 def index_of(make: Callable[[int, int], Record]) -> Index:
-    records = tuple(make(person, clip) for person in range(PEOPLE) for clip in range(CLIPS))
-    return Index(settings={}, encoders={}, shards=(), records=records)
+    records = [make(person, clip) for person in range(PEOPLE) for clip in range(CLIPS)]
+    return Index(settings={}, encoders={}, shards=(), records=Rows.of(records))
 
 
 def some_words(person: int, clip: int) -> str:
@@ -109,7 +111,7 @@ def test_windows_of_one_recording_are_no_neighbours() -> None:
 )
 def test_nothing_can_be_known(make: Callable[[int, int], Record]) -> None:
     assert leaks.of_index(index_of(make)) == []
-    assert leaks.of_index(Index(settings={}, encoders={}, shards=(), records=())) == []
+    assert leaks.of_index(Index(settings={}, encoders={}, shards=(), records=Rows.of([]))) == []
 
 
 def test_missing_numbers_and_one_caption_tell_nothing() -> None:

@@ -15,6 +15,7 @@ import webdataset
 
 from ltx_train.contracts import Condition, ConditionKind, DataError, Mode
 from ltx_train.data import index
+from ltx_train.data.columns import Rows
 from ltx_train.data.order import Address
 from ltx_train.data.prepare import media, sound, sources, splits
 from ltx_train.data.prepare.encode import loudest_window, rms_db
@@ -206,10 +207,17 @@ def test_the_index_addresses_every_tensor(prepared: Path) -> None:
 def test_webdataset_reads_our_shards(prepared: Path) -> None:
     found = index.load(prepared)
     urls = [str(prepared / "shards" / s.name) for s in found.shards]
-    read = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert {s["__key__"] for s in read} == {r.key for r in found.records}
-    assert all({"safetensors", "json"} <= set(s) for s in read)
-    assert {json.loads(s["json"])["speaker"] for s in read} == {r.speaker for r in found.records}
+    documented = (REPOSITORY / "data" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(documented, names)
+    read = list(names["samples"](webdataset.WebDataset(urls, shardshuffle=False)))
+    assert [facts["key"] for facts, _ in read] == [r.key for r in found.records]
+    assert {facts["speaker"] for facts, _ in read} == {r.speaker for r in found.records}
+    reader = Reader(prepared, found, seed=0)
+    for (_, tensors), record in zip(read, found.records, strict=True):
+        expected = {**reader.tensors(record), **reader.context(record)}
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_references_come_from_other_clips_of_the_speaker(prepared: Path) -> None:
@@ -272,7 +280,7 @@ def test_bad_clips_stop_or_are_set_aside(tmp_path: Path, clips: Path, capsys: py
     film(tmp_path / "mute.mkv", [i / 25 for i in range(40)]).rename(source / "speaker01_0.mp4")
     assert command("prepare", *settings(tmp_path / "data", source)) == 78
     assert "data.on_bad_clip=skip" in capsys.readouterr().err
-    assert not (tmp_path / "data" / "index.json").exists()
+    assert not (tmp_path / "data" / "index.safetensors").exists()
     assert command("prepare", *settings(tmp_path / "data", source), "data.on_bad_clip=skip") == 0
     found = index.load(tmp_path / "data")
     assert set(found.quarantined) == {"speaker00_0", "speaker01_0"}
@@ -290,14 +298,14 @@ def test_check_sees_spoiled_samples(
     shutil.copytree(prepared, root)
     loaded = index.load(root)
     victim = loaded.split("heldout")[0]
-    moved = tuple(replace(r, split="train") if r is victim else r for r in loaded.records)
+    moved = Rows.of([replace(r, split="train") if r == victim else r for r in loaded.records])
     index.save(replace(loaded, records=moved), root)
     assert command("check", *settings(root, clips), "check.previews=0") == 0
     assert f"clips of {victim.speaker} are in both splits" in capsys.readouterr().out
     index.save(loaded, root)
     shard = next((root / "shards").glob("train*"))
     whole = bytearray(shard.read_bytes())
-    whole[2000] ^= 1
+    whole[loaded.split("train")[0].tensors.offset + 1000] ^= 1
     shard.write_bytes(whole)
     assert command("check", *settings(root, clips), "check.previews=0") == 78
     assert "do not match the index" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import torch
 from ltx_train.contracts import Condition, ConditionKind, DataError, Exit
 from ltx_train.data import index as indexes
 from ltx_train.data import united
+from ltx_train.data.columns import Rows
 from ltx_train.data.index import HELDOUT, TRAIN
 from ltx_train.data.module import training_order
 from ltx_train.data.order import Address
@@ -92,7 +93,7 @@ def test_an_epoch_uses_a_folder_by_its_weight(weight: float, prepared: Path, oth
 def test_what_is_trained_on_here_must_not_be_held_out_there(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "again")
     again = indexes.load(tmp_path / "again")
-    swapped = tuple(replace(r, split=TRAIN if r.split == HELDOUT else HELDOUT) for r in again.records)
+    swapped = Rows.of([replace(r, split=TRAIN if r.split == HELDOUT else HELDOUT) for r in again.records])
     first = PreparedFolder(name="", root=prepared, index=indexes.load(prepared))
     turned = replace(again, records=swapped)
     with pytest.raises(DataError, match="where it is held out"):
@@ -131,7 +132,7 @@ def test_what_cannot_be_united_is_refused(
     changed = tmp_path / "changed"
     shutil.copytree(other, changed)
     made = indexes.load(other)
-    records = tuple(replace(record, bucket="96x64x33") for record in made.records)
+    records = Rows.of([replace(record, bucket="96x64x33") for record in made.records])
     indexes.save(replace(made, records=records, settings={**made.settings, "reference_s": 9.0}), changed)
     colon = shutil.copytree(other, tmp_path / "a:b")
     given = also.format(other=other, none=tmp_path / "none", changed=changed, colon=colon)

@@ -95,6 +95,10 @@ class DataConfig:
     also_weights: list[float] = setting(
         list[float](), "how often an epoch uses a sample of each of them; empty: once", least=0
     )
+    order: str = setting(
+        "shuffled", "stream: shard after shard, for sets larger than data.cache_gib", choices=("shuffled", "stream")
+    )
+    shuffle: int = setting(1024, "samples that a slot of the batch shuffles in data.order=stream", least=1)
     limit: int | None = setting(None, "train on this many clips of the training split alone; null: all", least=1)
     workers: int = setting(2, "processes that read samples; 0: the training process itself", least=0)
 

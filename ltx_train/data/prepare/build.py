@@ -17,18 +17,23 @@ from typing import TypeVar
 from ltx_train import durable
 from ltx_train.contracts import DataError, Exit
 from ltx_train.data import index
-from ltx_train.data.index import Index, Record
+from ltx_train.data.columns import Rows
+from ltx_train.data.files import SHARDS
+from ltx_train.data.index import Index
 from ltx_train.data.prepare import items, pack, splits, windows
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.items import Decoded, Item
 from ltx_train.data.prepare.recipe import Recipe
 from ltx_train.data.prepare.sources import Clip
 from ltx_train.data.prepare.windows import Window
+from ltx_train.data.record import Record
 from ltx_train.distributed.ranks import ALONE, AgreedError, Ranks
 from ltx_train.model import sealed
 
 Report = Callable[[int, int, str], None]
 T = TypeVar("T")
+# What was encoded before it is packed. Both folders may be removed from a finished one.
+ITEMS, CONTEXTS = "items", "contexts"
 _SHOWN = 20
 # Samples that are decoded ahead of the encoders, each in a thread. One of 1280x704x153 takes 0.4 GB.
 _AHEAD = 4
@@ -51,7 +56,7 @@ def prepare(
 
     DataError with every clip that cannot be prepared, unless such clips are set aside. What was encoded is kept.
     """
-    work, contexts = root / "items", root / "contexts"
+    work, contexts = root / ITEMS, root / CONTEXTS
     ranks.lead(lambda: [str(_emptied_of_partials(folder)) for folder in (work, contexts)])
     placed = splits.assign(clips, speakers=recipe.heldout_speakers, held=recipe.heldout_clips, seed=recipe.seed)
     todo, bad = _windows(clips, recipe, ranks)
@@ -74,7 +79,7 @@ def prepare(
         raise DataError(
             f"none of the {len(clips)} clips could be prepared; the first reason: {next(iter(bad.values()))}"
         )
-    result = ranks.lead(lambda: _packed(records, recipe, encoders, root, bad, dropped_context=digests[dropped]))
+    result = ranks.lead(lambda: _packed(records, recipe, encoders, root, bad, dropped=digests[dropped]))
     encoded = sum(made[record.key].new for record in records)
     return Outcome(encoded, len(records) - encoded, bad, result)
 
@@ -89,19 +94,21 @@ def _emptied_of_partials(folder: Path) -> Path:
 
 def _packed(
     records: list[Record], recipe: Recipe, encoders: Encoders, root: Path, bad: Mapping[str, str], *,
-    dropped_context: str,
+    dropped: str,
 ) -> Index:  # fmt: skip
     """Shards and index of the records."""
-    shards, packed = pack.write_shards(
-        records, lambda r: (root / "items" / f"{r.item}.safetensors").read_bytes(), root / "shards",
-        recipe.samples_per_shard,
-    )  # fmt: skip
+    sources = pack.Sources(
+        item=lambda record: (root / ITEMS / f"{record.item}.safetensors").read_bytes(),
+        context=lambda digest: (root / CONTEXTS / f"{digest}.safetensors").read_bytes(),
+        dropped=dropped,
+    )
+    shards, packed = pack.write_shards(records, sources, root / SHARDS, recipe.samples_per_shard)
     result = Index(
-        settings=recipe.settings(), encoders=encoders.fingerprints, shards=tuple(shards), records=tuple(packed),
-        quarantined=bad, dropped_context=dropped_context,
+        settings=recipe.settings(), encoders=encoders.fingerprints, shards=tuple(shards), records=Rows.of(packed),
+        quarantined=bad,
     )  # fmt: skip
     index.save(result, root)
-    pack.prune(root / "shards", shards)
+    pack.prune(root / SHARDS, shards)
     return result
 
 
