@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from ltx_train import durable
@@ -13,14 +14,14 @@ from ltx_train.assembly import resolve
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config, counted_fps
 from ltx_train.contracts import ConfigError, DataError, Exit
-from ltx_train.data.footage import listening, pieces, subtitles, writer
+from ltx_train.data.footage import listening, looking, pieces, subtitles, writer
 from ltx_train.data.footage.pieces import Lengths, Span
 from ltx_train.data.footage.subtitles import Subtitle
 from ltx_train.data.prepare.media import probe
 from ltx_train.data.prepare.tables import VIDEOS
 
 _TABLE = "captions.csv"
-_COLUMNS = ("video", "caption", "speaker")
+_COLUMNS = ("video", "caption", "speaker", "face", "findings")
 # Without buckets: what recipes ask for.
 _LONGEST_S = 10.0
 
@@ -35,13 +36,15 @@ def run(config: Config) -> int:
     out.mkdir(parents=True, exist_ok=True)
     rows = [row for recording in recordings for row in _cut(recording, config, out)]
     if not rows:
-        raise DataError(f"{config.cut.source} has no piece of {_lengths(config).shortest:g} s: lower cut.shortest_s")
+        without = f", or empty cut.leave_out={config.cut.leave_out}" if config.cut.leave_out else ""
+        shortest = _lengths(config).shortest
+        raise DataError(f"{config.cut.source} has no piece of {shortest:g} s: lower cut.shortest_s{without}")
     text = io.StringIO()
     writing = csv.writer(text)
     writing.writerow(_COLUMNS)
-    writing.writerows(rows)
+    writing.writerows(astuple(row) for row in rows)
     durable.write(table, text.getvalue())
-    silent = sum(not caption for _, caption, _ in rows)
+    silent = sum(not row.caption for row in rows)
     print(f"{len(rows)} clips of {len(recordings)} recordings in {out}")
     if silent:
         print(f"  {silent} clips have no caption yet: write them into {table}")
@@ -58,8 +61,19 @@ def _recordings(source: Path) -> list[Path]:
     return [source]
 
 
-def _cut(recording: Path, config: Config, out: Path) -> Iterator[tuple[str, str, str]]:
-    """Writes the clips of a recording; their rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A row of the table."""
+
+    video: str
+    caption: str
+    speaker: str
+    face: str
+    findings: str
+
+
+def _cut(recording: Path, config: Config, out: Path) -> Iterator[_Row]:
+    """Writes the clips of a recording. The rows of those that stay, and a line for each finding."""
     facts = probe(recording)
     if not facts.fps:
         raise DataError(f"{recording} has no pictures")
@@ -71,7 +85,25 @@ def _cut(recording: Path, config: Config, out: Path) -> Iterator[tuple[str, str,
     for number, piece in enumerate(found):
         clip = out / f"{recording.stem}_{number:03d}.mp4"
         writer.write(recording, piece, clip)
-        yield clip.name, subtitles.said_within(told, piece), config.cut.speaker or recording.stem
+        looks = looking.look(clip) if config.cut.look else None
+        found = [] if looks is None else looking.remarks(looks)
+        left_out = [remark for remark in found if remark.kind in config.cut.leave_out]
+        for remark in found:
+            gone = ": left out" if remark in left_out else ""
+            print(f"  {clip.name} ({_minutes(piece.start)}): {remark.text}{gone}", file=sys.stderr)
+        if left_out:
+            clip.unlink()
+            continue
+        face = ",".join(f"{edge:.3f}" for edge in looks.face) if looks is not None and looks.face else ""
+        kinds = ", ".join(remark.kind for remark in found)
+        yield _Row(
+            video=clip.name, caption=subtitles.said_within(told, piece),
+            speaker=config.cut.speaker or recording.stem, face=face, findings=kinds,
+        )  # fmt: skip
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:04.1f}"
 
 
 def _subtitles(recording: Path, config: Config) -> list[Subtitle]:

@@ -23,6 +23,7 @@ from ltx_train.training.cadence import Cadence
 from ltx_train.training.debugging import StepProfiler
 from ltx_train.training.engine_strategy import AsGiven, EngineStrategy
 from ltx_train.training.logged_row import TrainingRows
+from ltx_train.training.one_device import OneDevice
 from ltx_train.training.preemption import Preemption
 from ltx_train.training.saving import CheckpointWriter
 from ltx_train.training.state import RunState
@@ -164,7 +165,7 @@ def run_to_end(
     plugins: list[Any] = [LightningEnvironment(), *([] if engine is None else [AsGiven()])]
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=[device.index] if device.type == "cuda" else 1,
-        strategy="auto" if engine is None else EngineStrategy(engine), plugins=plugins, max_epochs=1,
+        strategy=OneDevice(device) if engine is None else EngineStrategy(engine), plugins=plugins, max_epochs=1,
         callbacks=[preemption, edge], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, use_distributed_sampler=False,
         default_root_dir=folder,

@@ -17,6 +17,10 @@ class CutConfig:
     speaker: str | None = setting(None, "speaker of all clips; null: the recording's name")
     scenes: bool = setting(True, "scene cuts end clips")
     speech: bool = setting(True, "pauses between sentences end clips")
+    look: bool = setting(True, "clips are looked at: the columns face and findings")
+    leave_out: list[str] = setting(
+        list[str](), "clips with these findings are not kept", choices=("black", "still", "text", "no face")
+    )
     shortest_s: float = setting(2.0, "seconds of the shortest clip", least=0.2)
     longest_s: float | None = setting(None, "seconds of the longest clip; null: the longest of data.buckets", least=0.2)
 

@@ -18,16 +18,16 @@ _RATE = 16000
 
 def scenes(path: Path, seconds: float) -> list[Span]:
     """The scenes of a video, in order; the whole video when it has one."""
-    library = _library("scenedetect")
+    detector = library("scenedetect")
     level = av.logging.get_level()
     try:
-        video = library.open_video(str(path), backend="pyav")
-        manager = library.SceneManager()
+        video = detector.open_video(str(path), backend="pyav")
+        manager = detector.SceneManager()
         # Compares with the frames around: fast motion is no cut.
-        manager.add_detector(library.AdaptiveDetector())
+        manager.add_detector(detector.AdaptiveDetector())
         manager.detect_scenes(video)
         found: list[Any] = manager.get_scene_list()
-    except (library.VideoOpenFailure, OSError) as error:
+    except (detector.VideoOpenFailure, OSError) as error:
         raise DataError(f"{path} cannot be decoded ({error})") from error
     finally:
         av.logging.set_level(level)  # the library makes ffmpeg talk
@@ -37,18 +37,19 @@ def scenes(path: Path, seconds: float) -> list[Span]:
 
 def speech(path: Path) -> list[Span] | None:
     """When somebody speaks, in order; None when the recording has no sound."""
-    library = _library("silero_vad")
+    vad = library("silero_vad")
     waveform, rate = read_audio(path)
     if waveform is None:
         return None
     mono = mel.resample(waveform.mean(dim=0, keepdim=True), rate)[0]
-    found = library.get_speech_timestamps(
-        mono, library.load_silero_vad(), sampling_rate=_RATE, return_seconds=True, time_resolution=3
+    found = vad.get_speech_timestamps(
+        mono, vad.load_silero_vad(), sampling_rate=_RATE, return_seconds=True, time_resolution=3
     )
     return [Span(float(entry["start"]), float(entry["end"])) for entry in found]
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A library of the extra `cut`. ConfigError without it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

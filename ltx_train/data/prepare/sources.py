@@ -20,7 +20,7 @@ from ltx_train.data.prepare.tables import Table, read_table
 _FILES = ("audio", "reference_audio", "reference_video", "mask")
 _COLUMNS = (
     "video", "caption", "speaker", *_FILES, "audio_mask", "split", "start", "end", "face", "weight", "reviewed",
-    "transcript",
+    "findings", "transcript",
 )  # fmt: skip
 _CAPTION_COLUMN = re.compile(r"caption_[2-9]")
 # The second line: columns of other trainers' tables.

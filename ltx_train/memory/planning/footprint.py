@@ -31,8 +31,9 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
 _KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
-# The running block of a command that trains nothing, fitted to the rows of `sample` in docs/performance/encoders.json.
-_WORKING_FORWARD = 21.5
+# The running block of a command that trains nothing, its dequantized weights included: the rows of `sample` in
+# docs/performance/encoders.json.
+_WORKING_FORWARD = 8.5
 # Dequantized weights that exist at once in a block's backward, as a share of the block's size in bfloat16.
 _DEQUANTIZED = 0.75
 # Share of the attention outputs that is kept: those of audio-to-video attention are recomputed.
@@ -84,9 +85,8 @@ def predict(
     kept = choice.keep_everything * (everything * unit + 2.0 * dequantized_elements(size, choice))
     kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * kept_per_block
-    working = (_WORKING_FORWARD if is_forward else _WORKING) * unit + _DEQUANTIZED * 2.0 * dequantized_elements(
-        size, choice
-    )
+    backward = _WORKING * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
+    working = _WORKING_FORWARD * unit if is_forward else backward
     always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
     early = inputs + kept + (gradients if always else 0)
     parts = {
@@ -106,7 +106,7 @@ def predict(
         overlapping = 0.0 if trained.offloaded else _ENGINE_GIB * GIB
         parts["DeepSpeed's buffers"] = overlapping + _ENGINE_SHARE * sum(parts.values())
     parts["generated clips' decoders"] = max(0.0, between - _free_between(parts))
-    offloads = size.layers - choice.keep_everything if choice.offload_inputs else 0
+    offloads = size.layers - choice.keep_everything if choice.offload_inputs and not is_forward else 0
     host = (streamed * block if choice.slices == 1 and not trained.full else 0.0) + offloads * unit + _snapshot(trained)
     if trained.offloaded and not trained.in_files:
         host += _states(trained) + (4.0 + work.dtype_bytes) * trained.parameters / trained.slices

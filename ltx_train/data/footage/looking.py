@@ -1,0 +1,127 @@
+"""What a clip shows: faces by OpenCV's cascades, texts by RapidOCR (the extra `cut`), black and still pictures.
+
+Owns the thresholds of what is worth a word about a clip that was cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ltx_train.contracts import DataError
+from ltx_train.data.findings import Remark
+from ltx_train.data.footage.listening import library
+from ltx_train.data.prepare import measure
+
+Picture = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+BLACK, STILL, TEXT, NO_FACE = "black", "still", "text", "no face"
+KINDS = (BLACK, STILL, TEXT, NO_FACE)
+# Pictures of a clip that faces and texts are looked for in, and the longer side that they are reduced to.
+_PICTURES, _SIDE = 5, 1280
+# The height of the pictures that are compared with each other.
+_SMALL = 180
+# A text counts that is read with this confidence; texts have to cover this share of the picture.
+_READ, _COVERED = 0.8, 0.01
+_CASCADES = ("haarcascade_frontalface_default.xml", "haarcascade_profileface.xml")
+# A face's shorter side is at least this share of the picture's height. What the cascade finds fewer than so many times
+# at one place is no face.
+_SMALLEST_FACE, _TIMES = 0.06, 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """black, still, faces, texts: shares of the pictures that are black, equal to the one before, have a face, have
+    text. face: left, top, right, bottom in shares of the picture, where most pictures have one; None elsewhere."""
+
+    black: float
+    still: float
+    faces: float
+    texts: float
+    face: Box | None
+
+
+def look(path: Path) -> Looks:
+    """DataError when the clip cannot be decoded."""
+    small, large = _pictures(path)
+    measured = measure.pictures(torch.from_numpy(np.stack(small)))
+    boxes = [box for picture in large if (box := _face(picture)) is not None]
+    face = tuple(median(edge) for edge in zip(*boxes, strict=True)) if 2 * len(boxes) >= len(large) else None
+    return Looks(
+        black=measured["dark"], still=measured.get("still", 0.0), faces=len(boxes) / len(large),
+        texts=sum(_has_text(picture) for picture in large) / len(large), face=face,
+    )  # fmt: skip
+
+
+def remarks(looks: Looks) -> list[Remark]:
+    """What is worth a word, each of `KINDS` at most once."""
+    if looks.black > 0.1:
+        return [Remark(BLACK, f"{100 * looks.black:.0f} % of the pictures are black")]
+    found = [Remark(STILL, "the picture stands still")] if looks.still > 0.98 else []
+    if looks.texts >= 0.5:
+        found.append(Remark(TEXT, f"text on {100 * looks.texts:.0f} % of the pictures"))
+    return found if looks.faces else [*found, Remark(NO_FACE, "no face is seen")]
+
+
+def _pictures(path: Path) -> tuple[list[Picture], list[Picture]]:
+    """All pictures reduced, and some of them larger; RGB (H, W, 3)."""
+    try:
+        with av.open(str(path)) as container:
+            stream: Any = container.streams.video[0]
+            small = [_reduced(frame, _SMALL) for frame in container.decode(stream)]
+        chosen = {round((n + 0.5) * len(small) / _PICTURES - 0.5) for n in range(_PICTURES)}
+        with av.open(str(path)) as container:
+            frames = enumerate(container.decode(video=0))
+            large = [_reduced(frame, _SIDE) for number, frame in frames if number in chosen]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise DataError(f"{path} cannot be decoded ({error})") from error
+    return small, large
+
+
+def _reduced(frame: Any, side: int) -> Picture:
+    scale = min(1.0, side / max(frame.width, frame.height))
+    return frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=round(frame.height * scale))
+
+
+def _face(picture: Picture) -> Box | None:
+    """The largest face, in shares of the picture."""
+    grey = picture.mean(axis=-1).astype(np.uint8)
+    height, width = grey.shape
+    smallest = max(24, round(_SMALLEST_FACE * height))
+    for detector in _detectors():
+        # Profiles are known from one side alone.
+        for mirrored, image in ((False, grey), (True, np.ascontiguousarray(grey[:, ::-1]))):
+            found = detector.detectMultiScale(image, 1.1, _TIMES, minSize=(smallest, smallest))
+            if len(found):
+                left, top, wide, high = (int(n) for n in max(found, key=lambda box: box[2] * box[3]))
+                left = width - left - wide if mirrored else left
+                return left / width, top / height, (left + wide) / width, (top + high) / height
+    return None
+
+
+@cache
+def _detectors() -> tuple[Any, ...]:
+    cv2 = library("cv2")
+    return tuple(cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name)) for name in _CASCADES)
+
+
+def _has_text(picture: Picture) -> bool:
+    read = _reader()(picture[..., ::-1], use_cls=False)  # it wants BGR
+    if read.boxes is None:
+        return False
+    sure = [box for box, score in zip(read.boxes, read.scores, strict=True) if score >= _READ]
+    covered = sum(float(np.prod(np.ptp(np.asarray(box), axis=0))) for box in sure)
+    return covered >= _COVERED * picture.shape[0] * picture.shape[1]
+
+
+@cache
+def _reader() -> Any:
+    return library("rapidocr").RapidOCR(params={"Global.log_level": "critical"})
