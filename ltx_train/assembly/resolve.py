@@ -288,7 +288,7 @@ def plan_constraints(config: Config, host_gib: float | None) -> PlanConstraints:
     return PlanConstraints(
         quantize=quantize, compute=memory.compute, keep=None if memory.keep is None else Keep(memory.keep),
         keep_everything=memory.keep_everything, stream_blocks=memory.stream_blocks, stream_slots=memory.stream_slots,
-        offload_inputs=memory.offload_inputs, graphs=memory.graphs, host_gib=host_gib,
+        offload_inputs=memory.offload_inputs, graphs=memory.graphs, compiled=memory.compile != "off", host_gib=host_gib,
     )  # fmt: skip
 
 
@@ -303,6 +303,7 @@ def memory_choice(config: Config) -> MemoryChoice:
         keep=Keep(memory.keep or "inputs"), keep_everything=memory.keep_everything or 0,
         stream_blocks=memory.stream_blocks or 0, stream_slots=memory.stream_slots,
         offload_inputs=memory.offload_inputs or False, graphs=memory.graphs or False,
+        compiled=memory.compile != "off",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`ltx-train caption`: captions by a model, for the clips of a table or a folder that have none."""
+"""`ltx-train caption`: transcripts and captions by models, for the clips of a table or a folder that have none."""
 
 from __future__ import annotations
 
@@ -12,41 +12,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltx_train.assembly import resolve
 from ltx_train.assembly.closing import close
 from ltx_train.config import Config
 from ltx_train.config.schema.commands import CaptionConfig
 from ltx_train.contracts import ConfigError, DataError, Exit
 from ltx_train.data.footage import captioner
 from ltx_train.data.footage.captioner import Endpoint
+from ltx_train.data.footage.transcriber import RATE, Transcriber
 from ltx_train.data.prepare import sources, tables
 from ltx_train.data.prepare.media import Facts, Part, probe, read_pixels
 from ltx_train.data.prepare.pictures import Crop, Framing
 from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.prepare.sources import UNREVIEWED
+from ltx_train.data.prepare.tables import Table
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.jobs.folder_lock import FolderLock
 from ltx_train.model import mel
 from ltx_train.sampling.media import jpeg
 
-_RATE = 16000
-
 
 def run(config: Config) -> int:
-    """Fills the captions that are missing. The table is written after each, so that nothing answered is lost."""
+    """Fills the transcripts and captions that are missing. The table is written after each, so that nothing is lost."""
     assert config.data.source is not None  # config.require has refused it
-    endpoint = _endpoint(config)
+    endpoint = None if config.caption.url is None else _endpoint(config)
     table = tables.open_for_captions(config.data.source)
-    missing = [row for row in table.rows if not _has_caption(row)]
     with FolderLock(table.folder):
-        for number, row in enumerate(missing, start=1):
-            medium = table.folder / (sources.cell(row, "video") or sources.cell(row, "audio"))
-            print(f"caption {number}/{len(missing)} {medium.name}", file=sys.stderr, flush=True)
-            row[sources.column_name(row, "caption")] = _caption(config, endpoint, medium, row)
-            row["reviewed"] = UNREVIEWED
-            tables.save(table)
-    print(f"{len(missing)} captions written, {len(table.rows) - len(missing)} kept; read them before you train on them")
+        if config.caption.speech is not None:
+            _transcribe(table, Transcriber(config.caption.speech, resolve.device(config)))
+        if endpoint is not None:
+            _describe(table, config, endpoint)
     close(table.path, f"ltx-train prepare experiment=... data.source={table.path} data.root=prepared")
     return Exit.DONE
+
+
+def _transcribe(table: Table, transcriber: Transcriber) -> None:
+    missing = [row for row in table.rows if not sources.cell(row, "transcript")]
+    silent = 0
+    for number, row in enumerate(missing, start=1):
+        medium = _medium(table, row)
+        print(f"transcript {number}/{len(missing)} {medium.name}", file=sys.stderr, flush=True)
+        mono = _sound(medium, *_part(medium, row))
+        silent += mono is None
+        row["transcript"] = "" if mono is None else transcriber.text(mono)
+        tables.save(table)
+    print(f"{len(missing) - silent} transcripts written, {len(table.rows) - len(missing)} kept, {silent} without sound")
+
+
+def _describe(table: Table, config: Config, endpoint: Endpoint) -> None:
+    missing = [row for row in table.rows if not _has_caption(row)]
+    for number, row in enumerate(missing, start=1):
+        medium = _medium(table, row)
+        print(f"caption {number}/{len(missing)} {medium.name}", file=sys.stderr, flush=True)
+        row[sources.column_name(row, "caption")] = _caption(config, endpoint, medium, row)
+        row["reviewed"] = UNREVIEWED
+        tables.save(table)
+    print(f"{len(missing)} captions written, {len(table.rows) - len(missing)} kept; read them before you train on them")
+
+
+def _medium(table: Table, row: dict[str, Any]) -> Path:
+    medium = table.folder / (sources.cell(row, "video") or sources.cell(row, "audio"))
+    if not medium.is_file():
+        raise DataError(f"{medium} does not exist")
+    return medium
 
 
 def _has_caption(row: dict[str, Any]) -> bool:
@@ -65,18 +93,22 @@ def _endpoint(config: Config) -> Endpoint:
 
 
 def _caption(config: Config, endpoint: Endpoint, medium: Path, row: dict[str, Any]) -> str:
-    if not medium.is_file():
-        raise DataError(f"{medium} does not exist")
-    c, facts = config.caption, probe(medium)
+    c, (facts, start, seconds) = config.caption, _part(medium, row)
+    pictures = [jpeg(picture) for picture in _pictures(medium, facts, start, seconds, config=c)] if facts.fps else []
+    mono = _sound(medium, facts, start, seconds) if c.sound else None
+    transcript = sources.cell(row, "transcript")
+    prompt = f"{c.prompt}\nTranscript: {transcript}" if transcript else c.prompt
+    return captioner.ask(endpoint, prompt, pictures, None if mono is None else _wav(mono))
+
+
+def _part(medium: Path, row: dict[str, Any]) -> tuple[Facts, float, float]:
+    """The file's facts, and start and seconds of the row's part of it."""
+    facts = probe(medium)
     start, end = sources.span(row)
     seconds = min(end or facts.seconds, facts.seconds) - start
     if seconds <= 0:
         raise DataError(f"{medium} lasts {facts.seconds:.2f} s, and its row starts at {start:g} s")
-    pictures = [jpeg(picture) for picture in _pictures(medium, facts, start, seconds, config=c)] if facts.fps else []
-    sound = _wav(medium, facts.start + start, seconds) if c.sound and facts.has_sound else None
-    transcript = sources.cell(row, "transcript")
-    prompt = f"{c.prompt}\nTranscript: {transcript}" if transcript else c.prompt
-    return captioner.ask(endpoint, prompt, pictures, sound)
+    return facts, start, seconds
 
 
 def _pictures(medium: Path, facts: Facts, start: float, seconds: float, *, config: CaptionConfig) -> list[Tensor]:
@@ -90,16 +122,20 @@ def _pictures(medium: Path, facts: Facts, start: float, seconds: float, *, confi
     return list(read_pixels(medium, part))
 
 
-def _wav(medium: Path, start: float, seconds: float) -> bytes | None:
-    """A part of the sound as a WAV file: mono, 16 kHz, 16 bit."""
-    waveform, rate = read_audio(medium, start, seconds)
+def _sound(medium: Path, facts: Facts, start: float, seconds: float) -> Tensor | None:
+    """A part of the sound, (T,) mono at 16 kHz; None without one."""
+    waveform, rate = read_audio(medium, facts.start + start, seconds) if facts.has_sound else (None, 0)
     if waveform is None:
         return None
-    mono = mel.resample(mel.to_stereo(waveform).mean(dim=0, keepdim=True), rate)[0]
+    return mel.resample(mel.to_stereo(waveform).mean(dim=0, keepdim=True), rate)[0]
+
+
+def _wav(mono: Tensor) -> bytes:
+    """A WAV file of 16 bit."""
     file = io.BytesIO()
     with wave.open(file, "wb") as written:
         written.setnchannels(1)
         written.setsampwidth(2)
-        written.setframerate(_RATE)
+        written.setframerate(RATE)
         written.writeframes((mono.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes())
     return file.getvalue()

@@ -39,7 +39,7 @@ _COMMANDS = (
         groups=("cut", "data", "run"), needs=("cut.source",),
     ),
     CommandKind(
-        name="caption", summary="captions by a model behind an OpenAI-compatible endpoint, for clips without one",
+        name="caption", summary="captions by a model behind an endpoint, and transcripts, for clips without any",
         groups=("caption", "data"), needs=("data.source", "caption.url", "caption.model"),
     ),
     CommandKind(

@@ -38,7 +38,10 @@ def require(config: Config, command: str) -> None:
 
 
 def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
+    only_transcripts = config.caption.speech is not None and config.caption.url is None
     for name in kind.needs:
+        if only_transcripts and name in ("caption.url", "caption.model"):
+            continue
         # Adapters that are compared bring the data of their run along.
         if not (kind.name == "evaluate" and config.checkpoints is not None and name == "data.root"):
             yield name

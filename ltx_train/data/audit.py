@@ -73,13 +73,16 @@ def audit(
         return findings
     reader = Reader(root, index, seed=0, request=requirements.request)
     signatures: dict[str, Tensor] = {}
+    undamaged: set[tuple[str, int]] = set()
     for record in index.records:
         try:
             tensors = reader.tensors(record)
             found = copies.signature(tensors)
             signatures |= {} if found is None else {record.key: found}
-            for number in range(len(record.contexts)):
-                reader.context(record, number)
+            for number, member in enumerate(record.contexts):
+                if (record.shard, member.offset) not in undamaged:
+                    reader.read_context(record, number)
+                    undamaged.add((record.shard, member.offset))
             faults = _sample(reader, record, requirements, tensors)
             findings += [Finding(True, f"{record.key}: {f.text}", (record.key,), f.kind) for f in faults]
         except DataError as error:

@@ -168,13 +168,17 @@ class Reader:
 
     def context(self, record: Record, number: int = 0) -> dict[str, Tensor]:
         """One of the text contexts of a sample: `Record.contexts`. DataError as of `tensors`."""
-        member = record.contexts[number]
-        if member.sha256 not in self._contexts:
-            context = self._read(record, member, f"a text context of {record.key}")
+        digest = record.contexts[number].sha256
+        if digest not in self._contexts:
+            context = self.read_context(record, number)
             if len(self._contexts) >= _CONTEXTS_KEPT:
                 self._contexts.pop(next(iter(self._contexts)))
-            self._contexts[member.sha256] = context
-        return self._contexts[member.sha256]
+            self._contexts[digest] = context
+        return self._contexts[digest]
+
+    def read_context(self, record: Record, number: int) -> dict[str, Tensor]:
+        """As `context`, from the sample's own shard: other shards may hold an undamaged copy."""
+        return self._read(record, record.contexts[number], f"a text context of {record.key}")
 
     def _read(self, record: Record, member: Member, what: str) -> dict[str, Tensor]:
         """The tensors of a member of a sample's shard."""

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+import string
 import threading
 import wave
 from collections.abc import Generator
@@ -15,11 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import (
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+)
 
 from ltx_train.data.footage import captioner
-from ltx_train.data.prepare.media import Part, read_clip
+from ltx_train.data.prepare.media import Part, probe, read_clip
+from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.prepare.sources import read_source
 from ltx_train.diffusion.grid import Bucket
+from ltx_train.model import mel
+from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command
 
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
@@ -172,3 +184,71 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert command("caption", *words, "caption.url=https://api.example.org/v1", "caption.key_variable=NO_KEY_X") == 77
     assert "the variable NO_KEY_X is not set" in capsys.readouterr().err
     assert not (tmp_path / "captions.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A speech model of random weights: letters for sounds."""
+    folder = tmp_path_factory.mktemp("speech")
+    letters = {letter: n for n, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *string.ascii_uppercase])}
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), pad_token="<pad>", word_delimiter_token="|")
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=False)
+    Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
+    sizes = Wav2Vec2Config(
+        vocab_size=len(letters), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        conv_dim=[16] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Wav2Vec2ForCTC(sizes).save_pretrained(folder)
+    return folder
+
+
+def heard(model: Path, clip: Path) -> str:
+    """What the model hears, without the pipeline: the likeliest letter of each frame, once."""
+    waveform, rate = read_audio(clip, 0.0, probe(clip).seconds)
+    assert waveform is not None
+    mono = mel.resample(mel.to_stereo(waveform).mean(dim=0, keepdim=True), rate)[0].numpy()
+    processor = Wav2Vec2Processor.from_pretrained(model)
+    values = processor(mono, sampling_rate=16000, return_tensors="pt").input_values
+    with torch.no_grad():
+        letters = Wav2Vec2ForCTC.from_pretrained(model)(values).logits.argmax(-1)
+    return " ".join(processor.batch_decode(letters)[0].split())
+
+
+def test_transcripts_come_first_and_go_into_the_question(
+    tmp_path: Path, model: Model, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each clip is transcribed once; a clip without sound stays without. A second command asks for captions."""
+    folder_of(tmp_path, "a.mp4", "b.mp4")
+    write_mp4(tmp_path / "mute.mp4", torch.zeros(10, 64, 64, 3, dtype=torch.uint8), None, 25.0)
+    (tmp_path / "rows.csv").write_text("video,caption,transcript\na.mp4,,\nb.mp4,,mine\nmute.mp4,,\n")
+    words = [f"data.source={tmp_path / 'rows.csv'}", f"caption.speech={speech}"]
+    assert command("caption", *words) == 0
+    assert "1 transcripts written, 1 kept, 1 without sound" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["transcript"] for row in rows] == [heard(speech, tmp_path / "a.mp4"), "mine", ""]
+    assert len(rows[0]["transcript"]) > 3
+    assert not model.requests
+    assert caption(tmp_path / "rows.csv", model, f"caption.speech={speech}") == 0
+    questions = [body["messages"][0]["content"][0]["text"] for _, body in model.requests]
+    assert [question.partition("Transcript: ")[2] for question in questions] == [row["transcript"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("caption.speech={empty}",), 77, "is no speech model of transformers"),
+        (("caption.speech={empty}", "caption.url=http://127.0.0.1:9/v1"), 77, "caption.model"),
+        ((), 77, "caption.url"),
+    ],
+)
+def test_what_no_model_can_answer_is_refused(
+    words: tuple[str, ...], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    folder_of(tmp_path, "a.mp4")
+    given = [word.format(empty=tmp_path / "empty") for word in words]
+    assert command("caption", f"data.source={tmp_path}", *given) == code
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["a.mp4", "empty"], [".lock", "a.mp4", "empty"])

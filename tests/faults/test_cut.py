@@ -1,4 +1,4 @@
-"""A long recording becomes clips: scenes, pauses, subtitles; and a real recording of a man who talks."""
+"""A long recording becomes clips: scenes, pauses, subtitles, findings; and a real recording."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ltx_train.data import index
-from ltx_train.data.footage import writer
+from ltx_train.data.footage import looking, writer
 from ltx_train.data.prepare.media import Part, probe, read_clip
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.sampling.media import Sound, write_mp4
@@ -135,8 +135,9 @@ def test_mistakes_are_answered(
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_real_recording_of_a_man_who_talks(tmp_path: Path) -> None:
-    """Pieces end in his pauses, and prepare has no objection to them."""
+def test_a_real_recording_of_a_voice_over_the_turning_earth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end in its pauses. No face is seen in the Earth by night, a part of which is nearly black."""
+    monkeypatch.setattr(looking, "_PICTURES", 2)
     ((package, member),) = ((p, m) for p, m in PYPI.items() if p.startswith("gradio"))
     source = tmp_path / "world.mp4"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -147,3 +148,18 @@ def test_a_real_recording_of_a_man_who_talks(tmp_path: Path) -> None:
     assert rows
     facts = [probe(out / row["video"]) for row in rows]
     assert all(1.3 <= fact.seconds <= 4.05 for fact in facts)
+    assert {row["findings"] for row in rows} == {"no face", "black"}
+    assert {row["face"] for row in rows} == {""}
+
+
+def test_clips_with_findings_are_named_and_may_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = talk(tmp_path / "talk.mp4", ["speaker00_0", "speaker05_0"])
+    words = [f"cut.source={source}", "cut.shortest_s=1.3", "cut.longest_s=3"]
+    assert command("cut", *words, f"cut.out={tmp_path / 'all'}") == 0
+    assert "talk_001.mp4 (0:02.1): no face is seen\n" in capsys.readouterr().err
+    assert [row["findings"] for row in rows_of(tmp_path / "all")] == ["no face", "no face"]
+    assert command("cut", *words, f"cut.out={tmp_path / 'none'}", "cut.leave_out=[no face]") == 78
+    assert "or empty cut.leave_out=['no face']" in capsys.readouterr().err
+    assert not list((tmp_path / "none").glob("*"))
+    assert command("cut", *words, f"cut.out={tmp_path / 'unseen'}", "cut.look=false") == 0
+    assert [(row["face"], row["findings"]) for row in rows_of(tmp_path / "unseen")] == [("", "")] * 2

@@ -183,7 +183,7 @@ def test_data_that_do_not_serve_the_mode_are_refused(
     change: object, more: list[str], message: str, rich: Path, clips: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    root = repacked(rich, tmp_path / "data", change)
+    root = changed(rich, tmp_path / "data", change)
     assert command("fit", *overrides(root, tmp_path / "runs", clips, "adapter=auto", *more)) == Exit.DATA
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs/audio_reference/main/checkpoints").exists()

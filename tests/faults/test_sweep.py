@@ -20,6 +20,7 @@ from ltx_train import config
 from ltx_train.config.settings import all_settings
 from ltx_train.contracts import ConfigError, UserError
 from ltx_train.data import index
+from ltx_train.data.columns import Rows
 from ltx_train.evaluation.sweep_report import Trial, render
 from ltx_train.jobs import search, trials
 from ltx_train.training.tracking.metrics import read_rows
@@ -154,7 +155,7 @@ def test_a_search_without_held_out_losses_is_refused(
     alone = tmp_path / "alone"
     alone.mkdir()
     loaded = index.load(prepared)
-    index.save(replace(loaded, records=tuple(replace(record, split="train") for record in loaded.records)), alone)
+    index.save(replace(loaded, records=Rows.of([replace(record, split="train") for record in loaded.records])), alone)
     words = ["fit", str(prepared), "-m", "optim.lr=1e-4,1e-3", f"run.root={tmp_path}", change.format(alone=alone)]
     assert command(*words) == 77
     assert answer.format(alone=alone) in capsys.readouterr().err

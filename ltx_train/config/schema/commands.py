@@ -31,6 +31,9 @@ class CaptionConfig:
 
     url: str | None = setting(None, "an OpenAI-compatible endpoint up to /v1, as http://127.0.0.1:8000/v1")
     model: str | None = setting(None, "name of a vision or omni model at the endpoint")
+    speech: str | None = setting(
+        None, "a speech model of transformers, as whisper-small: it fills the column transcript"
+    )
     key_variable: str = setting("OPENAI_API_KEY", "the environment variable with the key; empty: no key is sent")
     prompt: str = setting(
         "Describe this clip in one paragraph: people, appearance, actions, speech, voice, other sounds, place, camera. "

@@ -31,9 +31,9 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
 _KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
-# The running block of a command that trains nothing, its dequantized weights included: the rows of `sample` in
-# docs/performance/encoders.json.
-_WORKING_FORWARD = 8.5
+# The running block of a command that trains nothing, its dequantized weights included, compiled and not: the rows of
+# `sample` in docs/performance/encoders.json.
+_WORKING_FORWARD, _WORKING_FORWARD_EAGER = 8.8, 24.8
 # Dequantized weights that exist at once in a block's backward, as a share of the block's size in bfloat16.
 _DEQUANTIZED = 0.75
 # Share of the attention outputs that is kept: those of audio-to-video attention are recomputed.
@@ -86,7 +86,8 @@ def predict(
     kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * kept_per_block
     backward = _WORKING * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
-    working = _WORKING_FORWARD * unit if is_forward else backward
+    forward = (_WORKING_FORWARD if choice.compiled else _WORKING_FORWARD_EAGER) * unit
+    working = forward if is_forward else backward
     always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
     early = inputs + kept + (gradients if always else 0)
     parts = {

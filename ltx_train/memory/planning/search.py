@@ -46,6 +46,7 @@ class PlanConstraints:
     stream_slots: int = 3
     offload_inputs: bool | None = None
     graphs: bool | None = None
+    compiled: bool = True
     host_gib: float | None = None
     slices: int = 1
 
@@ -110,6 +111,7 @@ def _choices(need: StepNeed, constraints: PlanConstraints) -> Iterator[MemoryCho
             choice = MemoryChoice(
                 quantize=quantize, compute=constraints.compute, keep=keep, keep_everything=kept, stream_blocks=streamed,
                 stream_slots=constraints.stream_slots, offload_inputs=offload, graphs=graph, slices=constraints.slices,
+                compiled=constraints.compiled,
             )  # fmt: skip
             yield from _with_kept_blocks(choice, need, constraints, first=kept == counts[0])
 

@@ -95,6 +95,7 @@ class MemoryChoice:
     stream_slots: int = 3
     offload_inputs: bool = False
     graphs: bool = False
+    compiled: bool = True
     slices: int = 1
 
 
