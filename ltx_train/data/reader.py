@@ -228,7 +228,5 @@ class Reader:
 def _bytes(path: Path, member: Member) -> bytes | None:
     """The bytes of a member; None when they do not match the index."""
     with path.open("rb") as file:
-        # The kernel would fetch the bytes in small pieces, one after the other.
-        os.posix_fadvise(file.fileno(), member.offset, member.size, os.POSIX_FADV_WILLNEED)
         data = os.pread(file.fileno(), member.size, member.offset)
     return data if hashlib.sha256(data).hexdigest() == member.sha256 else None
