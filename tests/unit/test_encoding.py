@@ -86,17 +86,21 @@ def test_settings_and_the_budget_reach_the_encoders(
 
 @pytest.mark.parametrize("row", [row for row in MEASURED if row["what"] == "sample"], ids=lambda row: row["case"])
 def test_a_command_that_trains_nothing_needs_what_is_predicted(row: dict[str, Any]) -> None:
-    """Allocated memory, without the share that the allocator reserves."""
+    """Reserved memory, and allocated memory without the share that the allocator reserves."""
     made = config.compose_config(
         ["experiment=talking_head_22b", "model.weights=random", "data.source=x", "data.root=y",
          "data.buckets=[1280x704x153]"]
     )  # fmt: skip
     need = memory_plan.need(made)
-    choice = MemoryChoice(quantize="int8", keep=Keep.inputs, stream_blocks=row["stream_blocks"], offload_inputs=True)
+    choice = MemoryChoice(
+        quantize="int8", keep=Keep.inputs, stream_blocks=row["stream_blocks"], offload_inputs=True,
+        compiled=row["compile"],
+    )  # fmt: skip
     trained = TrainedWeights(parameters=0, moment_bytes=0.0)
-    parts = predict(need.size, need.work, trained, choice, card=CARDS[0]).parts
-    allocated = sum(size for name, size in parts.items() if name != "allocator's reserve")
-    assert allocated / GIB == pytest.approx(row["allocated_gib"], rel=0.05)
+    planned = predict(need.size, need.work, trained, choice, card=CARDS[0])
+    assert planned.gib == pytest.approx(row["reserved_gib"], rel=0.05)
+    allocated = planned.gib - planned.parts["allocator's reserve"] / GIB
+    assert allocated == pytest.approx(row["allocated_gib"], rel=0.05)
 
 
 def test_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -412,18 +412,3 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     alone = memory_plan.plan_for(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
     assert alone is not None
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)
-
-
-PASSES = [
-    row for row in json.loads((REPOSITORY / "docs/performance/encoders.json").read_text()) if row["what"] == "sample"
-]
-
-
-@pytest.mark.parametrize("row", PASSES, ids=lambda row: row["case"])
-def test_passes_of_sample_are_within_5_percent_of_measured_ones(row: dict[str, Any], size: ModelSizes) -> None:
-    """Two prompts of a guided pass one after the other, int8, at 1280x704x153."""
-    choice = MemoryChoice(quantize="int8", stream_blocks=row["stream_blocks"], compiled=row["compile"])
-    work = Workload(batch=1, video=20 * 40 * 22, audio=153, text=1024)
-    planned = predict(size, work, TrainedWeights(parameters=0, moment_bytes=0.0), choice, card=H200).gib
-    assert planned == pytest.approx(row["reserved_gib"], rel=0.05)
-    assert row["allocated_gib"] <= planned <= row["budget_gib"]
