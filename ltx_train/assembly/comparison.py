@@ -21,7 +21,7 @@ from ltx_train.data.index import HELDOUT
 from ltx_train.evaluation import report, verdicts
 from ltx_train.evaluation.ranking import BEST
 from ltx_train.evaluation.report import Report, Subject
-from ltx_train.evaluation.rows import BASE, CORRECT, mean
+from ltx_train.evaluation.rows import CORRECT, OFF, mean
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
@@ -82,7 +82,7 @@ def compare(config: Config) -> tuple[Path, Path]:
     report.write(page, content)
     for subject in ranked:
         loss = mean([r for r in subject.rows if r.sigma in grid.main], CORRECT)
-        print(f"{loss.mean:.5f} ± {loss.half:.5f}  {subject.name}")
+        print(f"{loss.plain}  {subject.name}")
     return page, subjects[0][1].path
 
 
@@ -179,7 +179,7 @@ class _Arms:
             raise DataError(f"{candidate.path} was trained on another base than {config.model.path}: compare it apart")
         export.bind(self.transformer, tensors)
         try:
-            base_rows = [replace(row, arm=BASE) for row in base.rows if row.arm == CORRECT]
+            base_rows = [replace(row, arm=OFF[row.arm]) for row in base.rows]
             rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *base_rows]
             masses = self.measurement.masses(self.transformer)
             clips = self.previews.generate(self.transformer, self._samples(samples))

@@ -15,7 +15,7 @@ from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import attention_mass, heldout, history, likeness, verdicts
 from ltx_train.evaluation.attention_mass import Mass
-from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, summary
+from ltx_train.evaluation.rows import CORRECT, OFF, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import read_rows
@@ -47,7 +47,7 @@ class Measurement:
         )  # fmt: skip
         of_all_ranks = self._of_all_ranks(local)
         if with_base:
-            self._base = [row for row in of_all_ranks if row.arm == BASE]
+            self._base = [row for row in of_all_ranks if row.arm in OFF.values()]
             return of_all_ranks
         return of_all_ranks + (self._base or [])
 

@@ -21,7 +21,7 @@ from ltx_train.data.record import Record
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
-from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Row
+from ltx_train.evaluation.rows import CAPTION, CORRECT, DROPPED, OFF, WRONG, Row
 from ltx_train.evaluation.share import ALL, Share
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
@@ -67,7 +67,7 @@ def measure(
             versions = list(arms(reader, addresses, settings, with_base))
             measured: list[Row] = []
             for arm in versions:
-                off = adapter.disabled(transformer) if arm.name == BASE else nullcontext()
+                off = adapter.disabled(transformer) if arm.name in OFF.values() else nullcontext()
                 with off:
                     measured += _losses(transformer, arm, settings, device)
             for _ in range(share.missing(len(versions))):
@@ -103,10 +103,10 @@ def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]
 def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> tuple[int, int, int]:
     """Cost of a measurement: the number of clips, of noise levels, and the largest number of arms per clip."""
     references = bool(settings.mode.references)
-    arms = 1 + with_base + (settings.dropped + settings.wrong_references) * references
-    captions = {r.context for r in index.split(HELDOUT)}
+    arms = 1 + (settings.dropped + settings.wrong_references) * references
+    captions = index.split(HELDOUT).distinct("context")
     arms += settings.wrong_caption and len(captions) > 1
-    return len(heldout_records(index, settings)), len(settings.levels), arms
+    return len(heldout_records(index, settings)), len(settings.levels), arms * (1 + with_base)
 
 
 def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
@@ -120,11 +120,16 @@ def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
 
 
 def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings, with_base: bool) -> Iterator[Arm]:
-    """The unchanged batch, then every arm that is compared with it."""
+    """The unchanged batch, then every arm that is compared with it; with_base: each with the adapter off, too."""
+    for arm in _arms(reader, addresses, settings):
+        yield arm
+        if with_base:
+            yield replace(arm, name=OFF[arm.name])
+
+
+def _arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings) -> Iterator[Arm]:
     correct = collate([reader.sample(a) for a in addresses])
     yield Arm(CORRECT, correct)
-    if with_base:
-        yield Arm(BASE, correct)
     if settings.mode.references:
         if settings.dropped:
             yield Arm(DROPPED, correct, without_references=True)

@@ -18,7 +18,22 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ltx_train.evaluation.attention_mass import Mass
-from ltx_train.evaluation.rows import ARMS, BASE, CAPTION, CORRECT, DROPPED, WRONG, Row, differences, mean, paired
+from ltx_train.evaluation.rows import (
+    ARMS,
+    BASE,
+    CAPTION,
+    CORRECT,
+    DROPPED,
+    OFF,
+    WRONG,
+    Row,
+    differences,
+    gained,
+    gains,
+    has,
+    mean,
+    paired,
+)
 from ltx_train.evaluation.statistics import Interval, by_identity
 
 T = TypeVar("T")
@@ -32,14 +47,15 @@ _IDENTITIES = 40
 
 
 def curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Training and held-out loss, reference gaps and adapter gain over steps; empty without a training loss."""
+    """Training and held-out loss, gained gaps and adapter gain over steps; empty without a training loss."""
     if not any("train/loss" in row for row in metrics):
         return ""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     _over_steps(axes[0], metrics, "train/loss", "#b9c6cc")
+    gap = "gained_gap" if any("val/gained_gap" in row for row in metrics) else "reference_gap"
     for axis, name, ink in (
-        (axes[0], "val/loss", INK[CORRECT]), (axes[1], "val/reference_gap", INK[WRONG]),
-        (axes[1], "val/reference_gap_dropped", INK[DROPPED]), (axes[1], "val/adapter_gain", INK[BASE]),
+        (axes[0], "val/loss", INK[CORRECT]), (axes[1], f"val/{gap}", INK[WRONG]),
+        (axes[1], f"val/{gap}_dropped", INK[DROPPED]), (axes[1], "val/adapter_gain", INK[BASE]),
     ):  # fmt: skip
         _over_steps(axis, metrics, name, ink)
     axes[1].axhline(0, color="black", lw=0.7)
@@ -80,12 +96,13 @@ def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> str:
 
 
 def differences_by_level(rows: Sequence[Row]) -> str:
-    """Correct minus every other arm over the noise level."""
+    """Correct minus every other arm over the noise level, less the same of the base where it was measured."""
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
-    for arm in ARMS[1:]:
-        if any(row.arm == arm for row in rows):
-            points = {s: paired([r for r in rows if r.sigma == s], CORRECT, arm) for s in _levels(rows)}
-            _bars(axis, points, f"minus {TITLES[arm]}", INK[arm])
+    for arm in (arm for arm in ARMS[1:] if has(rows, arm)):
+        by_level = {s: [r for r in rows if r.sigma == s] for s in _levels(rows)}
+        own = has(rows, OFF.get(arm, ""))
+        points = {s: gained(some, arm) if own else paired(some, CORRECT, arm) for s, some in by_level.items()}
+        _bars(axis, points, f"minus {TITLES[arm]}{', gained' if own else ''}", INK[arm])
     axis.axhline(0, color="black", lw=0.7)
     _dress(axis, "noise level", "difference of the loss")
     return _picture(
@@ -94,11 +111,14 @@ def differences_by_level(rows: Sequence[Row]) -> str:
 
 
 def differences_by_identity(rows: Sequence[Row]) -> str:
-    """Correct minus wrong reference, and minus base, for every identity."""
-    shown = [arm for arm in (WRONG, BASE) if any(row.arm == arm for row in rows)]
+    """Correct minus wrong reference (gained), and minus base, for every identity."""
+    shown = [arm for arm in (WRONG, BASE) if has(rows, arm)]
     if not shown:
         return ""
-    values = {arm: {who: sum(v) / len(v) for who, v in differences(rows, CORRECT, arm).items()} for arm in shown}
+    by_arm = {
+        arm: gains(rows, arm) if has(rows, OFF.get(arm, "")) else differences(rows, CORRECT, arm) for arm in shown
+    }
+    values = {arm: {who: sum(v) / len(v) for who, v in found.items()} for arm, found in by_arm.items()}
     order = sorted(values[shown[0]], key=lambda who: values[shown[0]][who])[:_IDENTITIES]
     figure, axis = pyplot.subplots(figsize=(6, 1.2 + 0.22 * len(order)))
     for arm in shown:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltx_train.evaluation.statistics import Interval
+
 BEST = "best.safetensors"
 _SHOWN = 8
 
@@ -18,7 +20,8 @@ _SHOWN = 8
 class Entry:
     """A measured step.
 
-    half: half the width of the 95 % interval of the loss over identities. gap: reference gap. gain: adapter gain.
+    half: half the width of the 95 % interval of the loss over identities, nan for one. gap: the gained gap, or the
+    reference gap where the base was not measured (gained: which of the two). gain: adapter gain.
     kept: the step's adapter file or checkpoint folder, None if neither exists any more.
     """
 
@@ -26,6 +29,7 @@ class Entry:
     loss: float
     half: float
     gap: float | None
+    gained: bool
     gain: float | None
     kept: Path | None
 
@@ -38,7 +42,8 @@ def ranked(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Entry]:
             step = int(row["step"])
             entries[step] = Entry(
                 step=step, loss=row["val/loss"], half=row.get("val/loss_ci95", float("nan")),
-                gap=row.get("val/reference_gap"), gain=row.get("val/adapter_gain"), kept=_kept(folder, step),
+                gap=row.get("val/gained_gap", row.get("val/reference_gap")), gained="val/gained_gap" in row,
+                gain=row.get("val/adapter_gain"), kept=_kept(folder, step),
             )  # fmt: skip
     return sorted(entries.values(), key=lambda entry: entry.loss)
 
@@ -47,10 +52,11 @@ def table(entries: Sequence[Entry]) -> str:
     """The best entries as text, at most eight."""
     lines = ["checkpoints by held-out loss (95 % intervals over identities):"]
     for entry in entries[:_SHOWN]:
-        gap = "" if entry.gap is None else f"  reference gap {entry.gap:+.4f}"
+        gap = "" if entry.gap is None else f"  {'gained' if entry.gained else 'reference'} gap {entry.gap:+.4f}"
         gain = "" if entry.gain is None else f"  on minus off {entry.gain:+.4f}"
         kept = entry.kept or "not kept"
-        lines.append(f"  step {entry.step:>6}  {entry.loss:.4f} ± {entry.half:.4f}{gain}{gap}  {kept}")
+        loss = Interval(entry.loss, entry.half, 0).plain
+        lines.append(f"  step {entry.step:>6}  {loss}{gain}{gap}  {kept}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from ltx_train.contracts import Clip
 from ltx_train.evaluation import plots
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.history import Measured, difference, of_rows
-from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, WRONG, Grid, Row, mean, paired
+from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, OFF, WRONG, Grid, Row, gained, has, mean, paired
 from ltx_train.evaluation.statistics import Interval
 from ltx_train.evaluation.verdicts import Verdict
 
@@ -93,11 +93,12 @@ def _compared(report: Report) -> str:
         rows = main[subject.name]
         loss = mean(rows, CORRECT)
         to_best = _to_best(of_rows(0, rows), best) if subject is not subjects[0] else "the best"
-        cells = [f"{loss.mean:.4f} ± {loss.half:.4f}", to_best]
-        cells += [str(paired(rows, CORRECT, arm)) if any(r.arm == arm for r in rows) else "" for arm in (BASE, WRONG)]
+        cells = [loss.plain, to_best]
+        cells.append(str(paired(rows, CORRECT, BASE)) if has(rows, BASE) else "")
+        cells.append(str(gained(rows, WRONG)) if has(rows, OFF[WRONG]) else "")
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f"<tr><th>{html.escape(subject.name)}</th>{row}</tr>"
-    head = "<th>held-out loss</th><th>minus the best, paired</th><th>minus the base</th><th>reference gap</th>"
+    head = "<th>held-out loss</th><th>minus the best, paired</th><th>minus the base</th><th>gained gap</th>"
     by_step: dict[str, dict[int, Interval]] = {}
     for subject in sorted(subjects, key=lambda s: s.step or 0):
         if subject.step:
@@ -125,12 +126,12 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    arms = [arm for arm in ARMS if any(row.arm == arm for row in rows)]
+    arms = [arm for arm in ARMS if has(rows, arm)]
     head = "".join(f"<th>{plots.TITLES[arm]}</th>" for arm in arms)
     body = ""
     for sigma in sorted({row.sigma for row in rows}):
         means = [mean([r for r in rows if r.sigma == sigma], arm) for arm in arms]
-        cells = "".join(f"<td>{value.mean:.4f} ± {value.half:.4f}</td>" for value in means)
+        cells = "".join(f"<td>{value.plain}</td>" for value in means)
         body += f"<tr><th>{sigma:g}</th>{cells}</tr>"
     return f"<h2>Table</h2><table><tr><th>noise level</th>{head}</tr>{body}</table>"
 

@@ -6,17 +6,23 @@ Owns the arithmetic of comparisons and the documented metric names. Pure; needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltx_train.evaluation.statistics import Interval, by_identity
 
 CORRECT, WRONG, DROPPED, CAPTION, BASE = "correct", "wrong", "dropped", "caption", "base"
 ARMS = (CORRECT, WRONG, DROPPED, CAPTION, BASE)
-_DIFFERENCES = {
-    WRONG: "val/reference_gap", DROPPED: "val/reference_gap_dropped", CAPTION: "val/caption_gap",
-    BASE: "val/adapter_gain",
+# Each arm with the adapter off.
+OFF: Mapping[str, str] = {
+    CORRECT: BASE, WRONG: "base wrong", DROPPED: "base dropped", CAPTION: "base caption",
 }  # fmt: skip
+# By the arm that the correct one is compared with: the gap with the adapter on, with it off, and their difference.
+_GAPS = {
+    WRONG: ("val/reference_gap", "val/base_gap", "val/gained_gap"),
+    DROPPED: ("val/reference_gap_dropped", "val/base_gap_dropped", "val/gained_gap_dropped"),
+    CAPTION: ("val/caption_gap", "val/base_caption_gap", "val/gained_caption_gap"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +74,29 @@ def summary(rows: Sequence[Row], grid: Grid) -> dict[str, float]:
     for sigma in sorted({row.sigma for row in rows}):
         level_rows = [row for row in rows if row.sigma == sigma]
         values[f"val/loss_sigma/{sigma:g}"] = mean(level_rows, CORRECT).mean
-        if any(row.arm == WRONG for row in level_rows):
-            values[f"val/reference_gap_sigma/{sigma:g}"] = paired(level_rows, CORRECT, WRONG).mean
-    for arm, name in _DIFFERENCES.items():
-        if any(row.arm == arm for row in main):
-            values |= _named(name, paired(main, CORRECT, arm))
+        for name, value in _gaps(level_rows, WRONG).items():
+            values[f"{name}_sigma/{sigma:g}"] = value.mean
+    for arm in _GAPS:
+        for name, value in _gaps(main, arm).items():
+            values |= _named(name, value)
+    if has(main, BASE):
+        values |= _named("val/adapter_gain", paired(main, CORRECT, BASE))
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _gaps(rows: Sequence[Row], other: str) -> dict[str, Interval]:
+    """The gaps to an arm by metric name; without the base's where the base was not measured, empty without the arm."""
+    on, off, own = _GAPS[other]
+    if not has(rows, other):
+        return {}
+    found = {on: paired(rows, CORRECT, other)}
+    if has(rows, OFF[other]):
+        found |= {off: paired(rows, BASE, OFF[other]), own: gained(rows, other)}
+    return found
+
+
+def has(rows: Iterable[Row], arm: str) -> bool:
+    return any(row.arm == arm for row in rows)
 
 
 def mean(rows: Iterable[Row], arm: str, column: str = "loss") -> Interval:
@@ -88,6 +111,18 @@ def mean(rows: Iterable[Row], arm: str, column: str = "loss") -> Interval:
 def paired(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> Interval:
     """Interval of arm - other over identities; pairs share sample, noise level and noise."""
     return by_identity(differences(rows, arm, other, column))
+
+
+def gained(rows: Sequence[Row], other: str, column: str = "loss") -> Interval:
+    """Interval of what the adapter adds to a gap: (correct - other) with it, minus the same without it. All four losses
+    share sample, noise level and noise, so what the base does by itself cancels."""
+    return by_identity(gains(rows, other, column))
+
+
+def gains(rows: Sequence[Row], other: str, column: str = "loss") -> dict[str, list[float]]:
+    """The value of each identity for `gained`."""
+    on, off = differences(rows, CORRECT, other, column), differences(rows, BASE, OFF[other], column)
+    return {who: [sum(on[who]) / len(on[who]) - sum(off[who]) / len(off[who])] for who in on}
 
 
 def differences(rows: Iterable[Row], arm: str, other: str, column: str = "loss") -> dict[str, list[float]]:

@@ -22,7 +22,16 @@ class Interval:
         return not math.isnan(self.half) and abs(self.mean) > self.half
 
     def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{self.mean:+.4f} (one identity: no interval)" if self.identities else "nothing measured"
         return f"{self.mean:+.4f} ± {self.half:.4f} ({self.identities} identities)"
+
+    @property
+    def plain(self) -> str:
+        """As a cell of a table: without a sign, and without what is not known."""
+        if math.isnan(self.mean):
+            return ""
+        return f"{self.mean:.4f}" if math.isnan(self.half) else f"{self.mean:.4f} ± {self.half:.4f}"
 
 
 def by_identity(values: Mapping[str, Sequence[float]]) -> Interval:

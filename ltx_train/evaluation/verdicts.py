@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ltx_train.evaluation.history import Measured, difference
-from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, mean, paired
+from ltx_train.evaluation.rows import (
+    BASE,
+    CAPTION,
+    CORRECT,
+    DROPPED,
+    OFF,
+    WRONG,
+    Grid,
+    Row,
+    gained,
+    has,
+    mean,
+    paired,
+)
 from ltx_train.evaluation.statistics import Interval
 
 # An effect smaller than this share of the loss is no effect in practice, however narrow its interval.
@@ -22,6 +35,7 @@ _BY_CLIP = (
     "Held out are recordings of people who are also trained on, and below an identity is one recording: the numbers "
     "show whether clips are memorised, not how new people fare."
 )
+_ONE = "From one identity there is no interval and no conclusion."
 _LOW_NOISE, _HIGH_NOISE, _FADED = 0.5, 0.75, 0.5
 
 
@@ -36,6 +50,8 @@ class Kind(StrEnum):
     reference_leaked = "reference_leaked"
     reference_decorative = "reference_decorative"
     reference_misleads = "reference_misleads"
+    reference_is_the_bases = "reference_is_the_bases"
+    reference_unlearned = "reference_unlearned"
     reference_is_target = "reference_is_target"
     caption_carries = "caption_carries"
     too_few_identities = "too_few_identities"
@@ -64,48 +80,46 @@ def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None, *, b
         return [Verdict(Kind.nothing_heldout, "Nothing is held out, so there is no result for new identities.")]
     main = [row for row in rows if row.sigma in grid.main]
     verdicts = [Verdict(Kind.heldout_by_clip, _BY_CLIP)] if by_clip else list[Verdict]()
-    if any(row.arm == BASE for row in main):
+    if has(main, BASE):
         verdicts.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
-    if any(row.arm == WRONG for row in main):
+    if has(main, WRONG):
         verdicts += _reference(main, rows, likeness)
-    elif any(row.arm == CAPTION for row in main):
+    elif has(main, CAPTION):
         verdicts += _caption(main)
     return verdicts
 
 
 def _gain(gain: Interval, loss: float) -> Verdict:
-    intro = f"Adapter on minus off: {gain}, 95 %, of a loss of {loss:.4f}. "
+    intro = f"Adapter on minus off: {_sized(gain, loss)}, of a loss of {loss:.4f}. "
     if math.isnan(gain.half):
-        return Verdict(Kind.too_few_identities, intro + "From one identity there is no interval and no conclusion.")
+        return Verdict(Kind.too_few_identities, intro + _ONE)
     if not gain.excludes_zero:
-        return Verdict(Kind.adapter_no_effect, intro + "The interval contains zero: no effect is shown.")
+        text = intro + "The interval contains zero: no effect is shown." + _more(gain)
+        return Verdict(Kind.adapter_no_effect, text)
     if gain.mean > 0:
         return Verdict(Kind.adapter_hurts, intro + "The adapter raises the held-out loss.")
     return Verdict(Kind.adapter_helps, intro + "The adapter lowers the held-out loss.")
 
 
 def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None) -> list[Verdict]:
-    gap = paired(main, CORRECT, WRONG)
-    intro = f"Reference gap (correct minus wrong): {gap}, 95 %. "
+    """By the gained gap: what the base does with a reference is not the adapter's. All weights have no base beside
+    them; their own gap counts then."""
+    gap, loss = _gap(main, WRONG), mean(main, CORRECT).mean
+    intro = _introduced(main, gap, loss)
     if math.isnan(gap.half):
-        text = intro + "From one identity there is no interval and no conclusion."
-        return [Verdict(Kind.too_few_identities, text)]
+        return [Verdict(Kind.too_few_identities, intro + _ONE)]
     if likeness is not None and likeness >= _COPY:
         text = intro + (
             f"The references are their own targets (likeness {likeness:.2f}): the gap shows copying, and "
             "nothing about identities. Take references from other clips and prepare again."
         )
         return [Verdict(Kind.reference_is_target, text)]
-    levels = _levels_with_effect(rows)
-    dropped = _dropped(main)
+    levels, dropped = _levels_with_effect(rows), _dropped(main)
     if gap.excludes_zero and gap.mean > 0 and not levels:
-        return [
-            Verdict(Kind.reference_misleads, intro + "A wrong reference serves better than the right one." + dropped)
-        ]
+        return [_worse(main, intro + dropped)]
     if levels and not _fades(rows):
-        text = (
-            intro + f"The model uses the reference, at noise levels from {min(levels):g} to {max(levels):g}." + dropped
-        )
+        user = "The adapter uses" if has(main, OFF[WRONG]) else "The model uses"
+        text = intro + f"{user} the reference, at noise levels from {min(levels):g} to {max(levels):g}." + dropped
         return [Verdict(Kind.reference_used, text)]
     if levels:
         text = intro + (
@@ -115,18 +129,42 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None)
             "(sigma.kind=high) give the reference more to do." + dropped
         )
         return [Verdict(Kind.reference_leaked, text)]
-    return _unused(main, intro, dropped)
+    return _unused(main, intro, dropped + _more(gap))
+
+
+def _introduced(rows: Sequence[Row], gap: Interval, loss: float) -> str:
+    if not has(rows, OFF[WRONG]):
+        return f"Reference gap (correct minus wrong): {_sized(gap, loss)}. "
+    on, off = paired(rows, CORRECT, WRONG), paired(rows, BASE, OFF[WRONG])
+    return (
+        f"Gained gap: {_sized(gap, loss)}. It is the reference gap (correct minus wrong) with the adapter, "
+        f"{on.mean:+.4f}, minus that of the base, {off.mean:+.4f}. "
+    )
+
+
+def _worse(rows: Sequence[Row], intro: str) -> Verdict:
+    if paired(rows, CORRECT, WRONG).mean > 0:
+        return Verdict(Kind.reference_misleads, intro + " A wrong reference serves better than the right one.")
+    text = intro + " With the adapter the model uses the reference less than the base does by itself."
+    return Verdict(Kind.reference_unlearned, text)
 
 
 def _unused(rows: Sequence[Row], intro: str, dropped: str) -> list[Verdict]:
-    caption = paired(rows, CORRECT, CAPTION) if any(row.arm == CAPTION for row in rows) else None
-    if caption is not None and _relevant(caption, mean(rows, CORRECT).mean):
+    caption = _gap(rows, CAPTION) if has(rows, CAPTION) else None
+    loss = mean(rows, CORRECT).mean
+    if caption is not None and _relevant(caption, loss):
         text = intro + (
             f"No effect of the reference is shown, while another clip's caption changes the loss by {caption}: the "
             "caption carries what the reference should. Train with a constant caption or with "
             "data.caption_dropout." + dropped
         )
         return [Verdict(Kind.caption_carries, text)]
+    if has(rows, OFF[WRONG]) and _relevant(paired(rows, BASE, OFF[WRONG]), loss):
+        text = intro + (
+            "The base uses the reference by itself. The adapter shows no use of its own: what a clip takes from the "
+            "reference is the base's." + dropped
+        )
+        return [Verdict(Kind.reference_is_the_bases, text)]
     text = intro + (
         "No effect of the reference is shown at any noise level: it is decoration. Either it does not carry what the "
         "target has, or the model has not learned to read it yet, or, where identities are to be kept, the noised "
@@ -136,12 +174,17 @@ def _unused(rows: Sequence[Row], intro: str, dropped: str) -> list[Verdict]:
     return [Verdict(Kind.reference_decorative, text)]
 
 
+def _gap(rows: Sequence[Row], other: str) -> Interval:
+    """The gained gap to an arm, or the gap itself where the base was not measured."""
+    return gained(rows, other) if has(rows, OFF[other]) else paired(rows, CORRECT, other)
+
+
 def _levels_with_effect(rows: Sequence[Row]) -> list[float]:
-    """Noise levels at which the correct reference lowers the loss by a relevant share, with an interval below zero."""
+    """Noise levels at which the gap is below zero by a relevant share of the loss and by its interval."""
     levels: list[float] = []
     for sigma in sorted({row.sigma for row in rows}):
         level_rows = [row for row in rows if row.sigma == sigma]
-        if _relevant(paired(level_rows, CORRECT, WRONG), mean(level_rows, CORRECT).mean):
+        if _relevant(_gap(level_rows, WRONG), mean(level_rows, CORRECT).mean):
             levels.append(sigma)
     return levels
 
@@ -155,7 +198,7 @@ def _fades(rows: Sequence[Row]) -> bool:
     levels = sorted({row.sigma for row in rows})
     low = [s for s in levels if s <= _LOW_NOISE] or levels[:1]
     high = [s for s in levels if s >= _HIGH_NOISE] or levels[-1:]
-    low_gap, high_gap = (paired([r for r in rows if r.sigma in group], CORRECT, WRONG).mean for group in (low, high))
+    low_gap, high_gap = (_gap([r for r in rows if r.sigma in group], WRONG).mean for group in (low, high))
     return high_gap < 0 and low_gap > _FADED * high_gap
 
 
@@ -163,34 +206,51 @@ def _relevant(difference: Interval, loss: float) -> bool:
     return difference.excludes_zero and difference.mean < -_RELEVANT * abs(loss)
 
 
+def _sized(effect: Interval, loss: float) -> str:
+    """An effect with its interval, and as a share of the loss."""
+    known = "" if math.isnan(effect.half) else ", 95 %"
+    return f"{effect}{known}, {100 * effect.mean / loss:+.1f} % of the loss" if loss else f"{effect}{known}"
+
+
+def _more(effect: Interval) -> str:
+    """How many more identities would halve the interval, whose width falls with the root of their number."""
+    return f" About {3 * effect.identities} more held-out identities would halve the interval."
+
+
 def _dropped(rows: Sequence[Row]) -> str:
-    if not any(row.arm == DROPPED for row in rows):
+    if not has(rows, DROPPED):
         return ""
-    dropped = paired(rows, CORRECT, DROPPED)
-    return f" Against no reference at all: {dropped}."
+    return f" Against no reference at all: {_gap(rows, DROPPED)}."
 
 
 def _caption(rows: Sequence[Row]) -> list[Verdict]:
-    caption = paired(rows, CORRECT, CAPTION)
+    caption = _gap(rows, CAPTION)
     if not _relevant(caption, mean(rows, CORRECT).mean):
         return []
-    text = f"Caption gap (own minus another clip's): {caption}, 95 %. The caption tells the model about the clip."
+    text = f"Caption gap (own minus another clip's): {caption}, 95 %. The caption shows the model what the clip holds."
     return [Verdict(Kind.caption_carries, text)]
 
 
 def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
-    """The verdict on the reference from one row of a metrics file; empty if the row has no reference gap."""
-    if "val/reference_gap_ci95" not in row:
+    """The verdict on the reference from one row of a metrics file; empty if the row has no gap with an interval."""
+    name = "val/gained_gap" if "val/gained_gap_ci95" in row else "val/reference_gap"
+    if f"{name}_ci95" not in row:
         return []
-    gap, half, loss = (row[name] for name in ("val/reference_gap", "val/reference_gap_ci95", "val/loss"))
-    intro = f"Reference gap (correct minus wrong): {gap:+.4f} ± {half:.4f}, 95 %. "
+    gap, half, loss = row[name], row[f"{name}_ci95"], row["val/loss"]
+    own = name == "val/gained_gap"
+    intro = (
+        f"{'Gained' if own else 'Reference'} gap: {gap:+.4f} ± {half:.4f}, 95 %, {100 * gap / loss:+.1f} % of the loss"
+    )
+    intro += f"; the base's own gap is {row['val/base_gap']:+.4f}. " if own else ". "
     if gap < -half and gap < -_RELEVANT * abs(loss):
-        return [
-            Verdict(Kind.reference_used, intro + "The model uses the reference; `evaluate` lists the noise levels.")
-        ]
+        user = "The adapter uses" if own else "The model uses"
+        return [Verdict(Kind.reference_used, intro + f"{user} the reference; `evaluate` lists the noise levels.")]
     if gap > half:
-        return [Verdict(Kind.reference_misleads, intro + "A wrong reference serves better than the right one.")]
-    text = intro + "No effect on the whole: so far the reference is decoration; `evaluate` looks level by level."
+        better = "With the adapter a wrong reference costs less than without it." if own else (
+            "A wrong reference serves better than the right one."
+        )  # fmt: skip
+        return [Verdict(Kind.reference_unlearned if own else Kind.reference_misleads, intro + better)]
+    text = intro + "No use of the reference by the adapter is shown on the whole; `evaluate` looks level by level."
     return [Verdict(Kind.reference_decorative, text)]
 
 

@@ -11,7 +11,7 @@ from ltx_train.contracts import Clip, Condition, ConditionKind, Mode
 from ltx_train.data import index
 from ltx_train.evaluation import heldout, report, verdicts
 from ltx_train.evaluation.attention_mass import Mass
-from ltx_train.evaluation.rows import BASE, CORRECT, WRONG, Grid, Row, paired, summary
+from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, WRONG, Grid, Row, gained, paired, summary
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.model import adapter, attention, load_transformer
 from tests.conftest import TINY
@@ -70,7 +70,7 @@ def test_measuring_is_repeatable_and_leaves_no_trace(prepared: Path) -> None:
     torch.manual_seed(99)
     assert heldout.measure(model, str(prepared), data, SETTINGS, device=torch.device("cpu"), with_base=True) == first
     clips, sigmas = len(data.split("heldout")), 2
-    assert len(first) == clips * sigmas * (1 + 1 + 1 + 2)
+    assert len(first) == clips * sigmas * 2 * (1 + 1 + 2)
 
 
 def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
@@ -81,6 +81,9 @@ def test_an_untouched_adapter_gains_exactly_nothing(prepared: Path) -> None:
     )  # fmt: skip
     assert paired(rows, CORRECT, BASE).mean == 0
     assert paired(rows, CORRECT, WRONG).mean != 0
+    for other in (WRONG, DROPPED):
+        assert gained(rows, other).mean == 0
+        assert gained(rows, other).half == 0
 
 
 def test_a_part_of_the_split_has_as_many_identities_as_it_can(prepared: Path) -> None:
@@ -90,7 +93,7 @@ def test_a_part_of_the_split_has_as_many_identities_as_it_can(prepared: Path) ->
     people = len({r.speaker for r in whole})
     few = heldout.heldout_records(data, replace(SETTINGS, max_samples=people))
     assert len({r.speaker for r in few}) == people
-    assert heldout.passes(data, replace(SETTINGS, max_samples=people), with_base=True) == (people, 2, 1 + 1 + 1 + 2)
+    assert heldout.passes(data, replace(SETTINGS, max_samples=people), with_base=True) == (people, 2, 2 * (1 + 1 + 2))
 
 
 def test_the_share_of_attention_is_what_attention_gives_to_an_indicator() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import torch
 from ltx_train.contracts import Batch, Condition, ConditionKind, Mode
 from ltx_train.evaluation import history, likeness, ranking, verdicts
 from ltx_train.evaluation.history import Measured
-from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, WRONG, Grid, Row, summary
+from ltx_train.evaluation.rows import BASE, CAPTION, CORRECT, DROPPED, OFF, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Kind
 from ltx_train.training.stability.early_stop import EarlyStop
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID = Grid((), LEVELS)
 Loss = Callable[[float], float]
+AN_ADAPTER: dict[str, Loss] = {BASE: lambda _s: 0.0}
 
 
 def rows(people: int = 8, **arms: Loss) -> list[Row]:
@@ -56,11 +58,41 @@ def said(people: int = 8, alike: float | None = 0.0, **arms: Loss) -> list[Kind]
         ({WRONG: lambda _s: -0.3}, [Kind.reference_misleads]),
         ({WRONG: lambda _s: 0.0, CAPTION: lambda _s: 0.4}, [Kind.caption_carries]),
         ({CAPTION: lambda _s: 0.4}, [Kind.caption_carries]),
+        # The base does by itself what the adapter seems to do.
+        ({**AN_ADAPTER, WRONG: lambda _s: 0.3, OFF[WRONG]: lambda _s: 0.3}, [Kind.reference_is_the_bases]),
+        ({**AN_ADAPTER, WRONG: lambda _s: 0.5, OFF[WRONG]: lambda _s: 0.2}, [Kind.reference_used]),
+        (
+            {**AN_ADAPTER, WRONG: lambda s: 0.6 if s > 0.8 else 0.21, OFF[WRONG]: lambda _s: 0.2},
+            [Kind.reference_leaked],
+        ),
+        ({**AN_ADAPTER, WRONG: lambda _s: 0.1, OFF[WRONG]: lambda _s: 0.4}, [Kind.reference_unlearned]),
+        ({**AN_ADAPTER, WRONG: lambda _s: -0.3, OFF[WRONG]: lambda _s: 0.1}, [Kind.reference_misleads]),
+        ({**AN_ADAPTER, WRONG: lambda _s: 0.0, OFF[WRONG]: lambda _s: 0.0}, [Kind.reference_decorative]),
+        (
+            {
+                **AN_ADAPTER,
+                WRONG: lambda _s: 0.0,
+                OFF[WRONG]: lambda _s: 0.0,
+                CAPTION: lambda _s: 0.4,
+                OFF[CAPTION]: lambda _s: 0.1,
+            },
+            [Kind.caption_carries],
+        ),
+        (
+            {
+                **AN_ADAPTER,
+                WRONG: lambda _s: 0.3,
+                OFF[WRONG]: lambda _s: 0.3,
+                CAPTION: lambda _s: 0.4,
+                OFF[CAPTION]: lambda _s: 0.4,
+            },
+            [Kind.reference_is_the_bases],
+        ),
         ({CAPTION: lambda _s: 0.0}, []),
     ],
 )
 def test_every_kind_of_verdict(arms: dict[str, Loss], expected: list[Kind]) -> None:
-    assert said(**arms) == expected
+    assert [kind for kind in said(**arms) if BASE not in arms or len(arms) == 1 or "adapter" not in kind] == expected
 
 
 def test_copies_and_single_identities_are_no_proof() -> None:
@@ -74,6 +106,18 @@ def test_the_sentence_has_the_number_with_its_interval() -> None:
     assert "-0.3" in found.text
     assert "±" in found.text
     assert "(8 identities)" in found.text
+    assert re.search(r", -(29|30|31)\.\d % of the loss", found.text)
+
+
+def test_what_the_base_does_stands_beside_what_the_adapter_gained() -> None:
+    (_, found) = verdicts.of_rows(rows(**AN_ADAPTER, **{WRONG: lambda _s: 0.5, OFF[WRONG]: lambda _s: 0.2}), GRID)
+    assert re.match(r"Gained gap: -0\.(29|30|31)\d\d ± .* with the adapter, -0\.5\d\d\d, minus that of the base, "
+                    r"-0\.2\d\d\d\. The adapter uses the reference", found.text)  # fmt: skip
+    (_, none) = verdicts.of_rows(rows(**AN_ADAPTER, **{WRONG: lambda _s: 0.0, OFF[WRONG]: lambda _s: 0.0}), GRID)
+    assert "About 24 more held-out identities would halve the interval." in none.text
+    single = verdicts.of_rows(rows(1, **AN_ADAPTER, **{WRONG: lambda _s: 0.5, OFF[WRONG]: lambda _s: 0.2}), GRID)
+    assert all("nan" not in verdict.text for verdict in single)
+    assert "(one identity: no interval)" in single[1].text
 
 
 def course(*losses: float, people: int = 6) -> list[Measured]:
@@ -106,6 +150,11 @@ def test_the_course_of_a_run(losses: tuple[float, ...], training: tuple[float, .
 def test_a_row_of_metrics_tells_whether_the_reference_is_used(gap: float, half: float, expected: Kind) -> None:
     row = {"val/loss": 1.0, "val/reference_gap": gap, "val/reference_gap_ci95": half}
     assert [v.kind for v in verdicts.of_metrics(row)] == [expected]
+    # What the adapter gained counts, where the base was measured.
+    gained = {"val/gained_gap": gap, "val/gained_gap_ci95": half, "val/base_gap": -0.4}
+    (found,) = verdicts.of_metrics({**row, "val/reference_gap": -0.9, **gained})
+    assert found.kind is expected
+    assert "the base's own gap is -0.4000" in found.text
     assert verdicts.of_metrics({"val/loss": 1.0}) == []
 
 
@@ -191,5 +240,14 @@ def test_summary_names_every_difference_with_its_interval() -> None:
         assert found[f"val/{name}"] == pytest.approx(value, abs=0.02)
         assert found[f"val/{name}_ci95"] > 0
     assert "val/loss_uniform" not in found
+    assert not any("gained" in name or "base" in name for name in found)
+    own = {WRONG: lambda _s: 0.5, OFF[WRONG]: lambda _s: 0.2, CAPTION: lambda _s: 0.1, OFF[CAPTION]: lambda _s: 0.4}
+    gained = summary(rows(**AN_ADAPTER, **own), GRID)
+    for name, value in (
+        ("reference_gap", -0.5), ("base_gap", -0.2), ("gained_gap", -0.3), ("gained_gap_sigma/0.3", -0.3),
+        ("caption_gap", -0.1), ("base_caption_gap", -0.4), ("gained_caption_gap", 0.3),
+    ):  # fmt: skip
+        assert gained[f"val/{name}"] == pytest.approx(value, abs=0.02)
+    assert gained["val/gained_gap_ci95"] < gained["val/reference_gap_ci95"], "people differ less in what is gained"
     both = summary(rows(), Grid((0.1, 0.5), (0.3, 0.9)))
     assert both["val/loss_uniform"] == pytest.approx(1.0)

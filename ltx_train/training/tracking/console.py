@@ -48,5 +48,5 @@ class ConsoleProgress:
 
 _SHOWN = (
     "train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm", "optim/lr", "perf/step_s",
-    "val/loss", "val/reference_gap", "val/adapter_gain",
+    "val/loss", "val/gained_gap", "val/adapter_gain",
 )  # fmt: skip
