@@ -37,7 +37,7 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
-study: setup ## tests the verdicts on five data sets whose truth is known: docs/study.md
+study: setup ## tests the verdicts on seven cases whose truth is known: docs/study.md
 	$(BIN)/python docs/study/study.py
 
 test: setup ## lint, types and all tests

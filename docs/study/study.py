@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ltx_train import config as configuration
 from ltx_train import rng
-from ltx_train.assembly import memory_plan, model_builder, run_builder
+from ltx_train.assembly import memory_plan, model_builder, model_source, run_builder
 from ltx_train.assembly.heldout_measurement import Measurement
 from ltx_train.assembly.run_builder import RunStart
 from ltx_train.assembly.setup import setup
@@ -37,10 +37,10 @@ from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO_CONTEXT, VOICE
 from ltx_train.data.record import Record
 from ltx_train.evaluation import attention_mass, verdicts
-from ltx_train.evaluation.rows import CORRECT, DROPPED, WRONG, Row, differences, paired
+from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, OFF, WRONG, Row, differences, gained, has, paired
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.model import adapter
+from ltx_train.model import adapter, export
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.watchdog import Watchdog
 
@@ -55,7 +55,8 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 @dataclass(frozen=True)
 class Case:
     """steps: latents of a clip. carries: whether reference and target share the identity. caption: whether the
-    caption tells it. own: whether the reference is the target itself. fog: noise on the reference."""
+    caption tells it. own: whether the reference is the target itself. fog: noise on the reference. known: how many of
+    the identity's numbers the reference has; the others are a stranger's, new in every clip."""
 
     name: str
     expected: Kind
@@ -64,6 +65,7 @@ class Case:
     caption: bool = False
     own: bool = False
     fog: float = 0.2
+    known: int = DIM
 
 
 CASES = (
@@ -73,6 +75,11 @@ CASES = (
     Case("caption leaks", Kind.caption_carries, 1, caption=True, fog=3.0),
     Case("reference is target", Kind.reference_is_target, 1, own=True),
 )
+# A base that uses references already: it reads half of an identity. Adapters on it are trained on the data of CARRIER.
+CARRIER = CASES[0]
+HALF = Case("half carrier", Kind.reference_used, 1, known=DIM // 2)
+UNTRAINED, TRAINED = "base reads references, adapter untrained", "base reads references, adapter trained"
+LORA = ("adapter=attention", "adapter.rank=16", "adapter.alpha=16", "model.weights=file")
 
 
 def rotation(name: str) -> Tensor:
@@ -94,7 +101,8 @@ def clip(case: Case, who: str, number: int, seed: int) -> tuple[dict[str, Tensor
         return rng.normal(shape, seed, f"study/{what}", who, number)
 
     target = identity + 0.2 * noise("target", (case.steps, DIM))
-    voice = other @ rotation("voice") + case.fog * noise("voice", (4, DIM))
+    heard = torch.cat([other[: case.known], noise("stranger", (DIM,))[case.known :]])
+    voice = heard @ rotation("voice") + case.fog * noise("voice", (4, DIM))
     tensors = {AUDIO: latent(target), VOICE: latent(voice)}
     if case.own:
         tensors[REFERENCE] = latent(target).clone()
@@ -148,25 +156,25 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
 
 
 def settings(root: Path, runs: Path, name: str, seed: int, *more: str) -> Config:
-    made = configuration.compose_config(
-        [
-            "mode=a2a_ic", "adapter=full", "model.weights=random", "model.path=null", f"model.seed={seed}",
-            f"run.seed={seed}", f"run.root={runs}", f"run.experiment={name}", f"data.root={root}", "data.source=x",
-            "optim.lr=3e-3", "optim.final_lr=1e-4", "optim.schedule=cosine", "optim.warmup=20", "optim.steps=700",
-            "optim.batch_size=32", "memory=none", "logger=local", "logger.every=50", "checkpoint.interval=700",
-            "eval.interval=0", "eval.quantiles=0", f"eval.sigmas=[{','.join(map(str, LEVELS))}]",
-            "eval.batch_size=96", "eval.wrong_references=3", *more,
-        ]
-    )  # fmt: skip
+    overrides = [
+        "mode=a2a_ic", "adapter=full", "model.weights=random", "model.path=null", f"model.seed={seed}",
+        f"run.seed={seed}", f"run.root={runs}", f"run.experiment={name}", f"data.root={root}", "data.source=x",
+        "optim.lr=3e-3", "optim.final_lr=1e-4", "optim.schedule=cosine", "optim.warmup=20", "optim.steps=700",
+        "optim.batch_size=32", "memory=none", "logger=local", "logger.every=50", "checkpoint.interval=700",
+        "eval.interval=0", "eval.quantiles=0", f"eval.sigmas=[{','.join(map(str, LEVELS))}]",
+        "eval.batch_size=96", "eval.wrong_references=3", *more,
+    ]  # fmt: skip
+    # The last value of a setting counts; a group cannot be given twice.
+    made = configuration.compose_config([*{word.partition("=")[0]: word for word in overrides}.values()])
     return configuration.continued(made, None, 1)
 
 
-def trained(case: Case, seed: int, place: Path, *more: str) -> tuple[list[Row], dict[str, object]]:
+def trained(case: Case, seed: int, place: Path, *more: str, name: str = "") -> tuple[list[Row], dict[str, object]]:
     """Trains and measures one case; the check that refuses copies is left out, to see what the numbers would say."""
     started = time.perf_counter()
     root = place / "data"
     made = index.load(root) if root.exists() else prepared(case, seed, root)
-    name = f"{case.name.replace(' ', '_')}{'_'.join(more).replace('=', '_')}"
+    name = (name or case.name).replace(" ", "_").replace(",", "")
     config = settings(root, place / "runs", name, seed, *more)
     folder = place / "runs" / name / "main"
     folder.mkdir(parents=True)
@@ -178,23 +186,25 @@ def trained(case: Case, seed: int, place: Path, *more: str) -> tuple[list[Row], 
     measurement = Measurement(run, root, made)
     rows = measurement.rows(transformer)
     likeness = measurement.likeness()
-    found = verdicts.of_rows(rows, measurement.grid, likeness)[0]
+    found = verdicts.of_rows(rows, measurement.grid, likeness)[-1]
     gap, dropped = paired(rows, CORRECT, WRONG), paired(rows, CORRECT, DROPPED)
-    by_level = {
-        s: asdict(paired([r for r in rows if r.sigma == s], CORRECT, WRONG)) for s in LEVELS
-    }  # fmt: skip
+    own = {"gained": asdict(gained(rows, WRONG)), "base_gap": asdict(paired(rows, BASE, OFF[WRONG]))}
+    by_level: dict[float, object] = {}
+    for s in LEVELS:
+        some = [r for r in rows if r.sigma == s]
+        by_level[s] = asdict(gained(some, WRONG) if has(rows, BASE) else paired(some, CORRECT, WRONG))
     attention = attention_mass.summary(measurement.masses(transformer))
     return rows, {
         "case": case.name, "seed": seed, "expected": case.expected.value, "found": found.kind.value,
         "sentence": found.text, "gap": asdict(gap), "gap_dropped": asdict(dropped), "gap_by_level": by_level,
-        "likeness": likeness, **attention, "seconds": round(time.perf_counter() - started, 1),
+        "likeness": likeness, **(own if has(rows, BASE) else {}), **attention, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
 def high_levels(place: Path, seed: int, plain: list[Row]) -> dict[str, object]:
     """The leaking data once more, with 60 % of the noise levels from [0.7, 1]; compared by identity on one grid."""
     case = next(c for c in CASES if c.expected is Kind.reference_leaked)
-    rows, record = trained(case, seed, place, "sigma.kind=high")
+    rows, record = trained(case, seed, place, "sigma.kind=high", name="high levels")
     first, second = ({who: sum(v) / len(v) for who, v in differences(r, CORRECT, WRONG).items()} for r in (rows, plain))
     change = by_identity({who: [first[who] - second[who]] for who in first})
     by_level: dict[float, object] = {}
@@ -205,10 +215,28 @@ def high_levels(place: Path, seed: int, plain: list[Row]) -> dict[str, object]:
     return {**record, "case": "target leaks, high noise levels", "change_of_gap": asdict(change), "by_level": by_level}
 
 
+def on_a_base(place: Path, seed: int) -> list[dict[str, object]]:
+    """An adapter that was never trained, and one that was, on a base that reads half of an identity. On the carrier's
+    data such a base has half of the whole gap, and the adapter the other half: all numbers of an identity are alike."""
+    trained(HALF, seed, place / "base", name="base")
+    weights = place / "base.safetensors"
+    source = model_source.weights(settings(place, place, "base", seed))
+    made = commit.load(commit.committed(place / "base" / "runs" / "base" / "main" / "checkpoints")[-1])
+    export.write_full(weights, source, made.weights, torch.float32)
+    records: list[dict[str, object]] = []
+    for name, expected, more in (
+        (UNTRAINED, Kind.reference_is_the_bases, ("optim.lr=0", "optim.final_lr=0", "optim.steps=1", "optim.warmup=0")),
+        (TRAINED, Kind.reference_used, ()),
+    ):
+        _, record = trained(CARRIER, seed, place / "adapters", *LORA, f"model.path={weights}", *more, name=name)
+        records.append({**record, "case": name, "expected": expected.value})
+    return records
+
+
 def plot(results: list[dict[str, object]], path: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(CASES) + 1, figsize=(16, 3), sharex=True)
-    names = [c.name for c in CASES] + ["target leaks, high noise levels"]
-    for axis, name in zip(axes, names, strict=True):
+    names = [c.name for c in CASES] + ["target leaks, high noise levels", UNTRAINED, TRAINED]
+    figure, axes = pyplot.subplots(2, len(names) // 2, figsize=(14, 6), sharex=True)
+    for axis, name in zip(axes.flat, names, strict=True):
         for record in (r for r in results if r["case"] == name):
             levels: dict[float, dict[str, float]] = record["gap_by_level"]  # type: ignore[assignment]
             means, halves = ([v[k] for v in levels.values()] for k in ("mean", "half"))
@@ -216,8 +244,10 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
         axis.axhline(0, color="black", lw=0.7)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("noise level")
-    axes[0].set_ylabel("loss(correct) - loss(wrong)")
-    axes[0].legend(frameon=False, fontsize=7)
+    for row in axes:
+        row[0].set_ylabel("loss(correct) - loss(wrong)")
+    axes[1][-1].set_ylabel("the same, gained by the adapter")
+    axes[0][0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -229,6 +259,7 @@ def page(results: list[dict[str, object]], seconds: int, path: Path) -> None:
         "| data | seed | verdict | gap, 95 % | against none | likeness |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     changes: list[str] = []
+    gains: list[str] = []
     for record in results:
         gap, dropped, likeness = (record[k] for k in ("gap", "gap_dropped", "likeness"))
         cells = [f"{v['mean']:+.4f} ± {v['half']:.4f}" for v in (gap, dropped)]  # type: ignore[index]
@@ -238,8 +269,20 @@ def page(results: list[dict[str, object]], seconds: int, path: Path) -> None:
         if "change_of_gap" in record:
             change: dict[str, float] = record["change_of_gap"]  # type: ignore[assignment]
             changes.append(f"| {record['seed']} | {change['mean']:+.4f} ± {change['half']:.4f} |")
+        if "gained" in record:
+            own, base = (record[k] for k in ("gained", "base_gap"))
+            numbers = [f"{v['mean']:+.4f} ± {v['half']:.4f}" for v in (own, base)]  # type: ignore[index]
+            share = own["mean"] / gap["mean"] if gap["mean"] else 0.0  # type: ignore[index]
+            gains.append(f"| {record['case']} | {record['seed']} | {' | '.join(numbers)} | {100 * share:.0f} % |")
     lines += ["", "Change of the gap by training at higher noise levels, paired by identity:", ""]
     lines += ["| seed | change, 95 % |", "|---|---|", *changes, ""]
+    lines += ["What adapters gained on a base that reads half of an identity:", ""]
+    lines += [
+        "| data | seed | gained gap, 95 % | the base's own gap | gained share |",
+        "|---|---|---|---|---|",
+        *gains,
+        "",
+    ]
     before, _, rest = path.read_text().partition(_MARKS[0])
     after = rest.partition(_MARKS[1])[2]
     path.write_text("\n".join([before + _MARKS[0], "", *lines, _MARKS[1] + after]))
@@ -259,6 +302,9 @@ def main(write: Callable[[str], object] = print) -> int:
                 if case.expected is Kind.reference_leaked:
                     results.append(high_levels(place, seed, rows))
                     write(f"{'  higher levels':<20} seed {seed}: gap changes by {results[-1]['change_of_gap']}")
+            for record in on_a_base(Path(scratch) / f"on_a_base-{seed}", seed):
+                results.append(record)
+                write(f"{record['case']:<20} seed {seed}: {record['found']:<22} gained {record['gained']}")
     seconds = round(time.perf_counter() - started)
     wrong = [r for r in results if r["expected"] != r["found"] and "change_of_gap" not in r]
     (HERE / "results.json").write_text(json.dumps({"seconds": seconds, "results": results}, indent=1) + "\n")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from ltx_train.assembly import from_config
 from ltx_train.assembly.setup import Setup
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.reader import Reader
-from ltx_train.evaluation import attention_mass, heldout, history, likeness, verdicts
+from ltx_train.evaluation import alike, attention_mass, heldout, history, likeness, verdicts
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import CORRECT, OFF, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Verdict
@@ -37,6 +37,7 @@ class Measurement:
         self.grid: Grid = from_config.grid(config, self.index)
         self._settings = from_config.measurement_settings(config, self.grid)
         self._share = self.setup.share
+        self.measured_on = heldout.measured_on(self.index, self._settings, self.grid.main)
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Measures the complete held-out split. Returns its rows on every rank."""
@@ -50,6 +51,10 @@ class Measurement:
             self._base = [row for row in of_all_ranks if row.arm in OFF.values()]
             return of_all_ranks
         return of_all_ranks + (self._base or [])
+
+    def summary(self, rows: Sequence[Row], masses: Sequence[Mass]) -> dict[str, float]:
+        """Metrics of a measurement, with what it was made of."""
+        return {**summary(rows, self.grid), **attention_mass.summary(masses), **self.measured_on}
 
     def masses(self, transformer: Transformer) -> list[Mass]:
         """Measures attention on the references at the lowest, middle and highest of the main noise levels."""
@@ -101,11 +106,12 @@ def evaluator(
                 show(step)
         if setup.ranks.leads:
             measured = history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main])
+            on = alike.of(measurement.measured_on)
             try:
-                history.record(folder, measured)
+                history.record(folder, replace(measured, on=on))
             except OSError as error:  # a full disk: the save after this tries again, and decides
                 print(f"ltx-train: {folder / history.NAME} could not be written: {error}", file=sys.stderr)
-        return summary(rows, measurement.grid) | attention_mass.summary(masses)
+        return measurement.summary(rows, masses)
 
     return evaluate
 

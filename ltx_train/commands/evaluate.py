@@ -14,9 +14,8 @@ from ltx_train.assembly.saved_run import open_run
 from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
-from ltx_train.evaluation import attention_mass, ranking, report, verdicts
+from ltx_train.evaluation import ranking, report, verdicts
 from ltx_train.evaluation.report import Report, Subject
-from ltx_train.evaluation.rows import summary
 from ltx_train.model import adapter
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.tracking.metrics import Metrics, read_rows
@@ -44,7 +43,7 @@ def run(config: Config) -> int:
     subject = Subject(name=f"step {checkpoint.step}", step=checkpoint.step, rows=rows, masses=masses, clips=clips)
     conclusions = verdicts.of_rows(rows, measurement.grid, measurement.likeness(), by_clip=index.by_clip)
     conclusions += course(folder)
-    values = summary(rows, measurement.grid) | attention_mass.summary(masses)
+    values = measurement.summary(rows, masses)
     page = folder / "report.html"
     metrics = read_rows(folder / "metrics.jsonl")
     listed = ranking.table(ranking.ranked([*metrics, {"step": checkpoint.step, **values}], folder))

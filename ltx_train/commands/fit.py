@@ -143,10 +143,10 @@ def _conclude(folder: Path) -> None:
     measured = [row for row in metrics if "val/loss" in row]
     for verdict in [*heldout_measurement.course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]:
         print(verdict.text)
-    entries = ranking.ranked(metrics, folder)
+    found = ranking.ranked(metrics, folder)
     best = None
-    if entries:
-        print(ranking.table(entries))
-        best = ranking.link(entries, folder)
+    if found.entries:
+        print(ranking.table(found))
+        best = ranking.link(found, folder)
     result = best or publishing.newest_adapter(folder) or commit.committed(folder / "checkpoints")[-1]
     close(result, f"ltx-train {'evaluate' if measured else 'export'} {folder}")

@@ -73,7 +73,7 @@ _COMMANDS = (
         reads_fit=True, needs=_FIT_NEEDS, checks_paths=False,
     ),
     CommandKind(
-        name="evaluate", summary="held-out loss, reference gap, adapter on and off; writes report.html",
+        name="evaluate", summary="held-out loss, gained gap, adapter on and off; writes report.html",
         groups=("eval", "export", "run", "data", "model", "memory", "logger", "sample"), needs=_FIT_NEEDS,
     ),
     CommandKind(

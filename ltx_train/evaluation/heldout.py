@@ -21,6 +21,7 @@ from ltx_train.data.record import Record
 from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
+from ltx_train.evaluation import alike
 from ltx_train.evaluation.rows import CAPTION, CORRECT, DROPPED, OFF, WRONG, Row
 from ltx_train.evaluation.share import ALL, Share
 from ltx_train.model import adapter
@@ -107,6 +108,17 @@ def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> t
     captions = index.split(HELDOUT).distinct("context")
     arms += settings.wrong_caption and len(captions) > 1
     return len(heldout_records(index, settings)), len(settings.levels), arms * (1 + with_base)
+
+
+def measured_on(index: Index, settings: MeasurementSettings, main: Sequence[float]) -> dict[str, float]:
+    """Metrics that identify a measurement: clips, levels, noise, arms and weights. main: the levels of the held-out
+    loss."""
+    records = heldout_records(index, settings)
+    clips = [(r.key, r.tensors.sha256, *(member.sha256 for member in r.contexts[:1])) for r in records]
+    arms = [settings.dropped, settings.wrong_references, settings.wrong_caption, settings.voice_variant]
+    weights = [settings.seed, settings.video_weight, settings.audio_weight]
+    parts = [clips, settings.levels, list(main), arms, weights, repr(settings.mode)]
+    return {alike.MEASURED_ON: alike.number(parts), alike.CLIPS: len(records), alike.LEVELS: len(main)}
 
 
 def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:

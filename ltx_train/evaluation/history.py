@@ -1,6 +1,6 @@
 """heldout.jsonl: the held-out loss of every identity at every measured step, for paired comparisons of steps.
 
-Owns that file. One line per step: {"step": 250, "loss": {"anna": 0.41, ...}}.
+Owns that file. One line per step: {"step": 250, "loss": {"anna": 0.41, ...}, "measured_on": 81...}.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ NAME = "heldout.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One step's held-out loss by identity."""
+    """One step's held-out loss by identity. on: what it was measured on (`evaluation.alike`)."""
 
     step: int
     loss: Mapping[str, float]
+    on: int | None = None
 
 
 def of_rows(step: int, rows: Iterable[Row]) -> Measured:
@@ -42,14 +43,15 @@ def read(folder: Path) -> list[Measured]:
             step, loss = int(raw["step"]), {str(who): float(value) for who, value in raw["loss"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # damaged: this step's identities are lost, not the run
-        by_step[step] = Measured(step, loss)
+        on = raw.get("measured_on")
+        by_step[step] = Measured(step, loss, on if isinstance(on, int) else None)
     return [by_step[step] for step in sorted(by_step)]
 
 
 def record(folder: Path, measured: Measured) -> None:
     """Adds a step; drops later steps of an earlier attempt, since this attempt will measure them again."""
     earlier = [m for m in read(folder) if m.step < measured.step]
-    lines = [durable.line({"step": m.step, "loss": dict(m.loss)}) for m in (*earlier, measured)]
+    lines = [durable.line({"step": m.step, "loss": dict(m.loss), "measured_on": m.on}) for m in (*earlier, measured)]
     durable.write(folder / NAME, "".join(lines))
 
 

@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from ltx_train.evaluation import alike
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import (
     ARMS,
@@ -52,6 +53,8 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> str:
         return ""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     _over_steps(axes[0], metrics, "train/loss", "#b9c6cc")
+    measured = [row for row in metrics if "val/loss" in row]
+    metrics = alike.only(measured, alike.main(measured))  # what was measured on something else is no point of the curve
     gap = "gained_gap" if any("val/gained_gap" in row for row in metrics) else "reference_gap"
     for axis, name, ink in (
         (axes[0], "val/loss", INK[CORRECT]), (axes[1], f"val/{gap}", INK[WRONG]),

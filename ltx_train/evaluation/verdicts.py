@@ -255,7 +255,9 @@ def of_metrics(row: Mapping[str, float]) -> list[Verdict]:
 
 
 def of_history(measured: Sequence[Measured], training: Mapping[int, float]) -> list[Verdict]:
-    """The verdict on a run's course, empty for fewer than two measured steps. training: logged losses by step."""
+    """The verdict on a run's course, empty for fewer than two steps that were measured on the same as the last.
+    training: logged losses by step."""
+    measured = [m for m in measured if m.on == measured[-1].on]
     if len(measured) < 2:
         return []
     first, last = measured[0], measured[-1]

@@ -102,7 +102,8 @@ class Edge(Callback):
         # A signal reaches the ranks at different times. The agreement makes all of them stop after the same step.
         stop = self._ranks.any(self._preemption.requested)
         row = self._training_row() if cadence.logs(step) else {}
-        heldout = self._evaluate(step)
+        with self._state.monitor.paused():
+            heldout = self._evaluate(step)
         better = self._state.early_stop.record(step, heldout)
         ended = self._state.early_stop.reason is not None
         if step == self._state.step.first_step + 1 and self._outside.prepares_saves:

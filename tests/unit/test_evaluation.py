@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +158,21 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert "a &lt;title&gt;" in page
     assert "&lt;v&gt;" in page
     assert "http" not in page.replace('charset="utf-8"', "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"levels": (0.4, 0.9)}, {"seed": 9}, {"max_samples": 2}, {"wrong_references": 1}, {"dropped": False},
+     {"audio_weight": 0.5}, {"voice_variant": "noise"}, {"mode": Mode()}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_setting_of_a_measurement_is_in_its_digest(change: dict[str, Any], prepared: Path) -> None:
+    data = index.load(prepared)
+    first = heldout.measured_on(data, SETTINGS, SETTINGS.levels)
+    assert first == heldout.measured_on(index.load(prepared), replace(SETTINGS), SETTINGS.levels)
+    assert first["val/clips"] == len(data.split("heldout"))
+    assert float(first["val/measured_on"]) == first["val/measured_on"] > 0
+    changed = replace(SETTINGS, **change)
+    assert heldout.measured_on(data, changed, changed.levels)["val/measured_on"] != first["val/measured_on"]
+    assert heldout.measured_on(data, SETTINGS, SETTINGS.levels[:1])["val/measured_on"] != first["val/measured_on"]
+    assert heldout.measured_on(data, replace(SETTINGS, batch_size=1), SETTINGS.levels) == first

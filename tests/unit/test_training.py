@@ -151,7 +151,7 @@ def test_an_interrupted_interval_continues_exactly() -> None:
 
 
 def test_an_interrupted_interval_keeps_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten steps of one second each, interrupted after seven; the restart itself takes a minute that no step has."""
+    """Ten steps of one second each. A measurement and a restart take time that no step has."""
     now = [0.0]
     monkeypatch.setattr("ltx_train.training.tracking.monitor.time.perf_counter", lambda: now[0])
 
@@ -167,6 +167,8 @@ def test_an_interrupted_interval_keeps_its_seconds(monkeypatch: pytest.MonkeyPat
 
     first, second = Monitor(1.0, 1.0), Monitor(1.0, 1.0)
     steps(first, 7)
+    with first.paused():
+        now[0] += 30
     second.restore(first.state())
     now[0] += 60
     steps(second, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,13 +217,14 @@ def test_the_best_step_is_kept_linked_and_ends_a_run(tmp_path: Path) -> None:
         {"step": 10, "val/loss": 1.0, "val/loss_ci95": 0.1}, {"step": 20, "val/loss": 0.5, "val/adapter_gain": -0.5},
         {"step": 30, "val/loss": 0.7}, {"step": 30, "train/loss": 0.1},
     ]  # fmt: skip
-    entries = ranking.ranked(metrics, tmp_path)
-    assert [e.step for e in entries] == [20, 30, 10]
-    assert "step     20  0.5000" in ranking.table(entries)
-    link = ranking.link(entries, tmp_path)
+    found = ranking.ranked(metrics, tmp_path)
+    assert [e.step for e in found.entries] == [20, 30, 10]
+    assert "step     20  0.5000" in ranking.table(found)
+    assert "nan" not in ranking.table(found)
+    link = ranking.link(found, tmp_path)
     assert link is not None
     assert link.read_bytes() == b"x"
-    assert ranking.link([], tmp_path) is None
+    assert ranking.link(ranking.ranked([], tmp_path), tmp_path) is None
     selection = EarlyStop(patience=2)
     assert [selection.record(int(m["step"]), m) for m in metrics] == [True, True, False, False]
     assert selection.reason is None
@@ -251,3 +253,46 @@ def test_summary_names_every_difference_with_its_interval() -> None:
     assert gained["val/gained_gap_ci95"] < gained["val/reference_gap_ci95"], "people differ less in what is gained"
     both = summary(rows(), Grid((0.1, 0.5), (0.3, 0.9)))
     assert both["val/loss_uniform"] == pytest.approx(1.0)
+
+
+def on(step: int, loss: float, grid: int, clips: int = 16, levels: int = 14) -> dict[str, float]:
+    return {"step": step, "val/loss": loss, "val/measured_on": grid, "val/clips": clips, "val/levels": levels}
+
+
+def test_a_measurement_on_another_grid_ranks_nothing(tmp_path: Path) -> None:
+    """Steps 20, 40 and 42 of one grid; 20 and 40 once more on few levels, where losses are lower."""
+    (tmp_path / "adapters").mkdir()
+    for step in (20, 40, 42):
+        (tmp_path / f"adapters/step-{step:06d}.safetensors").write_bytes(b"%d" % step)
+    metrics = [
+        on(20, 53.4230, 1), on(40, 53.3425, 1), on(40, 52.1085, 2, clips=3, levels=3), on(20, 52.2737, 2, 3, 3),
+        on(42, 53.3392, 1),
+    ]  # fmt: skip
+    found = ranking.ranked(metrics, tmp_path)
+    assert [(e.step, e.loss) for e in found.entries] == [(42, 53.3392), (40, 53.3425), (20, 53.4230)]
+    link = ranking.link(found, tmp_path)
+    assert link is not None
+    assert link.read_bytes() == b"42"
+    table = ranking.table(found)
+    first, _, second = table.partition("measured on 3 clips x 3 levels, not comparable with these:")
+    assert "52.1" not in first
+    assert second.index("52.1085") < second.index("52.2737")
+
+
+def test_another_grid_neither_ends_a_run_nor_is_its_best() -> None:
+    selection = EarlyStop(patience=2)
+    assert [selection.record(step, on(step, loss, 1)) for step, loss in ((1, 1.0), (2, 1.1))] == [True, False]
+    assert selection.record(3, on(3, 5.0, 2)), "the first of a measurement is the best of it"
+    assert selection.reason is None
+    again = EarlyStop(patience=2)
+    again.restore(selection.state())
+    assert not again.record(4, on(4, 5.1, 2))
+    assert again.best_step == 3
+
+
+def test_a_course_compares_steps_of_one_grid() -> None:
+    falling = [replace(m, on=1) for m in course(1.0, 0.8)]
+    other = [replace(m, step=m.step + 1000, on=2) for m in course(0.3, 0.25, 0.2)]
+    (found,) = verdicts.of_history([*falling, *other], {})
+    assert "since step 1100" in found.text
+    assert verdicts.of_history([*falling, other[0]], {}) == []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LOSS = "val/loss"
+LOSS, MEASURED_ON = "val/loss", "val/measured_on"
 
 
 class EarlyStop:
@@ -19,11 +19,18 @@ class EarlyStop:
         self.best_step: int | None = None
         self._best = float("inf")
         self._stale = 0
+        self._on: float | None = None
 
     def record(self, step: int, values: Mapping[str, float]) -> bool:
-        """Records a measurement. Returns whether its loss is the best so far."""
+        """Records a measurement. Returns whether its loss is the best so far.
+
+        The first of another measurement, of other clips or noise levels, begins anew: its loss compares with none
+        before.
+        """
         if LOSS not in values:
             return False
+        if values.get(MEASURED_ON) != self._on:
+            self._on, self._best, self._stale = values.get(MEASURED_ON), float("inf"), 0
         if values[LOSS] < self._best:
             self.best_step, self._best, self._stale = step, values[LOSS], 0
             return True
@@ -42,9 +49,10 @@ class EarlyStop:
             "step": self.best_step,
             "loss": self._best if self.best_step is not None else None,
             "stale": self._stale,
+            "measured_on": self._on,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         if state["step"] is not None:
             self.best_step, self._best = state["step"], state["loss"]
-        self._stale = state["stale"]
+        self._stale, self._on = state["stale"], state.get("measured_on")

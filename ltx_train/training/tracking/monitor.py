@@ -7,7 +7,8 @@ interruption has the same losses as without one.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class Monitor:
 
     def step_done(self) -> None:
         self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Time that is no step's: held-out measurement, and the clips that are generated with it."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - started
 
     def batch_done(self) -> None:
         self._edge = time.perf_counter()
