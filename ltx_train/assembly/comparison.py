@@ -181,7 +181,7 @@ class _Arms:
         try:
             base_rows = [replace(row, arm=OFF[row.arm]) for row in base.rows]
             rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *base_rows]
-            masses = self.measurement.masses(self.transformer)
+            masses = self.measurement.masses(self.transformer, with_base=False)
             clips = self.previews.generate(self.transformer, self._samples(samples))
         finally:
             adapter.detach(self.transformer)

@@ -17,6 +17,7 @@ from ltx_train.evaluation import alike, attention_mass, heldout, history, likene
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import CORRECT, OFF, WRONG, Grid, Row, summary
 from ltx_train.evaluation.verdicts import Verdict
+from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import read_rows
 
@@ -31,6 +32,7 @@ class Measurement:
     root: Path
     index: Index
     _base: list[Row] | None = field(default=None, init=False)
+    _base_masses: list[Mass] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         config = self.setup.config
@@ -54,12 +56,20 @@ class Measurement:
 
     def summary(self, rows: Sequence[Row], masses: Sequence[Mass]) -> dict[str, float]:
         """Metrics of a measurement, with what it was made of."""
-        return {**summary(rows, self.grid), **attention_mass.summary(masses), **self.measured_on}
+        attention = attention_mass.summary(masses, self._base_masses or ())
+        return {**summary(rows, self.grid), **attention, **self.measured_on}
 
-    def masses(self, transformer: Transformer) -> list[Mass]:
-        """Measures attention on the references at the lowest, middle and highest of the main noise levels."""
+    def masses(self, transformer: Transformer, *, with_base: bool = True) -> list[Mass]:
+        """Measures attention on the references at the lowest, middle and highest of the main noise levels; once with
+        the adapter off, too."""
         if not self.setup.config.eval.attention:
             return []
+        if with_base and self._base_masses is None and not self.setup.sharing.full:
+            with adapter.disabled(transformer):
+                self._base_masses = self._masses(transformer)
+        return self._masses(transformer)
+
+    def _masses(self, transformer: Transformer) -> list[Mass]:
         levels = self.grid.main
         picked = sorted({levels[0], levels[len(levels) // 2], levels[-1]})
         local = attention_mass.measure(

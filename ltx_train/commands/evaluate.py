@@ -14,7 +14,7 @@ from ltx_train.assembly.saved_run import open_run
 from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
-from ltx_train.evaluation import ranking, report, verdicts
+from ltx_train.evaluation import alike, ranking, report, verdicts
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.model import adapter
 from ltx_train.training.checkpoints.commit import Checkpoint
@@ -74,7 +74,8 @@ def _record(config: Config, folder: Path, values: dict[str, float], page: Path, 
     metrics.page(page)
     metrics.close()
     for name, value in values.items():
-        print(f"{name:<32}{value:+.5f}")
+        if name != alike.MEASURED_ON:
+            print(f"{name:<32}{value:+.5f}")
 
 
 def _facts(config: Config, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:

@@ -94,8 +94,16 @@ def measure(
     return masses
 
 
-def summary(masses: Sequence[Mass]) -> dict[str, float]:
-    """`val/reference_attention`: mean share of attention on the references, divided by the mean even share."""
+def summary(masses: Sequence[Mass], base: Sequence[Mass] = ()) -> dict[str, float]:
+    """`val/reference_attention`: mean share of attention on the references, divided by the mean even share.
+
+    base: masses with the adapter off; then `val/gained_attention` is what the adapter adds to theirs.
+    """
     if not masses:
         return {}
-    return {"val/reference_attention": sum(m.share for m in masses) / sum(m.even for m in masses)}
+    found = {"val/reference_attention": _relative(masses)}
+    return found | ({"val/gained_attention": _relative(masses) - _relative(base)} if base else {})
+
+
+def _relative(masses: Sequence[Mass]) -> float:
+    return sum(m.share for m in masses) / sum(m.even for m in masses)

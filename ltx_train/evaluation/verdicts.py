@@ -214,7 +214,7 @@ def _sized(effect: Interval, loss: float) -> str:
 
 def _more(effect: Interval) -> str:
     """How many more identities would halve the interval, whose width falls with the root of their number."""
-    return f" About {3 * effect.identities} more held-out identities would halve the interval."
+    return f" About {3 * effect.identities} more held-out identities would halve the interval." if effect.half else ""
 
 
 def _dropped(rows: Sequence[Row]) -> str:

@@ -54,8 +54,9 @@ def test_experiments_run(
     assert len(load_file(run / "adapters" / "step-000003.safetensors")) == tensors
 
 
-def test_the_bundled_clips_show_the_method(tmp_path: Path) -> None:
-    """The demo's claim, with fewer steps: a base, a voice-reference LoRA on it, new speakers."""
+def test_the_bundled_clips_show_the_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's claim, with fewer steps: a base, a voice-reference LoRA on it, new speakers. The base reads the
+    reference by itself; an adapter that was never trained takes no credit for that."""
     base = tmp_path / "base.safetensors"
     where = [f"run.root={tmp_path}", f"data.root={tmp_path / 'data'}", "logger=local", "memory=none"]
     lora = ["experiment=audio_reference", f"model.path={base}", "optim.steps=300", "eval.interval=0", *where]
@@ -65,8 +66,17 @@ def test_the_bundled_clips_show_the_method(tmp_path: Path) -> None:
     assert command("fit", *lora) == 0
     assert command("evaluate", *lora, "eval.interval=0") == 0
     row = read_rows(tmp_path / "audio_reference" / "main" / "metrics.jsonl")[-1]
-    assert row["val/reference_gap"] + row["val/reference_gap_ci95"] < 0
+    assert row["val/gained_gap"] + row["val/gained_gap_ci95"] < 0
+    assert row["val/gained_gap"] == pytest.approx(row["val/reference_gap"] - row["val/base_gap"], abs=1e-6)
     assert row["val/adapter_gain"] < 0
+    assert "The adapter uses the reference" in capsys.readouterr().out
+    untrained = [*lora, "run.id=untrained", "optim.lr=0", "optim.final_lr=0", "optim.warmup=0", "optim.steps=1"]
+    assert command("fit", *untrained) == 0
+    assert command("evaluate", *untrained) == 0
+    shown = capsys.readouterr().out
+    assert "The base uses the reference by itself. The adapter shows no use of its own" in shown
+    assert "Gained gap: +0.0000 ± 0.0000" in shown
+    assert "nan" not in shown
 
 
 def test_every_command_names_the_next_one(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +159,7 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
     assert len(names) > 10
     assert [after[n] for n in names] == [during[n] for n in names]
     page = (run / "report.html").read_text()
-    assert "Reference gap (correct minus wrong)" in page
+    assert "Gained gap: " in page
     assert page.count("data:image/png") == 6
 
 

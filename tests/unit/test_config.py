@@ -233,3 +233,8 @@ def test_a_users_own_tree(tmp_path: Path) -> None:
     text = "# @package _global_\ndefaults: [audio_reference, _self_]\noptim: {steps: 7}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     assert config.compose_config(["experiment=mine"], str(tmp_path)).optim.steps == 7
+
+
+def test_one_person_holds_out_clips() -> None:
+    made = config.compose_config(["experiment=talking_head_22b", "data.source=x", "data.root=y"])
+    assert (made.data.heldout_clips, made.data.heldout_speakers) == (3, 0)
