@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ltx_train.assembly import from_config, model_source, resolve
-from ltx_train.config import Config, sample_bucket
+from ltx_train.config import Config, prompted, sample_bucket
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.distributed import allocator
 from ltx_train.memory.planning import encoding
@@ -39,7 +39,7 @@ def within(config: Config, budget_gib: float | None, bucket: Bucket | None = Non
 
 def between_steps_gib(config: Config) -> float:
     """What a run needs between its steps beside the model: the decoders of its generated clips, in the least tiles."""
-    if not config.eval.samples:
+    if not config.eval.samples and not prompted(config):
         return 0.0
     return encoding.least_decode_gib(sizes(config), tiles=resolve.encoder_choice(config)[1])
 

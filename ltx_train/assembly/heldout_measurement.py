@@ -25,14 +25,21 @@ T = TypeVar("T")
 
 
 @dataclass
+class _Off:
+    """What was measured with the adapter off; None before that."""
+
+    rows: list[Row] | None = None
+    masses: list[Mass] | None = None
+
+
+@dataclass
 class Measurement:
     """The held-out measurement of a run on one rank. The base is measured once, because its numbers cannot change."""
 
     setup: Setup
     root: Path
     index: Index
-    _base: list[Row] | None = field(default=None, init=False)
-    _base_masses: list[Mass] | None = field(default=None, init=False)
+    _off: _Off = field(default_factory=_Off, init=False)
 
     def __post_init__(self) -> None:
         config = self.setup.config
@@ -43,20 +50,20 @@ class Measurement:
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Measures the complete held-out split. Returns its rows on every rank."""
-        with_base = with_base and self._base is None and not self.setup.sharing.full
+        with_base = with_base and self._off.rows is None and not self.setup.sharing.full
         local = heldout.measure(
             transformer, str(self.root), self.index, self._settings, device=self.setup.device,
             with_base=with_base, share=self._share,
         )  # fmt: skip
         of_all_ranks = self._of_all_ranks(local)
         if with_base:
-            self._base = [row for row in of_all_ranks if row.arm in OFF.values()]
+            self._off.rows = [row for row in of_all_ranks if row.arm in OFF.values()]
             return of_all_ranks
-        return of_all_ranks + (self._base or [])
+        return of_all_ranks + (self._off.rows or [])
 
     def summary(self, rows: Sequence[Row], masses: Sequence[Mass]) -> dict[str, float]:
         """Metrics of a measurement, with what it was made of."""
-        attention = attention_mass.summary(masses, self._base_masses or ())
+        attention = attention_mass.summary(masses, self._off.masses or ())
         return {**summary(rows, self.grid), **attention, **self.measured_on}
 
     def masses(self, transformer: Transformer, *, with_base: bool = True) -> list[Mass]:
@@ -64,9 +71,9 @@ class Measurement:
         the adapter off, too."""
         if not self.setup.config.eval.attention:
             return []
-        if with_base and self._base_masses is None and not self.setup.sharing.full:
+        if with_base and self._off.masses is None and not self.setup.sharing.full:
             with adapter.disabled(transformer):
-                self._base_masses = self._masses(transformer)
+                self._off.masses = self._masses(transformer)
         return self._masses(transformer)
 
     def _masses(self, transformer: Transformer) -> list[Mass]:

@@ -23,6 +23,7 @@ from ltx_train.assembly import (
     update_builder,
 )
 from ltx_train.assembly.previews import Previews
+from ltx_train.assembly.prompted_clips import PromptedClips
 from ltx_train.assembly.setup import Setup
 from ltx_train.contracts import DataError, Exit, StepResult
 from ltx_train.data.index import Index
@@ -76,6 +77,8 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     if config.run.deterministic:
         use_deterministic_kernels()
     metrics = _open_metrics(setup, start)
+    # Before the model is loaded: the text encoder has the device for itself.
+    prompted = PromptedClips(setup, start.folder) if configuration.prompted(config) else None
     transformer, updates = update_builder.open_for_training(setup, fresh=start.checkpoint is None)
     watchdog.explain_with(updates.awaited)
     cadence = _cadence(setup)
@@ -92,6 +95,8 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     if ranks.leads:
         summary.show(setup, transformer, updates.sizes(), start.index, folder=start.folder, step=start.step)
     outside = _outside(setup, start, state, transformer, metrics=metrics, watchdog=watchdog)
+    if prompted is not None:
+        outside = replace(outside, generate=_generate(prompted, state, transformer, metrics))
     task = Task(transformer, state.step)
     with profiled(start.folder, ranks.rank, config.run.profile) as profiler:
         return run_to_end(
@@ -118,6 +123,7 @@ def _cadence(setup: Setup) -> Cadence:
     return Cadence(
         steps=config.optim.steps, log_every=config.logger.every, evaluate_every=config.eval.interval,
         save_every=config.checkpoint.interval,
+        generate_every=config.eval.sample_interval or config.eval.interval or config.optim.steps,
     )  # fmt: skip
 
 
@@ -207,7 +213,7 @@ def _outside(
         save_every=checkpoint.interval, settings=configuration.dump(config), publish=publish, ranks=setup.ranks,
     )  # fmt: skip
     return Outside(
-        metrics=metrics, evaluate=_evaluate(setup, start, state, transformer, metrics), writer=writer,
+        metrics=metrics, evaluate=_evaluate(setup, start, state, transformer, metrics), generate=None, writer=writer,
         watchdog=watchdog, profiler=None, restarts=int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
         prepares_saves=setup.sharing.saves_slices,
     )  # fmt: skip
@@ -241,6 +247,24 @@ def _evaluate(
         return measure(step)
 
     return evaluate
+
+
+def _generate(
+    prompted: PromptedClips, state: RunState, transformer: Transformer, metrics: Metrics | None
+) -> Callable[[int], Mapping[str, float]]:
+    recipe = state.step.recipe
+    published = nullcontext if recipe.average is None else recipe.average.applied
+
+    def generate(step: int) -> Mapping[str, float]:
+        recipe.release()  # generating needs the memory that CUDA graphs hold
+        with published():
+            clips, seconds = prompted.generate(transformer, step)
+        if metrics is not None:
+            for clip in clips:
+                metrics.media(step, clip.path, f"{clip.path.stem} {clip.caption}")
+        return seconds
+
+    return generate
 
 
 def _data(setup: Setup, start: RunStart) -> ShardData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ltx_train import config as configuration
-from ltx_train.assembly import comparison, from_config, model_builder, resolve, trackers
+from ltx_train.assembly import comparison, from_config, model_builder, prompted_clips, resolve, trackers
 from ltx_train.assembly.checked_data import open_heldout
 from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.heldout_measurement import Measurement, course
@@ -53,6 +53,7 @@ def run(config: Config) -> int:
             title=f"{folder.parent.name}/{folder.name}", facts=_facts(config, checkpoint, folder), metrics=metrics,
             subjects=[subject], grid=measurement.grid, verdicts=conclusions, ranking=listed,
             references=previews.references(folder / "samples" / "references"),
+            prompted=prompted_clips.of_run(trained_with, folder),
         ),
     )  # fmt: skip
     _record(config, folder, values, page, subject)

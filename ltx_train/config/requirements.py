@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from ltx_train.config import prompts
 from ltx_train.config.command_table import COMMANDS, CommandKind
 from ltx_train.config.schema import Config
 from ltx_train.contracts import ConfigError, DataError, Role
@@ -81,6 +82,7 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
         yield f"model.text_encoder={model.text_encoder}: there is no such folder"
     if name in ("fit", "sweep"):
         yield from _file("adapter.start_from", config.adapter.start_from)
+        yield from prompts.absent_files(config)
     if name == "cut":
         yield from _file("cut.subtitles", config.cut.subtitles)
         if config.cut.source is not None and not Path(config.cut.source).exists():

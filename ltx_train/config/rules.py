@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltx_train.config import modes, suggest, targets
+from ltx_train.config import modes, prompts, suggest, targets
 from ltx_train.config.buckets import parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import all_settings, check_value
@@ -34,6 +34,7 @@ def validate(config: Config) -> None:
     _validate_adapter(config)
     _validate_voices(config)
     _validate_measuring(config)
+    prompts.prompted(config)
     _validate_noise(config)
     _validate_optimizer(config)
 

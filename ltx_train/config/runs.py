@@ -57,7 +57,7 @@ _WARNED = {
 # Exceptions from these: they change nothing that is computed.
 _NOT_WARNED = (
     "strategy.step_timeout_s", "strategy.start_timeout_s", "memory.budget_gib", "memory.stream", "eval.interval",
-    "eval.patience", "eval.samples",
+    "eval.patience", "eval.samples", "eval.prompts", "eval.sample_interval",
 )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Contents of the page. subjects: the adapters just measured, best first; the first one gets all its figures."""
+    """Contents of the page. subjects: the adapters just measured, best first; the first one gets all its figures.
+    prompted: clips of the same prompt by the base and by the run's steps."""
 
     title: str
     facts: Mapping[str, str]
@@ -48,6 +49,7 @@ class Report:
     verdicts: Sequence[Verdict] = ()
     ranking: str = ""
     references: Sequence[Clip] = field(default_factory=list[Clip])
+    prompted: Mapping[str, Sequence[Clip]] = field(default_factory=dict[str, Sequence[Clip]])
 
 
 def write(path: Path, report: Report) -> None:
@@ -138,7 +140,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _players(report: Report) -> str:
     """Video players of the clips by subject; the clips are embedded in the page."""
-    groups = [("references", report.references), *((s.name, s.clips) for s in report.subjects)]
+    groups = [*report.prompted.items(), ("references", report.references)]
+    groups += [(s.name, s.clips) for s in report.subjects]
     body = ""
     for name, clips in groups:
         if clips:

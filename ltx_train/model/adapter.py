@@ -244,6 +244,19 @@ def set_strength(model: nn.Module, strength: float) -> None:
         layer.scaling[_NAME] *= strength
 
 
+@contextmanager
+def at_strength(model: nn.Module, strength: float) -> Generator[None]:
+    """`set_strength` within the context."""
+    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    before = [layer.scaling[_NAME] for layer in layers]
+    set_strength(model, strength)
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.scaling[_NAME] = scale
+
+
 def norm_ratios(model: nn.Module) -> dict[str, float]:
     """|dW| / |W| in Frobenius norms, the relative size of the adapter's update, by module group. The last entry, "", is
     the ratio over all targeted layers.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Cadence:
     """Intervals in optimizer steps. The last step logs, measures and saves in any case.
 
-    evaluate_every: 0 for a run that measures nothing (it has no `evaluate`). dead_after: from this step on, the run
+    evaluate_every: 0 for a run that measures nothing (it has no `evaluate`). generate_every: of clips of prompts, which
+    the start makes as well; 0 for a run without. dead_after: from this step on, the run
     reports adapter layers whose weights have not changed.
     """
 
@@ -17,6 +18,7 @@ class Cadence:
     log_every: int
     evaluate_every: int
     save_every: int
+    generate_every: int = 0
     dead_after: int = 20
 
     def logs(self, step: int) -> bool:
@@ -25,6 +27,9 @@ class Cadence:
 
     def measures(self, step: int) -> bool:
         return _due(step, self.evaluate_every) or self.is_last(step)
+
+    def generates(self, step: int) -> bool:
+        return self.generate_every > 0 and (step % self.generate_every == 0 or self.is_last(step))
 
     def saves(self, step: int) -> bool:
         return _due(step, self.save_every) or self.is_last(step)

@@ -39,13 +39,14 @@ Evaluate = Callable[[int], Mapping[str, float]]
 class Outside:
     """The services that the loop calls.
 
-    metrics: set on rank 0 only. profiler: records the first steps. restarts: starts by `supervise` before this one.
-
-    prepares_saves: whether the loop allocates host memory for saves after the first step (sliced states).
+    metrics: set on rank 0 only. generate: makes the clips of prompts. profiler: records the first steps. restarts:
+    starts by `supervise` before this one. prepares_saves: whether the loop allocates host memory for saves after the
+    first step (sliced states).
     """
 
     metrics: Metrics | None
     evaluate: Evaluate | None
+    generate: Evaluate | None
     writer: CheckpointWriter
     watchdog: Watchdog
     profiler: StepProfiler | None
@@ -70,6 +71,10 @@ class Edge(Callback):
         self._state.monitor.begin()
         if self._ranks.leads:
             self._progress = ConsoleProgress(self._cadence.steps, self._last_step)
+        if self._last_step == 0:
+            self._outside.watchdog.beat(patient=True)
+            with self._state.monitor.paused():
+                self._generate(0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._state.monitor.data_arrived()
@@ -104,6 +109,7 @@ class Edge(Callback):
         row = self._training_row() if cadence.logs(step) else {}
         with self._state.monitor.paused():
             heldout = self._evaluate(step)
+            row |= self._generate(step)
         better = self._state.early_stop.record(step, heldout)
         ended = self._state.early_stop.reason is not None
         if step == self._state.step.first_step + 1 and self._outside.prepares_saves:
@@ -137,6 +143,11 @@ class Edge(Callback):
         if self._outside.evaluate is None or not self._cadence.measures(step):
             return {}
         return self._outside.evaluate(step)
+
+    def _generate(self, step: int) -> Mapping[str, float]:
+        if self._outside.generate is None or not self._cadence.generates(step):
+            return {}
+        return self._outside.generate(step)
 
     def _report(self, step: int, row: Mapping[str, float]) -> None:
         if row and self._outside.metrics is not None and self._progress is not None:

@@ -78,7 +78,7 @@ TWINS = {
 }
 SIZES = {
     "model", "data", "run.experiment", "optim.steps", "optim.batch_size", "eval.interval", "eval.batch_size",
-    "checkpoint.interval", "sample.bucket", "sample.fps", "sample.steps", "sample.stg_blocks",
+    "checkpoint.interval", "eval.prompts", "sample.bucket", "sample.fps", "sample.steps", "sample.stg_blocks",
 }  # fmt: skip
 
 

@@ -113,7 +113,14 @@ def test_generated_clips_are_planned_for() -> None:
     """Their decoders take the place of a step's activations; of a step with few of them they add to the peak."""
     made = [
         config.compose_config(
-            ["experiment=talking_head_22b", "model.weights=random", "data.source=x", "data.root=y", f"eval.samples={n}"]
+            [
+                "experiment=talking_head_22b",
+                "model.weights=random",
+                "data.source=x",
+                "data.root=y",
+                f"eval.samples={n}",
+                "eval.prompts=null",
+            ]
         )
         for n in (0, 1)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ltx_train.config.schema.fields import MISSING, setting
 from ltx_train.updates.kinds import OPTIMIZERS
@@ -178,6 +179,10 @@ class EvalConfig:
     wrong_caption: bool = setting(True, "also measure under another clip's caption")
     attention: bool = setting(True, "also measure the attention on reference tokens")
     samples: int = setting(0, "held-out clips that are generated at each measurement", least=0)
+    prompts: Any = setting(None, "clips that are generated during training: a list of prompts, or a YAML file with one")
+    sample_interval: int = setting(
+        0, "optimizer steps between two generations of eval.prompts; 0: eval.interval", least=0
+    )
     patience: int = setting(0, "measurements without a better held-out loss that end the run; 0: never", least=0)
 
 

@@ -1,0 +1,106 @@
+"""The clips of `eval.prompts`: each is `sample` with some of its settings changed. Names and numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ltx_train.config.buckets import parse_bucket
+from ltx_train.config.schema import Config
+from ltx_train.config.settings import all_settings, check_value
+from ltx_train.contracts import ConfigError
+
+_KEYS = ("prompt", "negative_prompt", "seed", "bucket", "fps", "image", "audio", "reference_audio", "strength")
+_FILES = ("image", "audio", "reference_audio")
+# Pixels of a latent, and frames of a clip without a bucket of its own.
+_STEP, _FRAMES = 32, 73
+
+
+def prompted(config: Config) -> list[Config]:
+    """The configuration of each clip. ConfigError names the entry and the mend."""
+    return [_clip(config, entry, number) for number, entry in enumerate(_entries(config.eval.prompts), 1)]
+
+
+def absent_files(config: Config) -> Iterator[str]:
+    """Files that the clips are made with and that do not exist."""
+    for number, made in enumerate(prompted(config), 1):
+        for name in _FILES:
+            path = getattr(made.sample, name)
+            if path is not None and not Path(path).is_file():
+                yield f"eval.prompts, clip {number}: {name}={path}: there is no such file"
+
+
+def _entries(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    if isinstance(given, str):
+        given = _read(Path(given).expanduser())
+    if isinstance(given, ListConfig):
+        given = OmegaConf.to_container(given)
+    if not isinstance(given, list):
+        raise ConfigError("eval.prompts: a list is expected, or a YAML file with one, as [{prompt: a man says hello}]")
+    return given
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"eval.prompts={path} has YAML aliases, which may grow without bound: write them out")
+        return yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"eval.prompts={path} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _clip(config: Config, entry: Any, number: int) -> Config:
+    where = f"eval.prompts, clip {number}"
+    values = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: a text or a mapping is expected, as {{prompt: a man says hello, seed: 7}}")
+    strange = sorted(str(name) for name in values if name not in _KEYS)
+    if strange:
+        raise ConfigError(f"{where}: {strange[0]!r} is no setting of a clip: take {', '.join(_KEYS)}")
+    given = {**dict.fromkeys(_FILES), "bucket": _small(config), **values}
+    try:
+        sample: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.sample), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    made = replace(config, sample=sample)
+    for name in _KEYS:
+        try:
+            check_value(made, all_settings()[f"sample.{name}"])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    _refuse_large(made, where)
+    return made
+
+
+def _small(config: Config) -> str | None:
+    """Half the width and height of the first bucket, and at most 73 frames: clips that cost little."""
+    if not config.data.buckets:
+        return config.sample.bucket
+    bucket = parse_bucket(config.data.buckets[0])
+    width, height = (max(_STEP, side // 2 // _STEP * _STEP) for side in (bucket.width, bucket.height))
+    return f"{width}x{height}x{min(bucket.frames, _FRAMES)}"
+
+
+def _refuse_large(config: Config, where: str) -> None:
+    """A run's memory is planned for its buckets: a larger clip would not fit."""
+    chosen = config.sample.bucket
+    if chosen is None or not config.data.buckets:
+        return
+    tokens = max(_tokens(bucket) for bucket in config.data.buckets)
+    if _tokens(chosen) > tokens:
+        raise ConfigError(
+            f"{where}: bucket {chosen} is larger than those of data.buckets, which the run's memory is planned for"
+        )
+
+
+def _tokens(bucket: str) -> int:
+    return parse_bucket(bucket).video_tokens
