@@ -82,6 +82,7 @@ def _enter(stack: ExitStack, lock: FolderLock) -> None:
 def _settle(config: Config, folder: Path, world: int) -> _Settled:
     """Decides all settings that the configuration leaves open. Every check that can refuse a run happens here, before
     weights are loaded."""
+    config = configuration.written_out(config)
     root, index = open_checked(config)
     checkpoints = _usable_checkpoints(folder / "checkpoints")
     if checkpoints and config.run.resume == "never":

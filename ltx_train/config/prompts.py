@@ -27,6 +27,13 @@ def prompted(config: Config) -> list[Config]:
     return [_clip(config, entry, number) for number, entry in enumerate(_entries(config.eval.prompts), 1)]
 
 
+def written_out(config: Config) -> Config:
+    """With the entries of a file in its place: a run's folder needs no file beside it."""
+    if not isinstance(config.eval.prompts, str):
+        return config
+    return replace(config, eval=replace(config.eval, prompts=_entries(config.eval.prompts)))
+
+
 def absent_files(config: Config) -> Iterator[str]:
     """Files that the clips are made with and that do not exist."""
     for number, made in enumerate(prompted(config), 1):

@@ -34,7 +34,8 @@ def validate(config: Config) -> None:
     _validate_adapter(config)
     _validate_voices(config)
     _validate_measuring(config)
-    prompts.prompted(config)
+    if not isinstance(config.eval.prompts, str):  # a file is read by the command that needs it
+        prompts.prompted(config)
     _validate_noise(config)
     _validate_optimizer(config)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ltx_train.contracts import DataError
+from ltx_train.contracts import ConfigError, DataError
 from ltx_train.data.findings import Remark
 from ltx_train.data.footage.listening import library
 from ltx_train.data.prepare import measure
@@ -115,6 +115,8 @@ def _face(picture: Picture) -> Box | None:
 @cache
 def _detectors() -> tuple[Any, ...]:
     cv2 = library("cv2")
+    if not hasattr(cv2, "CascadeClassifier"):
+        raise ConfigError(f"OpenCV {cv2.__version__} brings no cascades for faces: pip install 'ltx-train[cut]'")
     return tuple(cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name)) for name in _CASCADES)
 
 
