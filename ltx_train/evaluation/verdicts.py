@@ -90,7 +90,7 @@ def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None, *, b
 
 
 def _gain(gain: Interval, loss: float) -> Verdict:
-    intro = f"Adapter on minus off: {_sized(gain, loss)}, of a loss of {loss:.4f}. "
+    intro = f"Adapter on minus off: {_sized(gain, loss)} without it, {loss:.4f}. "
     if math.isnan(gain.half):
         return Verdict(Kind.too_few_identities, intro + _ONE)
     if not gain.excludes_zero:
