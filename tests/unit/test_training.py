@@ -183,9 +183,12 @@ def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     progress = console.ConsoleProgress(4, 0)
     progress.advance(2)
-    progress.row(2, 4, {"train/loss": 1.25, "val/loss": 2.5, "perf/data_wait_s": 9.0})
+    progress.row(1, 4, {"train/loss": 1.75})
+    progress.row(2, 4, {"train/loss": 1.25, "val/loss": 2.5, "perf/data_wait_s": 9.0, "perf/step_s": 0.731})
     progress.close()
     shown = capsys.readouterr().err
+    assert "step 1/4  loss 1.75" in shown
+    assert ("0.731 s/step" in shown and " left" in shown) == terminal
     assert "step 2/4" in shown
     assert "1.25" in shown
     assert "val/loss 2.5" in shown

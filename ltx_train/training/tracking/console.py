@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ltx_train.training.tracking.sinks import Values
 
 
 class ConsoleProgress:
-    """A Rich progress bar on a terminal, one plain line per logged row elsewhere."""
+    """A Rich progress bar on a terminal, above it and elsewhere one line per logged row."""
 
     def __init__(self, total: int, first_step: int) -> None:
         self._bar = self._task = None
@@ -20,11 +21,12 @@ class ConsoleProgress:
                 TextColumn("fit"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[rate]}"),
+                _Left(),
                 TextColumn("{task.fields[loss]}"),
             )
             self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("fit", total=total, completed=first_step, loss="")
+            self._task = self._bar.add_task("fit", total=total, completed=first_step, loss="", rate="")
             self._bar.start()
 
     def advance(self, step: int) -> None:
@@ -36,14 +38,22 @@ class ConsoleProgress:
         if self._bar is not None and self._task is not None:
             if "train/loss" in values:
                 self._bar.update(self._task, loss=f"loss {values['train/loss']:.4g}")
-            if any(name.startswith("val/") for name in values):
-                self._bar.console.print(f"step {step}/{total}  {shown}", highlight=False)
+            if "perf/step_s" in values:
+                self._bar.update(self._task, rate=f"{values['perf/step_s']:.3g} s/step")
+            self._bar.console.print(f"step {step}/{total}  {shown}", highlight=False)
         else:
             print(f"step {step}/{total}  {shown}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class _Left(TimeRemainingColumn):
+    """The remaining time, named so."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) + Text(" left")
 
 
 _SHOWN = (
