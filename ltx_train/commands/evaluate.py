@@ -15,6 +15,7 @@ from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config
 from ltx_train.contracts import Exit
 from ltx_train.evaluation import alike, ranking, report, verdicts
+from ltx_train.evaluation.ranking import Ranking
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.model import adapter
 from ltx_train.training.checkpoints.commit import Checkpoint
@@ -46,12 +47,13 @@ def run(config: Config) -> int:
     values = measurement.summary(rows, masses)
     page = folder / "report.html"
     metrics = read_rows(folder / "metrics.jsonl")
-    listed = ranking.table(ranking.ranked([*metrics, {"step": checkpoint.step, **values}], folder))
+    listed = ranking.ranked([*metrics, {"step": checkpoint.step, **values}], folder)
     report.write(
         page,
         Report(
             title=f"{folder.parent.name}/{folder.name}", facts=_facts(config, checkpoint, folder), metrics=metrics,
             subjects=[subject], grid=measurement.grid, verdicts=conclusions, ranking=listed,
+            commands=_commands(listed, folder),
             references=previews.references(folder / "samples" / "references"),
             prompted=prompted_clips.of_run(trained_with, folder),
         ),
@@ -77,6 +79,14 @@ def _record(config: Config, folder: Path, values: dict[str, float], page: Path, 
     for name, value in values.items():
         if name != alike.MEASURED_ON:
             print(f"{name:<32}{value:+.5f}")
+
+
+def _commands(listed: Ranking, folder: Path) -> list[str]:
+    """Commands for the best step whose adapter is kept."""
+    best = next((e for e in listed.entries if e.kept is not None and e.kept.suffix == ".safetensors"), None)
+    if best is None:
+        return []
+    return [f"ltx-train export {folder} export.step={best.step}", sample_command(best.kept)]
 
 
 def _facts(config: Config, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:

@@ -5,9 +5,6 @@ Owns how numbers are drawn; means over identities have 95 % intervals.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from ltx_train.evaluation import alike
+from ltx_train.evaluation import alike, sheet
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import (
     ARMS,
@@ -220,12 +217,5 @@ def _dress(axis: Any, x: str, y: str) -> None:
 
 
 def _picture(figure: Any, description: str) -> str:
-    buffer = io.BytesIO()
     figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=130)
-    pyplot.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = html.escape(description)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    return sheet.picture(figure, description)

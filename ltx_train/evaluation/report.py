@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ltx_train import durable
 from ltx_train.contracts import Clip
-from ltx_train.evaluation import plots
+from ltx_train.evaluation import plots, sheet
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.history import Measured, difference, of_rows
+from ltx_train.evaluation.ranking import Entry, Ranking
 from ltx_train.evaluation.rows import ARMS, BASE, CORRECT, OFF, WRONG, Grid, Row, gained, has, mean, paired
 from ltx_train.evaluation.statistics import Interval
 from ltx_train.evaluation.verdicts import Verdict
@@ -39,7 +40,7 @@ class Subject:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Contents of the page. subjects: the adapters just measured, best first; the first one gets all its figures.
-    prompted: clips of the same prompt by the base and by the run's steps."""
+    prompted: clips of the same prompt by the base and by the run's steps. commands: what to do with the best step."""
 
     title: str
     facts: Mapping[str, str]
@@ -47,7 +48,8 @@ class Report:
     subjects: Sequence[Subject]
     grid: Grid
     verdicts: Sequence[Verdict] = ()
-    ranking: str = ""
+    ranking: Ranking | None = None
+    commands: Sequence[str] = ()
     references: Sequence[Clip] = field(default_factory=list[Clip])
     prompted: Mapping[str, Sequence[Clip]] = field(default_factory=dict[str, Sequence[Clip]])
 
@@ -59,16 +61,15 @@ def write(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as HTML text."""
-    sections = [_verdicts(report.verdicts), _facts(report.facts)]
+    sections = [_players(report), _verdicts(report.verdicts), _facts(report.facts)]
     if len(report.subjects) > 1:
         sections.append(_compared(report))
     sections += [_section("Curves", plots.curves(report.metrics), plots.levels_of_training(report.metrics))]
-    if report.ranking:
-        sections.append(f"<h2>Checkpoints</h2><pre>{html.escape(report.ranking)}</pre>")
+    if report.ranking is not None and report.ranking.entries:
+        sections.append(_checkpoints(report.ranking, report.commands))
     if report.subjects and report.subjects[0].rows:
         sections += _details(report.subjects[0], many=len(report.subjects) > 1)
-    sections.append(_players(report))
-    return _PAGE.format(title=html.escape(report.title), body="\n".join(s for s in sections if s))
+    return sheet.page(report.title, "\n".join(s for s in sections if s))
 
 
 def _details(subject: Subject, *, many: bool) -> list[str]:
@@ -122,6 +123,31 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
     return f"<h2>Verdicts</h2>{sentences}"
 
 
+def _checkpoints(ranking: Ranking, commands: Sequence[str]) -> str:
+    """The steps by held-out loss, the best one marked, and what was measured on something else apart."""
+    head = "".join(f"<th>{n}</th>" for n in ("step", "held-out loss, 95 %", "on minus off", "gained gap", "kept"))
+    tables = [f"<table><tr>{head}</tr>{_entries(ranking.entries, marked=True)}</table>"]
+    if commands:
+        tables.append(f"<p>The best step:</p><pre>{html.escape(chr(10).join(commands))}</pre>")
+    for described, entries in ranking.apart.items():
+        title = f"<p>{html.escape(described)}, not comparable with these:</p>"
+        tables.append(f"{title}<table><tr>{head}</tr>{_entries(entries, marked=False)}</table>")
+    return _section("Checkpoints", *tables)
+
+
+def _entries(entries: Sequence[Entry], *, marked: bool) -> str:
+    body = ""
+    for number, entry in enumerate(entries):
+        gap = "" if entry.gap is None else f"{entry.gap:+.4f}{'' if entry.gained else ' (with the base)'}"
+        cells = [
+            str(entry.step), Interval(entry.loss, entry.half, 0).plain,
+            "" if entry.gain is None else f"{entry.gain:+.4f}", gap, entry.kept.name if entry.kept else "",
+        ]  # fmt: skip
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        body += f"<tr{' class=best' if marked and not number else ''}>{row}</tr>"
+    return body
+
+
 def _facts(facts: Mapping[str, str]) -> str:
     cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     return f"<h2>The run</h2><table>{cells}</table>"
@@ -159,19 +185,3 @@ def _player(clip: Clip) -> str:
 def _section(title: str, *parts: str) -> str:
     body = "".join(parts)
     return f"<h2>{title}</h2>{body}" if body else ""
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }}
-h3 {{ font-size: 1rem; }} table {{ border-collapse: collapse; font-size: 0.9rem; }}
-th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; }} pre {{ overflow-x: auto; }}
-img {{ max-width: 100%; }} figure {{ margin: 0.5rem 0; }} figcaption {{ font-size: 0.8rem; color: #666; }}
-.clips {{ display: flex; flex-wrap: wrap; gap: 1rem; }} video {{ width: 16rem; background: #eee; }}
-.verdict {{ background: #f3f6f7; padding: 0.5rem 0.8rem; border-left: 4px solid #1f6f8b; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""

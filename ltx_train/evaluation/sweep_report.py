@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ltx_train import durable
+from ltx_train.evaluation import sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
 def render(title: str, trials: Sequence[Trial]) -> str:
     ranked = sorted(trials, key=lambda t: (t.value is None, t.value or 0.0, t.number))
     plots = [_parallel(ranked), _courses(trials)] if any(t.value is not None for t in trials) else []
-    return _PAGE.format(title=html.escape(title), body="\n".join([*plots, _table(ranked)]))
+    return sheet.page(title, "\n".join([*plots, _table(ranked)]))
 
 
 def _table(ranked: Sequence[Trial]) -> str:
@@ -71,7 +70,7 @@ def _parallel(ranked: Sequence[Trial]) -> str:
         axes.annotate(_short(high), (x, 1.04), ha="center", fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(-0.15, 1.12)
-    return f"<h2>Settings and what they gave</h2>{_image(figure)}"
+    return f"<h2>Settings and what they gave</h2>{sheet.picture(figure)}"
 
 
 def _courses(trials: Sequence[Trial]) -> str:
@@ -84,7 +83,7 @@ def _courses(trials: Sequence[Trial]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.legend(title="trial", fontsize=7, ncols=4)
-    return f"<h2>Held-out loss by step; dotted: pruned or failed</h2>{_image(figure)}"
+    return f"<h2>Held-out loss by step; dotted: pruned or failed</h2>{sheet.picture(figure)}"
 
 
 def _height(value: Any, column: Sequence[Any]) -> float:
@@ -104,17 +103,3 @@ def _height(value: Any, column: Sequence[Any]) -> float:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _image(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-img{{max-width:100%}}table{{border-collapse:collapse}}
-td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}}
-</style><h1>{title}</h1>{body}</html>"""

@@ -160,7 +160,7 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
     assert [after[n] for n in names] == [during[n] for n in names]
     page = (run / "report.html").read_text()
     assert "Gained gap: " in page
-    assert page.count("data:image/png") == 6
+    assert page.count("data:image/svg") == 6
 
 
 def test_every_metric_is_documented(trained: tuple[Path, list[str]]) -> None:

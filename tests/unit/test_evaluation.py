@@ -10,7 +10,7 @@ import torch
 
 from ltx_train.contracts import Clip, Condition, ConditionKind, Mode
 from ltx_train.data import index
-from ltx_train.evaluation import heldout, report, verdicts
+from ltx_train.evaluation import heldout, ranking, report, verdicts
 from ltx_train.evaluation.attention_mass import Mass
 from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, WRONG, Grid, Row, gained, paired, summary
 from ltx_train.evaluation.statistics import by_identity
@@ -151,13 +151,36 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     )
     report.write(tmp_path / "r.html", shown)
     page = (tmp_path / "r.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/svg+xml;base64,") == 5
     assert 'src="data:video/mp4;base64,' in page
+    assert page.index("data:video/mp4") < page.index("used &amp; seen") < page.index("data:image/svg"), "clips on top"
+    for wanted in ('name="viewport"', "prefers-color-scheme: dark", "@media print"):
+        assert wanted in page
+    assert report.render(shown) == page, "equal figures"
     assert "a: &lt;hello&gt;" in page
     assert "used &amp; seen" in page
     assert "a &lt;title&gt;" in page
     assert "&lt;v&gt;" in page
     assert "http" not in page.replace('charset="utf-8"', "")
+
+
+def test_checkpoints_are_a_table_with_the_best_marked(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters/step-000020.safetensors").write_bytes(b"x")
+    few = {"val/measured_on": 2.0, "val/clips": 3.0, "val/levels": 1.0}
+    listed = ranking.ranked(
+        [{"step": 10, "val/loss": 2.0}, {"step": 20, "val/loss": 1.5, "val/gained_gap": -0.25, "val/loss_ci95": 0.1},
+         {"step": 20, "val/loss": 0.5, **few}], tmp_path,
+    )  # fmt: skip
+    shown = report.Report(
+        title="t", facts={}, metrics=[], subjects=[], grid=Grid((), (0.5,)), ranking=listed,
+        commands=["ltx-train export <run>"],
+    )  # fmt: skip
+    page = report.render(shown)
+    assert page.count("class=best") == 1
+    assert "<tr class=best><td>20</td><td>1.5000 ± 0.1000</td><td></td><td>-0.2500</td>" in page
+    assert page.index("<td>10</td>") < page.index("ltx-train export &lt;run&gt;") < page.index("3 clips x 1 levels")
+    assert "nan" not in page
 
 
 @pytest.mark.parametrize(
