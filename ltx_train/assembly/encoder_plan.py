@@ -52,7 +52,7 @@ def sizes(config: Config, bucket: Bucket | None = None) -> EncoderSizes:
     buckets = [bucket] if bucket else resolve.buckets(config) or [sample_bucket(config)]
     video = max(buckets, key=lambda b: b.width * b.height * b.frames)
     tensors = [] if folder is None else _tensor_sizes(Path(folder))
-    modules = loaders.weights_of_encoders(source, from_config.dtype(config).itemsize)
+    modules = model_source.encoder_weights(config, from_config.dtype(config).itemsize)
     return EncoderSizes(
         text_gib=sum(tensors) / GIB, largest_text_gib=max(tensors, default=0) / GIB, states_gib=states / GIB,
         connectors_gib=modules.connectors / GIB, video_vae_gib=modules.video_vae / GIB,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ltx_train.config import Config
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSource
-from ltx_train.model.loaders import build_transformer
+from ltx_train.model.loaders import EncoderWeights, build_transformer, weights_of_encoders
 from ltx_train.model.merged import MergedSource
 from ltx_train.model.transformer import Transformer
 
@@ -33,6 +33,17 @@ def skeleton(config: Config) -> Transformer:
     preset = config.model.preset
     path = config.model.path if config.model.weights == "file" else None
     return _skeleton(path, _stamp(path) if path else (0, 0), preset)
+
+
+def encoder_weights(config: Config, dtype_bytes: int) -> EncoderWeights:
+    """Bytes of the encoders' weights. Counted once: the search for what fits needs them for each candidate."""
+    path = config.model.path if config.model.weights == "file" else None
+    return _encoder_weights(path, _stamp(path) if path else (0, 0), config.model.preset, dtype_bytes)
+
+
+@lru_cache(maxsize=4)
+def _encoder_weights(path: str | None, stamp: tuple[int, int], preset: str, dtype_bytes: int) -> EncoderWeights:
+    return weights_of_encoders(_opened(path, stamp) if path else RandomWeights(preset), dtype_bytes)
 
 
 @lru_cache(maxsize=4)
