@@ -157,18 +157,28 @@ def _wait_for_all(children: list[BaseProcess], received: set[int]) -> int:
     """Waits for all processes. Once one has failed, the others have some seconds to end before they are signalled."""
     failed_at, code = 0.0, 0
     while any(child.is_alive() for child in children):
-        ended = {rank: child.exitcode for rank, child in enumerate(children) if child.exitcode}
-        if ended and not failed_at:
-            # A killed process is the cause, and others that lost the connection to it are not: negative codes first.
-            rank = min(ended, key=lambda r: ended[r])
-            failed_at, code = time.monotonic(), shell_code(ended[rank])
-            if ended[rank] < 0 and -ended[rank] not in received:
-                _report_killed(rank, -ended[rank])
+        if not failed_at:
+            code = _first_failure(children, received)
+            failed_at = time.monotonic() if code else 0.0
         waited = time.monotonic() - failed_at if failed_at else 0.0
         if waited > _GRACE_S:
             _signal(children, signal.SIGKILL if waited > _GRACE_S + _KILL_S else signal.SIGTERM)
         time.sleep(0.05)
-    return code or next((shell_code(c.exitcode) for c in children if c.exitcode), 0)
+    return code or _first_failure(children, received)  # all may have ended between two looks
+
+
+def _first_failure(children: list[BaseProcess], received: set[int]) -> int:
+    """The exit code of the process that failed for the others, 0 without one; a killed one is named.
+
+    A killed process is the cause, and others that lost the connection to it are not: negative codes first.
+    """
+    ended = {rank: child.exitcode for rank, child in enumerate(children) if child.exitcode}
+    if not ended:
+        return 0
+    rank = min(ended, key=lambda r: ended[r])
+    if ended[rank] < 0 and -ended[rank] not in received:
+        _report_killed(rank, -ended[rank])
+    return shell_code(ended[rank])
 
 
 def _report_killed(rank: int, number: int) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Generator
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -129,3 +131,16 @@ def test_a_signal_in_a_childs_first_moment_is_a_preemption(monkeypatch: pytest.M
     child.start()
     child.join()
     assert child.exitcode == Exit.PREEMPTED
+
+
+@pytest.mark.parametrize("seen_alive", [0, 1])
+def test_a_killed_rank_is_the_cause_also_when_all_end_at_once(
+    seen_alive: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 lost its connection to the killed rank 1, and both have ended by the next look."""
+    looks = iter([True] * seen_alive + [False] * 9)
+    children: Any = [
+        SimpleNamespace(exitcode=code, is_alive=lambda: next(looks), pid=None) for code in (1, -signal.SIGKILL)
+    ]
+    assert processes._wait_for_all(children, set()) == 128 + signal.SIGKILL
+    assert capsys.readouterr().err.count("rank 1 was killed by SIGKILL") == 1
