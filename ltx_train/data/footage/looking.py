@@ -1,6 +1,6 @@
 """What a clip shows: faces by OpenCV's cascades, texts by RapidOCR (the extra `cut`), black and still pictures.
 
-Owns the thresholds of what is worth a word about a clip that was cut.
+Owns the thresholds of the findings about a clip that was cut.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ Picture = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 BLACK, STILL, TEXT, NO_FACE = "black", "still", "text", "no face"
 KINDS = (BLACK, STILL, TEXT, NO_FACE)
-# Pictures of a clip that faces and texts are looked for in, and the longer side that they are reduced to.
+# Number of pictures of a clip that are searched for faces and texts, and the longer side that they are reduced to.
 _PICTURES, _SIDE = 5, 1280
 # The height of the pictures that are compared with each other.
 _SMALL = 180
-# A text counts that is read with this confidence and has so many letters: stars and stripes are read too. Texts have to
-# cover this share of the picture.
+# Least confidence and least number of letters of a recognised text: stars and stripes give texts without letters. Least
+# share of the picture that the texts of a picture cover together.
 _READ, _LETTERS, _COVERED = 0.8, 3, 0.01
-# "alt2" takes the Earth for no face; "default" does.
+# The cascade "default" detects a face in pictures of the Earth; "alt2" does not.
 _CASCADES = ("haarcascade_frontalface_alt2.xml", "haarcascade_profileface.xml")
-# A face's shorter side is at least this share of the picture's height. What the cascade finds fewer than so many times
-# at one place is no face.
+# Least side of a face, as a share of the picture's height. Least number of overlapping detections for a face.
 _SMALLEST_FACE, _TIMES = 0.06, 6
 
 
@@ -64,7 +63,7 @@ def look(path: Path) -> Looks:
 
 
 def remarks(looks: Looks) -> list[Remark]:
-    """What is worth a word, each of `KINDS` at most once."""
+    """The findings, each of `KINDS` at most once."""
     if looks.black > 0.1:
         return [Remark(BLACK, f"{100 * looks.black:.0f} % of the pictures are black")]
     found = [Remark(STILL, "the picture stands still")] if looks.still > 0.98 else []
@@ -102,7 +101,7 @@ def _face(picture: Picture) -> Box | None:
     height, width = grey.shape
     smallest = max(24, round(_SMALLEST_FACE * height))
     for detector in _detectors():
-        # Profiles are known from one side alone.
+        # The profile cascade detects one side of a face; the mirrored picture shows the other.
         for mirrored, image in ((False, grey), (True, np.ascontiguousarray(grey[:, ::-1]))):
             found = detector.detectMultiScale(image, 1.1, _TIMES, minSize=(smallest, smallest))
             if len(found):
@@ -121,7 +120,7 @@ def _detectors() -> tuple[Any, ...]:
 
 
 def _has_text(picture: Picture) -> bool:
-    read = _reader()(picture[..., ::-1], use_cls=False)  # it wants BGR
+    read = _reader()(picture[..., ::-1], use_cls=False)  # RapidOCR expects BGR
     if read.boxes is None:
         return False
     found = zip(read.boxes, read.scores, read.txts, strict=True)

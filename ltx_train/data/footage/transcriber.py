@@ -1,4 +1,4 @@
-"""What is said in a clip, by a speech model of transformers on this machine: Whisper, wav2vec 2.0 and others."""
+"""Transcripts of clips by a local speech-recognition model of transformers: Whisper, wav2vec 2.0 and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ltx_train.contracts import ConfigError
 
 RATE = 16000
-# Whisper hears so much at once; longer sounds are read in parts that overlap.
+# Length of Whisper's input. Longer sounds are transcribed in overlapping parts.
 _PART_S = 30
 
 
@@ -31,7 +31,7 @@ class Transcriber:
 
     def text(self, mono: Tensor) -> str:
         """The words in a sound, (T,) at 16 kHz, as one line."""
-        heard = {"raw": mono.numpy(), "sampling_rate": RATE}
-        # Cutting into parts loses the last sounds of models that read letters frame by frame.
+        sound = {"raw": mono.numpy(), "sampling_rate": RATE}
+        # With parts, CTC models lose the last frames of a sound.
         parts = {"chunk_length_s": _PART_S} if len(mono) > _PART_S * RATE else {}
-        return " ".join(str(self._pipeline(heard, **parts)["text"]).split())
+        return " ".join(str(self._pipeline(sound, **parts)["text"]).split())
