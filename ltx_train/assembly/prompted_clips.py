@@ -81,14 +81,14 @@ class PromptedClips:
 
 
 def of_run(config: Config, folder: Path) -> dict[str, list[Clip]]:
-    """The clips that a run has generated so far, by prompt: the base's first, then those of its steps."""
+    """The clips that a run has generated so far, by prompt and seed: the base's first, then those of its steps."""
     found: dict[str, list[Clip]] = {}
     root = folder / "samples" / "prompts"
     for number, made in enumerate(configuration.prompted(config)):
         paths = [path for name in sorted(root.glob("*")) if (path := _path(name, number)).is_file()]
         clips = [Clip(path.parent.name.replace("step-", "step "), path) for path in paths]
         if clips:
-            found[made.sample.prompt or "without a prompt"] = clips
+            found[f"{made.sample.prompt} (clip {number + 1}, seed {made.sample.seed})"] = clips
     return found
 
 

@@ -27,12 +27,15 @@ def study() -> ModuleType:
     return made
 
 
-@pytest.mark.slow
-def test_a_copy_is_called_one_after_a_short_training(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _few_people(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "IDENTITIES", 24)
     monkeypatch.setattr(study, "HELDOUT", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_few_people")
+def test_a_copy_is_called_one_after_a_short_training(study: ModuleType, tmp_path: Path) -> None:
     found = {}
     for name in ("reference is target", "decoration"):
         case = next(c for c in study.CASES if c.name == name)
@@ -45,11 +48,10 @@ def test_a_copy_is_called_one_after_a_short_training(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_people")
 def test_what_an_adapter_gained_is_what_the_models_differ_by(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "IDENTITIES", 24)
-    monkeypatch.setattr(study, "HELDOUT", 6)
     plain = study.settings
     few = ("optim.steps=3", "optim.batch_size=4", "optim.warmup=0", "eval.sigmas=[0.3,0.9]")
     monkeypatch.setattr(study, "LEVELS", (0.3, 0.9))
