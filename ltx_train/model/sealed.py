@@ -1,7 +1,8 @@
 """safetensors files that hold the SHA-256 of their own content, so that a flipped bit in them is found.
 
 The digest covers names, dtypes, shapes and bytes of the tensors and all other metadata. It lies in the metadata, which
-readers of safetensors ignore.
+readers of safetensors ignore. A mark beside it names the digest: a flipped bit in the digest's own name would otherwise
+make the file look like one of another program, which has none.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 from ltx_train.contracts import DataError
 
 DIGEST = "content_sha256"
+_MARK = "sealed_by"
 
 
 def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with the digest of the content."""
-    return {**metadata, DIGEST: _digest(tensors, metadata)}
+    """The metadata with the mark and the digest of the content."""
+    marked = {**metadata, _MARK: DIGEST}
+    return {**marked, DIGEST: _digest(tensors, marked)}
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -55,7 +58,9 @@ def _ordered(data: bytes) -> bytes:
 
 
 def verify(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """DataError when the content does not have its digest. Files of other programs have none."""
+    """DataError when the content does not have its digest. Files of other programs have none, and no mark."""
+    if _MARK in metadata and DIGEST not in metadata:
+        raise DataError("it has lost the digest of its content: the file is damaged")
     own = {name: value for name, value in metadata.items() if name != DIGEST}
     if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, own):
         raise DataError("its content does not match its digest: the file is damaged")
