@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 LTX := $(BIN)/ltx-train
+VOICE := data/sample/speaker03_0.mp4
+PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio: $(VOICE)}, {prompt: a person is speaking, seed: 2}]
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
@@ -29,12 +31,12 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	$(LTX) check experiment=audio_reference data.root=$(DEMO)/data check.previews=2
 	$(LTX) fit experiment=tiny_base run.root=$(DEMO) data.root=$(DEMO)/data
 	$(LTX) export experiment=tiny_base run.root=$(DEMO) data.root=$(DEMO)/data export.out=$(DEMO)/base.safetensors
-	$(LTX) fit $(REFERENCE)
+	$(LTX) fit $(REFERENCE) '$(PROMPTS)'
 	$(LTX) evaluate $(REFERENCE)
 	$(LTX) export $(REFERENCE) export.out=$(DEMO)/voice.safetensors
 	$(LTX) inspect $(REFERENCE) inspect.file=$(DEMO)/voice.safetensors inspect.run=$(DEMO)/audio_reference/main
 	$(LTX) sample $(REFERENCE) sample.adapter=$(DEMO)/voice.safetensors sample.strength=1.0 \
-	  sample.reference_audio=data/sample/speaker03_0.mp4 sample.out=$(DEMO)/voice.mp4
+	  sample.reference_audio=$(VOICE) sample.out=$(DEMO)/voice.mp4
 	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
 
 study: setup ## tests the verdicts on seven cases whose truth is known: docs/study.md

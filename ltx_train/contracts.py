@@ -272,7 +272,14 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A generated clip for playback: an mp4 with video, sound or both, and its caption."""
+    """A generated clip for playback: an mp4 with video, sound or both, and its caption. place: names the clip among
+    those of its run, the same at each step."""
 
     caption: str
     path: Path
+    place: str = ""
+
+    @property
+    def poster(self) -> Path:
+        """Where the clip's first picture lies, if it has one."""
+        return self.path.with_suffix(".jpg")

@@ -38,7 +38,8 @@ from ltx_train.data.prepare import pack
 from ltx_train.data.reader import AUDIO, AUDIO_CONTEXT, REFERENCE, VIDEO_CONTEXT, VOICE
 from ltx_train.data.record import Record
 from ltx_train.evaluation import attention_mass, verdicts
-from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, OFF, WRONG, Row, differences, gained, has, paired
+from ltx_train.evaluation.heldout import Neutral
+from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, NEUTRAL, OFF, WRONG, Row, differences, gained, has, paired
 from ltx_train.evaluation.statistics import Interval, by_identity
 from ltx_train.evaluation.verdicts import Kind
 from ltx_train.model import adapter, export
@@ -111,6 +112,12 @@ def clip(case: Case, who: str, number: int, seed: int) -> tuple[dict[str, Tensor
     return tensors, told.expand(TEXT, -1).clone()
 
 
+def neutral(config: Config) -> Neutral:
+    """A reference of zeros, which every identity's numbers are centred on: the silence of this data."""
+    lengths = (1, 4, 33)  # a reference that is its own target is as long as that
+    return {(c.name, (2, n, 16)): torch.zeros(2, n, 16) for c in config.mode.references for n in lengths}
+
+
 def prepared(case: Case, seed: int, root: Path) -> Index:
     """A prepared folder, as `prepare` would leave it."""
     items: dict[str, bytes] = {}
@@ -163,7 +170,7 @@ def settings(root: Path, runs: Path, name: str, seed: int, *more: str) -> Config
         "optim.lr=3e-3", "optim.final_lr=1e-4", "optim.schedule=cosine", "optim.warmup=20", "optim.steps=700",
         "optim.batch_size=32", "memory=none", "logger=local", "logger.every=50", "checkpoint.interval=700",
         "eval.interval=0", "eval.quantiles=0", f"eval.sigmas=[{','.join(map(str, LEVELS))}]",
-        "eval.batch_size=96", "eval.wrong_references=3", *more,
+        "eval.batch_size=96", "eval.wrong_references=3", "eval.strengths=[0.5,1.5]", *more,
     ]  # fmt: skip
     # The last value of a setting counts; a group cannot be given twice.
     made = configuration.compose_config([*{word.partition("=")[0]: word for word in overrides}.values()])
@@ -184,14 +191,16 @@ def trained(case: Case, seed: int, place: Path, *more: str, name: str = "") -> t
         run_builder.train(run, RunStart(folder=folder, root=root, index=made, checkpoint=None), watchdog)
     transformer = model_builder.open_trainable(run)
     adapter.load_state(transformer, commit.load(commit.committed(folder / "checkpoints")[-1]).weights)
-    measurement = Measurement(run, root, made)
+    measurement = Measurement(setup=run, root=root, index=made, neutral=neutral(run.config))
     rows = measurement.rows(transformer)
     likeness = measurement.likeness()
     found = verdicts.of_rows(rows, measurement.grid, likeness)[-1]
     gap, dropped = paired(rows, CORRECT, WRONG), paired(rows, CORRECT, DROPPED)
-    own: dict[str, object] = {}
+    own: dict[str, object] = {"gap_neutral": asdict(paired(rows, CORRECT, NEUTRAL))}
     if has(rows, BASE):
-        own = {"gained": asdict(gained(rows, WRONG)), "base_gap": asdict(paired(rows, BASE, OFF[WRONG]))}
+        own |= {"gained": asdict(gained(rows, WRONG)), "base_gap": asdict(paired(rows, BASE, OFF[WRONG]))}
+        by_strength = measurement.by_strength(transformer, rows)
+        own["gained_by_strength"] = {s: asdict(gained(some, WRONG)) for s, some in by_strength.items()}
     by_level: dict[float, object] = {}
     for s in LEVELS:
         some = [r for r in rows if r.sigma == s]
@@ -246,7 +255,7 @@ def on_a_base(place: Path, seed: int) -> list[dict[str, object]]:
 
 def gap_alone(place: Path, seed: int, *more: str) -> Interval:
     run = setup(memory_plan.settle(settings(place / "data", place / "runs", "alone", seed, *more))[0])
-    measurement = Measurement(run, place / "data", index.load(place / "data"))
+    measurement = Measurement(setup=run, root=place / "data", index=index.load(place / "data"))
     return paired(measurement.rows(model_builder.open_frozen(run), with_base=False), CORRECT, WRONG)
 
 
@@ -277,17 +286,23 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _cell(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:+.4f} ± {interval['half']:.4f}"
+
+
 def page(results: list[dict[str, Any]], seconds: int, path: Path) -> None:
     """Writes the table into the page, between its marks."""
     lines = [
         f"{len(results)} trainings in {seconds} s on one core.", "",
-        "| data | seed | verdict | gap, 95 % | against none | likeness |", "|---|---|---|---|---|---|",
+        "| data | seed | verdict | gap, 95 % | against none | against a neutral one | likeness |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     changes: list[str] = []
     gains: list[str] = []
+    sweeps: list[str] = []
     for record in results:
-        gap, dropped, likeness = (record[k] for k in ("gap", "gap_dropped", "likeness"))
-        cells = [f"{v['mean']:+.4f} ± {v['half']:.4f}" for v in (gap, dropped)]  # type: ignore[index]
+        likeness = record["likeness"]
+        cells = [_cell(record[name]) for name in ("gap", "gap_dropped", "gap_neutral")]
         lines.append(
             f"| {record['case']} | {record['seed']} | `{record['found']}` | {' | '.join(cells)} | {likeness:+.2f} |"
         )
@@ -299,6 +314,8 @@ def page(results: list[dict[str, Any]], seconds: int, path: Path) -> None:
             numbers = [f"{v['mean']:+.4f} ± {v['half']:.4f}" for v in (own, base)]
             alone = record["alone"][1]["mean"] - record["alone"][0]["mean"]
             gains.append(f"| {record['case']} | {record['seed']} | {' | '.join(numbers)} | {alone:+.4f} |")
+            swept = " | ".join(_cell(interval) for interval in record["gained_by_strength"].values())
+            sweeps.append(f"| {record['case']} | {record['seed']} | {swept} |")
     lines += ["", "Change of the gap by training at higher noise levels, paired by identity:", ""]
     lines += ["| seed | change, 95 % |", "|---|---|", *changes, ""]
     lines += ["What adapters gained on a base that reads half of an identity:", ""]
@@ -306,6 +323,12 @@ def page(results: list[dict[str, Any]], seconds: int, path: Path) -> None:
         "| data | seed | gained gap, 95 % | the base's own gap | gained share |",
         "|---|---|---|---|---|",
         *gains,
+        "",
+        "The gained gap by the adapter's strength:",
+        "",
+        "| data | seed | 0 | 0.5 | 1 | 1.5 |",
+        "|---|---|---|---|---|---|",
+        *sweeps,
         "",
     ]
     before, _, rest = path.read_text().partition(_MARKS[0])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltx_train import terminal
 from ltx_train.assembly import encoder_builder, from_config, resolve
 from ltx_train.config import Config
 from ltx_train.contracts import DataError
@@ -46,7 +47,7 @@ def cards(config: Config, root: Path, index: Index) -> Iterator[Card]:
     decoder = None
     reader = Reader(root, index, seed=0)
     ordered = sorted(index.records, key=lambda record: record.key not in shown)
-    for record in (record for record in ordered if record.key in listed):
+    for record in terminal.each("drawing", [record for record in ordered if record.key in listed]):
         told = findings.of_record(record)
         if record.key not in shown:
             yield Card(record=record, remarks=told)

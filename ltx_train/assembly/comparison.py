@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ltx_train import config as configuration
-from ltx_train.assembly import from_config, model_builder, model_source
+from ltx_train.assembly import from_config, model_builder, model_source, neutral_references, planned_clips, run_clips
 from ltx_train.assembly.checked_data import open_heldout
 from ltx_train.assembly.heldout_measurement import Measurement
-from ltx_train.assembly.previews import Previews
+from ltx_train.assembly.run_clips import RunClips
 from ltx_train.assembly.setup import Setup, forward_only
 from ltx_train.config import Config, ConfigError
 from ltx_train.contracts import DataError
@@ -51,14 +51,13 @@ def compare(config: Config) -> tuple[Path, Path]:
     setup = forward_only(configuration.continued(_with_run_settings(config, folder), None, 1))
     config = setup.config
     root, index = open_heldout(config)
-    transformer = model_builder.open_frozen(setup)
-    arms = _Arms(
-        setup=setup,
-        transformer=transformer,
-        measurement=Measurement(setup, root, index),
-        previews=Previews(setup, root, index),
-        folder=folder,
+    samples = folder / "samples" / "comparison"
+    clips = RunClips(setup, samples, planned_clips.of_heldout(setup, root, index)) if config.eval.samples else None
+    measurement = Measurement(
+        setup=setup, root=root, index=index, neutral=neutral_references.of_heldout(setup, root, index)
     )
+    transformer = model_builder.open_frozen(setup)
+    arms = _Arms(setup=setup, transformer=transformer, measurement=measurement, clips=clips)
     base = arms.base()
     subjects: list[tuple[Subject, Candidate]] = []
     for number, candidate in enumerate(listed, 1):
@@ -77,7 +76,7 @@ def compare(config: Config) -> tuple[Path, Path]:
         title="comparison", facts=facts, metrics=read_rows(folder / "metrics.jsonl"), subjects=[*ranked, base],
         grid=grid,
         verdicts=verdicts.of_rows(ranked[0].rows, grid, arms.measurement.likeness(), by_clip=index.by_clip),
-        references=arms.previews.references(folder / "samples" / "references"),
+        clips=run_clips.found(samples),
     )  # fmt: skip
     report.write(page, content)
     for subject in ranked:
@@ -162,17 +161,15 @@ class _Arms:
     setup: Setup
     transformer: Transformer
     measurement: Measurement
-    previews: Previews
-    folder: Path
+    clips: RunClips | None
 
     def base(self) -> Subject:
-        rows = self.measurement.rows(self.transformer, with_base=False)
-        return Subject(
-            name="base", step=None, rows=rows, clips=self.previews.generate(self.transformer, self._samples("base"))
-        )
+        if self.clips is not None:
+            self.clips.generate(self.transformer, run_clips.BASE, run_clips.BASE)
+        return Subject(name="base", step=None, rows=self.measurement.rows(self.transformer, with_base=False))
 
-    def adapter(self, candidate: Candidate, base: Subject, samples: str) -> Subject:
-        """samples: name of the folder of its clips. Raises DataError when the adapter was trained on another base."""
+    def adapter(self, candidate: Candidate, base: Subject, column: str) -> Subject:
+        """column: name of the folder of its clips. Raises DataError when the adapter was trained on another base."""
         tensors, metadata = lora_file.read_lora(candidate.path)
         trained_on, config = metadata.get("base_fingerprint"), self.setup.config
         if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
@@ -182,13 +179,8 @@ class _Arms:
             base_rows = [replace(row, arm=OFF[row.arm]) for row in base.rows]
             rows = [*self.measurement.rows(self.transformer.eval(), with_base=False), *base_rows]
             masses = self.measurement.masses(self.transformer, with_base=False)
-            clips = self.previews.generate(self.transformer, self._samples(samples))
+            if self.clips is not None:
+                self.clips.generate(self.transformer, column, candidate.name)
         finally:
             adapter.detach(self.transformer)
-        return Subject(
-            name=candidate.name, run=candidate.run, step=candidate.step, rows=rows, masses=masses, clips=clips
-        )
-
-    def _samples(self, name: str) -> Path:
-        """A folder for the clips of one adapter, apart from the clips that the run generated during training."""
-        return self.folder / "samples" / "comparison" / name
+        return Subject(name=candidate.name, run=candidate.run, step=candidate.step, rows=rows, masses=masses)

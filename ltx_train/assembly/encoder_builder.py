@@ -17,9 +17,12 @@ from ltx_train.sampling import media
 _TOLERANCE = 1.05
 
 
-def encoders(config: Config, ranks: Ranks | None = None, bucket: Bucket | None = None) -> Encoders:
+def encoders(
+    config: Config, ranks: Ranks | None = None, bucket: Bucket | None = None, *, with_text: bool = True
+) -> Encoders:
     """The checkpoint's encoders, each loaded on first use. Caps this process at memory.budget_gib; UserError where they
-    do not fit into it. bucket: the largest video that is encoded, of data.buckets without one."""
+    do not fit into it. bucket: the largest video that is encoded, of data.buckets without one. with_text: whether text
+    is encoded, too."""
     device = resolve.device(config, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of ranks that exchange nothing no process group has done it
@@ -33,7 +36,7 @@ def encoders(config: Config, ranks: Ranks | None = None, bucket: Bucket | None =
     return Encoders(
         model_source.weights(config), text_encoder=config.model.text_encoder, text_tokens=config.model.text_tokens,
         device=device, dtype=from_config.dtype(config), latent_dtype=from_config.DTYPES[config.data.latent_dtype],
-        streams_text=memory.streams_text, tile=memory.encode_tile,
+        streams_text=memory.streams_text, tile=memory.encode_tile, with_text=with_text,
     )  # fmt: skip
 
 

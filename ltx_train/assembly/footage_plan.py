@@ -43,7 +43,8 @@ def rows(config: Config, clips: int) -> Iterator[tuple[str, str]]:
     yield "of these, text contexts", _size(contexts * one.context_bytes)
     for devices in _DEVICES:
         hours = one.hours(clips, captions, devices)
-        price = "" if config.plan.price is None else f", {config.plan.price * hours * devices:,.0f} for the devices"
+        hourly = config.plan.price_per_hour
+        price = "" if hourly is None else f", {hourly * hours * devices:,.0f} for the devices"
         yield f"prepare on {devices} H200", f"{hours:,.1f} h{price}"
 
 

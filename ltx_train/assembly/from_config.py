@@ -207,6 +207,6 @@ def measurement_settings(config: Config, levels: Grid) -> heldout.MeasurementSet
     return heldout.MeasurementSettings(
         mode=config.mode, levels=levels.levels, seed=e.seed, batch_size=e.batch_size, max_samples=e.max_samples,
         wrong_references=e.wrong_references, video_weight=config.loss.video_weight,
-        audio_weight=config.loss.audio_weight, dropped=e.dropped, wrong_caption=e.wrong_caption,
+        audio_weight=config.loss.audio_weight, dropped=e.dropped, neutral=e.neutral, wrong_caption=e.wrong_caption,
         voice_variant=e.voice_variant,
     )  # fmt: skip

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
 from ltx_train.assembly import from_config
 from ltx_train.assembly.setup import Setup
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.reader import Reader
 from ltx_train.evaluation import alike, attention_mass, heldout, history, likeness, verdicts
 from ltx_train.evaluation.attention_mass import Mass
-from ltx_train.evaluation.rows import CORRECT, OFF, WRONG, Grid, Row, summary
+from ltx_train.evaluation.heldout import MeasurementSettings, Neutral
+from ltx_train.evaluation.rows import CORRECT, OFF, WRONG, Grid, Row, noise, summary
 from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
@@ -32,34 +35,73 @@ class _Off:
     masses: list[Mass] | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measurement:
-    """The held-out measurement of a run on one rank. The base is measured once, because its numbers cannot change."""
+    """The held-out measurement of a run on one rank. The base is measured once, because its numbers cannot change.
+
+    neutral: references of the neutral arm, none without that arm.
+    """
 
     setup: Setup
     root: Path
     index: Index
+    neutral: Neutral = field(default_factory=dict[tuple[str, tuple[int, ...]], Tensor])
     _off: _Off = field(default_factory=_Off, init=False)
 
     def __post_init__(self) -> None:
         config = self.setup.config
         self.grid: Grid = from_config.grid(config, self.index)
-        self._settings = from_config.measurement_settings(config, self.grid)
+        settings = from_config.measurement_settings(config, self.grid)
+        self._settings = replace(settings, neutral=bool(self.neutral))
         self._share = self.setup.share
         self.measured_on = heldout.measured_on(self.index, self._settings, self.grid.main)
 
     def rows(self, transformer: Transformer, *, with_base: bool = True) -> list[Row]:
         """Measures the complete held-out split. Returns its rows on every rank."""
         with_base = with_base and self._off.rows is None and not self.setup.sharing.full
-        local = heldout.measure(
-            transformer, str(self.root), self.index, self._settings, device=self.setup.device,
-            with_base=with_base, share=self._share,
-        )  # fmt: skip
-        of_all_ranks = self._of_all_ranks(local)
+        of_all_ranks = self._measured(transformer, self._settings, with_base=with_base)
         if with_base:
             self._off.rows = [row for row in of_all_ranks if row.arm in OFF.values()]
             return of_all_ranks
         return of_all_ranks + (self._off.rows or [])
+
+    def repeated(self, transformer: Transformer, rows: Sequence[Row]) -> dict[str, float]:
+        """Noise of repeated measuring by metric name: the correct and wrong arms again with other noise, eval.repeats
+        times. rows: of the first measurement."""
+        main = [row for row in rows if row.sigma in self.grid.main]
+        others = [
+            self._measured(transformer, self._few(repeat=number + 1), with_base=not self.setup.sharing.full)
+            for number in range(self.setup.config.eval.repeats)
+        ]
+        return noise([main, *others])
+
+    def by_strength(self, transformer: Transformer, rows: Sequence[Row]) -> dict[float, list[Row]]:
+        """Rows of the main levels by the adapter's strength, those of `rows` (strength 1) among them; each with the
+        base's. Empty without an adapter, or without strengths to measure."""
+        strengths = [s for s in self.setup.config.eval.strengths if s not in (0, 1)]
+        if self.setup.sharing.full or not strengths:
+            return {}
+        main = [row for row in rows if row.sigma in self.grid.main]
+        base = [row for row in main if row.arm in OFF.values()]
+        as_adapter = {off: on for on, off in OFF.items()}
+        measured = {0.0: [*base, *(replace(row, arm=as_adapter[row.arm]) for row in base)], 1.0: main}
+        for strength in strengths:
+            with adapter.at_strength(transformer, strength):
+                measured[strength] = [*self._measured(transformer, self._few(), with_base=False), *base]
+        return dict(sorted(measured.items()))
+
+    def _few(self, repeat: int = 0) -> MeasurementSettings:
+        """The correct and wrong arms at the main levels alone."""
+        return replace(
+            self._settings, levels=self.grid.main, dropped=False, neutral=False, wrong_caption=False, repeat=repeat
+        )
+
+    def _measured(self, transformer: Transformer, settings: MeasurementSettings, *, with_base: bool) -> list[Row]:
+        local = heldout.measure(
+            transformer, str(self.root), self.index, settings, device=self.setup.device, with_base=with_base,
+            share=self._share, neutral=self.neutral,
+        )  # fmt: skip
+        return self._of_all_ranks(local)
 
     def summary(self, rows: Sequence[Row], masses: Sequence[Mass]) -> dict[str, float]:
         """Metrics of a measurement, with what it was made of."""
@@ -104,23 +146,21 @@ class Measurement:
 
 
 def evaluator(
-    setup: Setup, folder: Path, root: Path, index: Index, *, transformer: Transformer,
-    published: Callable[[], AbstractContextManager[None]] = nullcontext, show: Callable[[int], None] | None = None,
+    setup: Setup, folder: Path, root: Path, index: Index, *, transformer: Transformer, neutral: Neutral,
+    published: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[[int], Mapping[str, float]] | None:  # fmt: skip
     """Returns a function that measures a step, or None when the run has no measurements. The function also writes the
     loss of every identity into the run's folder.
 
-    published: a context in which the model has the weights to publish. show: generates clips with them.
+    published: a context in which the model has the weights to publish.
     """
     if setup.config.eval.interval == 0 or not index.split(HELDOUT):
         return None
-    measurement = Measurement(setup, root, index)
+    measurement = Measurement(setup=setup, root=root, index=index, neutral=neutral)
 
     def evaluate(step: int) -> Mapping[str, float]:
         with published():
             rows, masses = measurement.rows(transformer), measurement.masses(transformer)
-            if show is not None:
-                show(step)
         if setup.ranks.leads:
             measured = history.of_rows(step, [r for r in rows if r.sigma in measurement.grid.main])
             on = alike.of(measurement.measured_on)

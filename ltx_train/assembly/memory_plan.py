@@ -96,20 +96,25 @@ def here(config: Config, machines: int = 1) -> Room | None:
     were a GPU's."""
     device, budget_gib = resolve.device(config), resolve.budget_gib(config)
     processes = resolve.launch(config).processes
-    host_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB * _HOST_SHARE / processes
+    each_gib = host_gib() * _HOST_SHARE / processes
     if device.type != "cuda":
         if budget_gib is None:
             return None
         return Room(
             card=card_by_name(config.plan.card or "RTX 4090"),
             budget_gib=budget_gib,
-            host_gib=host_gib,
+            host_gib=each_gib,
             machines=machines,
         )
     free, total = torch.cuda.mem_get_info(device)
     card = card_of_device(torch.cuda.get_device_properties(device).name, total / GIB)
     budget_gib = budget_gib or (free + torch.cuda.memory_reserved(device)) / GIB
-    return Room(card=card, budget_gib=budget_gib, host_gib=host_gib, machines=machines)
+    return Room(card=card, budget_gib=budget_gib, host_gib=each_gib, machines=machines)
+
+
+def host_gib() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
 def need(config: Config, machines: int = 1) -> StepNeed:

@@ -1,6 +1,6 @@
 """From prompts, pictures and sounds to the tensors that a clip is generated from, and from those to its file.
 
-`sample` and the clips of `eval.prompts` share it, so that both make the same clip of the same weights.
+`sample` and the clips that a run generates share it, so that all make the same clip of the same weights.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ltx_train import durable
 from ltx_train.assembly import model_source
 from ltx_train.config import Config, counted_fps, sample_bucket
-from ltx_train.contracts import Batch, Condition, ConditionKind, DataError, ModalityName, Mode, Role
+from ltx_train.contracts import Batch, Clip, Condition, ConditionKind, DataError, ModalityName, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
@@ -75,6 +76,14 @@ def request(config: Config, encoders: Encoders, texts: tuple[dict[str, Tensor], 
     )  # fmt: skip
 
 
+def of_batch(mode: Mode, batch: Batch, negative: Mapping[str, Tensor] | None, fps: float) -> SampleRequest:
+    """The request of a prepared sample, with all its references. negative: contexts of a negative prompt (S, D), None
+    where guidance needs none."""
+    own = {VIDEO_CONTEXT: batch.video_context, AUDIO_CONTEXT: batch.audio_context}
+    away = own if negative is None else {name: tensor[None] for name, tensor in negative.items()}
+    return SampleRequest(mode=references.always_open(mode), batch=batch, negative=away, sound=None, fps=fps)
+
+
 def generate(transformer: Transformer, config: Config, made: SampleRequest, device: torch.device) -> Pair:
     """The latents of the clip, (C, F, H, W) of the video and (c, T, f) of the sound; None for what is not generated or
     given."""
@@ -86,19 +95,30 @@ def generate(transformer: Transformer, config: Config, made: SampleRequest, devi
         negative_audio=made.negative[AUDIO_CONTEXT].to(device), gates=references.gates(made.mode, batch),
     )  # fmt: skip
     levels = sigma.inference_schedule(config.sample.steps)
-    video, audio = sampler.sample(transformer, start, levels, _guidance(config))
+    video, audio = sampler.sample(transformer, start, levels, guidance(config))
     clip = sound = None
     if video is not None and batch.video_latent is not None:
-        clip = codecs.video_grid(video, *batch.video_latent.shape[2:])[0]
+        target = batch.video_latent[0, 0].numel()
+        clip = codecs.video_grid(video[:, :target], *batch.video_latent.shape[2:])[0]
     if audio is not None and batch.audio_latent is not None and made.sound is None:
         sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
     return clip, sound
 
 
 def write(decoder: Decoder, made: SampleRequest, latents: Pair, path: Path) -> None:
-    """Decodes a clip to an mp4 file; a given sound comes with it as it is."""
+    """Decodes a clip to an mp4 file; a given sound comes with it as it is. Its first picture lies beside it."""
     pixels, sound = media.decode(decoder, *latents)
     media.write_mp4(path, pixels, made.sound or sound, made.fps)
+    if pixels is not None:
+        durable.write(Clip("", path).poster, media.jpeg(pixels[0]))
+
+
+def guidance(config: Config) -> Guidance:
+    s = config.sample
+    return Guidance(
+        video_cfg=s.video_cfg, audio_cfg=s.audio_cfg, modality_scale=s.modality_scale, stg_scale=s.stg_scale,
+        stg_blocks=tuple(s.stg_blocks), rescale=s.rescale,
+    )  # fmt: skip
 
 
 def _mode(config: Config) -> Mode:
@@ -116,18 +136,6 @@ def _voice(config: Config) -> Condition:
     """The voice reference of the trained mode, with probability 1."""
     voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
     return replace(voices[0], p=1.0) if voices else Condition(kind=ConditionKind.reference)
-
-
-def _guidance(config: Config) -> Guidance:
-    s = config.sample
-    return Guidance(
-        video_cfg=s.video_cfg,
-        audio_cfg=s.audio_cfg,
-        modality_scale=s.modality_scale,
-        stg_scale=s.stg_scale,
-        stg_blocks=tuple(s.stg_blocks),
-        rescale=s.rescale,
-    )
 
 
 def _sound(path: str, seconds: float) -> Sound:

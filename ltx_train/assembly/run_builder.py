@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,15 +18,18 @@ from ltx_train.assembly import (
     heldout_measurement,
     model_builder,
     model_source,
+    neutral_references,
+    planned_clips,
     publishing,
+    run_facts,
+    run_page,
     summary,
     trackers,
     update_builder,
 )
-from ltx_train.assembly.previews import Previews
-from ltx_train.assembly.prompted_clips import PromptedClips
+from ltx_train.assembly.run_clips import TrainingClips
 from ltx_train.assembly.setup import Setup
-from ltx_train.contracts import DataError, Exit, StepResult
+from ltx_train.contracts import DataError, Exit, StepResult, UserError
 from ltx_train.data.index import Index
 from ltx_train.data.module import ShardData, training_order
 from ltx_train.data.reader import Reader
@@ -33,6 +37,7 @@ from ltx_train.diffusion import objective
 from ltx_train.diffusion.conditions import ModelInputs
 from ltx_train.diffusion.objective import MicroBatch
 from ltx_train.distributed.ranks import Ranks
+from ltx_train.evaluation.heldout import Neutral
 from ltx_train.memory.planning import duration, sizes
 from ltx_train.memory.planning.cards import GIB, card_of_device
 from ltx_train.model import adapter
@@ -78,7 +83,7 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
         use_deterministic_kernels()
     metrics = _open_metrics(setup, start)
     # Before the model is loaded: the text encoder has the device for itself.
-    prompted = PromptedClips(setup, start.folder) if configuration.prompted(config) else None
+    clips, neutral = _planned_clips(setup, start), neutral_references.of_heldout(setup, start.root, start.index)
     transformer, updates = update_builder.open_for_training(setup, fresh=start.checkpoint is None)
     watchdog.explain_with(updates.awaited)
     cadence = _cadence(setup)
@@ -93,16 +98,28 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
         _verify(start.checkpoint, ranks)
         state.restore(commit.load(start.checkpoint, verified=True), ranks)
     if ranks.leads:
+        run_facts.record(setup, start.folder, start.index)
         summary.show(setup, transformer, updates.sizes(), start.index, folder=start.folder, step=start.step)
-    outside = _outside(setup, start, state, transformer, metrics=metrics, watchdog=watchdog)
-    if prompted is not None:
-        outside = replace(outside, generate=_generate(prompted, state, transformer, metrics))
+    outside = _outside(setup, start, state, transformer, metrics=metrics, neutral=neutral, watchdog=watchdog)
+    if clips is not None:
+        outside = replace(outside, generate=_generate(clips, state, transformer, metrics))
     task = Task(transformer, state.step)
     with profiled(start.folder, ranks.rank, config.run.profile) as profiler:
         return run_to_end(
             task, _data(setup, start), state, cadence, replace(outside, profiler=profiler), folder=start.folder,
             ranks=ranks, engine=updates.engine if isinstance(updates, EngineUpdates) else None,
         )  # fmt: skip
+
+
+def _planned_clips(setup: Setup, start: RunStart) -> TrainingClips | None:
+    """None without clips, with a line where the encoders fail: a run does without clips rather than not at all."""
+    try:
+        planned = [*planned_clips.prompted(setup), *planned_clips.of_heldout(setup, start.root, start.index)]
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if setup.ranks.leads:
+            print(f"ltx-train: no clips of eval.prompts and eval.samples: {error}; the run goes on", file=sys.stderr)
+        return None
+    return TrainingClips(setup, start.folder, planned) if planned else None
 
 
 def _open_metrics(setup: Setup, start: RunStart) -> Metrics | None:
@@ -204,7 +221,7 @@ def _verify(checkpoint: Path, ranks: Ranks) -> None:
 
 def _outside(
     setup: Setup, start: RunStart, state: RunState, transformer: Transformer, *, metrics: Metrics | None,
-    watchdog: Watchdog,
+    neutral: Neutral, watchdog: Watchdog,
 ) -> Outside:  # fmt: skip
     config, checkpoint = setup.config, setup.config.checkpoint
     publish = partial(publishing.publish, config, start.folder, base=state.base)
@@ -213,31 +230,27 @@ def _outside(
         save_every=checkpoint.interval, settings=configuration.dump(config), publish=publish, ranks=setup.ranks,
     )  # fmt: skip
     return Outside(
-        metrics=metrics, evaluate=_evaluate(setup, start, state, transformer, metrics), generate=None, writer=writer,
+        metrics=metrics, page=None if metrics is None else partial(run_page.write, config, start.folder),
+        evaluate=_evaluate(setup, start, state, transformer, neutral), generate=None, writer=writer,
         watchdog=watchdog, profiler=None, restarts=int(os.environ.get("LTX_TRAIN_RESTARTS", "0")),
         prepares_saves=setup.sharing.saves_slices,
     )  # fmt: skip
 
 
 def _evaluate(
-    setup: Setup, start: RunStart, state: RunState, transformer: Transformer, metrics: Metrics | None
+    setup: Setup, start: RunStart, state: RunState, transformer: Transformer, neutral: Neutral
 ) -> Callable[[int], Mapping[str, float]] | None:
-    """What measures a step and generates its clips; None when nothing is to be measured."""
-    recipe, config = state.step.recipe, setup.config
+    """What measures a step; None when nothing is to be measured."""
+    recipe = state.step.recipe
     published = nullcontext if recipe.average is None else recipe.average.applied
-    previews = Previews(setup, start.root, start.index) if config.eval.samples else None
-
-    def show(step: int) -> None:
-        if previews is None:
-            return
-        clips = previews.generate(transformer, start.folder / "samples" / f"step-{step:06d}")
-        setup.ranks.any(False)  # a barrier: all ranks have written theirs
-        if metrics is not None:
-            for clip in clips:
-                metrics.media(step, clip.path, clip.path.stem)
-
     measure = heldout_measurement.evaluator(
-        setup, start.folder, start.root, start.index, transformer=transformer, published=published, show=show
+        setup,
+        start.folder,
+        start.root,
+        start.index,
+        transformer=transformer,
+        neutral=neutral,
+        published=published,
     )
     if measure is None:
         return None
@@ -250,7 +263,7 @@ def _evaluate(
 
 
 def _generate(
-    prompted: PromptedClips, state: RunState, transformer: Transformer, metrics: Metrics | None
+    training_clips: TrainingClips, state: RunState, transformer: Transformer, metrics: Metrics | None
 ) -> Callable[[int], Mapping[str, float]]:
     recipe = state.step.recipe
     published = nullcontext if recipe.average is None else recipe.average.applied
@@ -258,10 +271,10 @@ def _generate(
     def generate(step: int) -> Mapping[str, float]:
         recipe.release()  # generating needs the memory that CUDA graphs hold
         with published():
-            clips, seconds = prompted.generate(transformer, step)
+            clips, seconds = training_clips.generate(transformer, step)
         if metrics is not None:
             for clip in clips:
-                metrics.media(step, clip.path, f"{clip.path.stem} {clip.caption}")
+                metrics.media(step, clip)
         return seconds
 
     return generate

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from ltx_train import config as configuration
@@ -30,31 +31,28 @@ from ltx_train.model.transformer import Transformer
 def show(
     setup: Setup, transformer: Transformer, trained: Mapping[str, int], index: Index, *, folder: Path, step: int
 ) -> None:
-    """Prints the panel to the terminal. step: the step at which the run begins."""
+    """Prints the panel to the terminal: at most 20 lines of 80 columns. step: the step at which the run begins."""
     table = Table.grid(padding=(0, 2))
     for name, text in _lines(setup, transformer, trained, index, folder=folder, step=step):
-        table.add_row(f"[bold]{name}", text)
-    console, run = Console(), setup.config.run
-    console.print(Panel(table, title=f"ltx-train fit: {run.experiment}/{run.id}", expand=False))
-    console.print(layers(setup.config, transformer))
+        table.add_row(f"[bold]{name}", Text(text))
+    run = setup.config.run
+    Console().print(Panel(table, title=f"ltx-train fit: {run.experiment}/{run.id}", expand=False))
 
 
-def layers(config: Config, transformer: Transformer) -> Table:
-    """A table of linear layers by part of a block: trained, frozen, or without a loss that reaches them."""
+def untrained(config: Config, transformer: Transformer) -> dict[str, list[str]]:
+    """Parts of a block whose linear layers are not trained: `frozen`, or `no loss reaches`; the former also without an
+    adapter although a loss reaches them."""
     modes = [mode for _, mode in configuration.training_modes(config)]
     count = len(transformer.transformer_blocks)
-    counts: dict[str, Counter[str]] = {}
+    found: dict[str, set[str]] = {"frozen": set(), "no loss reaches": set()}
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear) or ".lora_" in name or not name.startswith("transformer_blocks."):
             continue
         plain = name.removesuffix(".base_layer")
-        trained = plain != name or module.weight.requires_grad
-        state = "trained" if trained else "frozen" if sees_loss(plain, modes, count) else "out of reach"
-        counts.setdefault(adapter.module_group(plain), Counter())[state] += 1
-    table = Table("part of a block", "trained", "frozen", "no loss reaches it", title="linear layers", min_width=56)
-    for part, states in counts.items():
-        table.add_row(part, *(str(states[s] or "") for s in ("trained", "frozen", "out of reach")))
-    return table
+        if plain == name and not module.weight.requires_grad:
+            state = "frozen" if sees_loss(plain, modes, count) else "no loss reaches"
+            found[state].add(adapter.module_group(plain))
+    return {state: sorted(groups) for state, groups in found.items() if groups}
 
 
 def _lines(
@@ -67,18 +65,19 @@ def _lines(
     groups: Counter[str] = Counter()
     for name, size in trained.items():
         groups[adapter.module_group(name)] += size
-    largest = ", ".join(f"{name} {_short(n)}" for name, n in groups.most_common(6))
+    largest = ", ".join(f"{name} {_short(n)}" for name, n in groups.most_common(5))
     source = config.model.path or f"random {config.model.preset}"
     facts = from_config.mode_facts(config)
     return [
         ("model", f"{source}, {_short(total)} parameters, {config.model.dtype}, {setup.memory.quantize} quantization"),
         ("mode", ", ".join(f"{k} {v}" for k, v in facts.items())),
         ("trained", f"{len(trained)} tensors, {_short(count)} parameters: {largest}"),
+        *((state, ", ".join(parts)) for state, parts in untrained(config, transformer).items()),
         ("data", f"{len(index.split(TRAIN))} training, {len(index.split(HELDOUT))} held-out clips, {_folders(config)}"),
         ("batch", f"{optim.global_batch} samples, {optim.batch_size} at a time, {_tokens(setup)}"),
         *([("devices", _devices(setup))] if setup.ranks.world > 1 else []),
         ("memory", memory(setup, transformer, count)),
-        ("planned", "nothing: no GPU and no budget" if setup.plan is None else describe(setup.plan)),
+        *([] if setup.plan is None else [("planned", describe(setup.plan))]),
         ("steps", f"{optim.steps}, {optim.name}, {optim.schedule} from {optim.lr:g} to {optim.final_lr:g}"),
         ("measuring", _measuring(config, index)),
         ("start", f"step {step}, from {folder / 'checkpoints'}" if step else f"new run in {folder}"),
@@ -107,8 +106,8 @@ def _measuring(config: Config, index: Index) -> str:
     settings = from_config.measurement_settings(config, from_config.grid(config, index))
     clips, levels, arms = heldout.passes(index, settings, with_base=False)
     return (
-        f"{clips} clips x {levels} noise levels x {arms} versions = {clips * levels * arms} forward passes every "
-        f"{config.eval.interval} steps; fewer with eval.max_samples, eval.sigmas=[], eval.quantiles"
+        f"{clips} clips x {levels} noise levels x {arms} versions = {clips * levels * arms} passes every "
+        f"{config.eval.interval} steps"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ltx_train import config as configuration
-from ltx_train import durable
+from ltx_train import durable, terminal
 from ltx_train.assembly import from_config, heldout_measurement, memory_plan, publishing, resolve, run_builder
 from ltx_train.assembly.checked_data import open_checked
 from ltx_train.assembly.closing import close
@@ -43,6 +43,8 @@ def run(config: Config) -> int:
     """Returns DONE, or PREEMPTED after a signal and a save. Each of several devices has its own process
     (`jobs.processes`)."""
     ranks = ranks_from_environment(os.environ)
+    if not ranks.leads:
+        terminal.silence()
     resolve.sharing(config, ranks)
     launch = resolve.launch(config)
     with process_group(ranks, resolve.device(config, ranks), launch.rendezvous_timeout_s):
@@ -149,5 +151,8 @@ def _conclude(folder: Path) -> None:
     if found.entries:
         print(ranking.table(found))
         best = ranking.link(found, folder)
+    recorded = sorted(folder.glob("wandb/offline-run-*"))
+    if recorded:
+        print(f"W&B has recorded offline; to upload: wandb sync {' '.join(str(path) for path in recorded)}")
     result = best or publishing.newest_adapter(folder) or commit.committed(folder / "checkpoints")[-1]
     close(result, f"ltx-train {'evaluate' if measured else 'export'} {folder}")

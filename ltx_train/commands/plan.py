@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     plan = memory_plan.plan_for(config, room)
     if plan is None:
         raise UserError(memory_plan.refusal(config, room))
-    _detail(room, plan)
+    _detail(config, room, plan)
     memory = encoder_plan.within(config, room.budget_gib)
     print(encoder_plan.description(memory, has_text=config.model.text_encoder is not None))
     if resolve.spans_machines(config):
@@ -66,7 +66,8 @@ def _room_on(config: Config, card: Card) -> Room:
 
 
 def _overview(config: Config) -> None:
-    table = Table("card", "to use", "peak", "step", "host", "how")
+    price = [] if config.plan.price_per_hour is None else ["cost"]
+    table = Table("card", "to use", "peak", "step", "whole run", *price, "host", "how")
     quantize, compute = resolve.precision(config)
     for card in CARDS:
         room = _room_on(config, card)
@@ -75,17 +76,33 @@ def _overview(config: Config) -> None:
             plan = memory_plan.plan_for(configuration.changed(config, {"memory.quantize": "int8"}), room)
         budget = f"{room.budget_gib:.0f} GiB"
         if plan is None:
-            table.add_row(card.name, budget, "", "", "", "does not fit: ltx-train plan plan.card=... gives the reason")
+            why = "does not fit: ltx-train plan plan.card=... gives the reason"
+            table.add_row(card.name, budget, "", "", "", *("" for _ in price), "", why)
             continue
         foot = plan.footprint
         table.add_row(
-            card.name, budget, f"{foot.gib:.1f} GiB", f"{foot.step_s:.2f} s", f"{foot.host_gib:.0f} GiB",
-            summary.how(plan.choice),
+            card.name, budget, f"{foot.gib:.1f} GiB", f"{foot.step_s:.2f} s", *_whole(config, foot.step_s),
+            f"{foot.host_gib:.0f} GiB", summary.how(plan.choice),
         )  # fmt: skip
     Console(width=160).print(table)
+    print(_host())
 
 
-def _detail(room: Room, plan: MemoryPlan) -> None:
+def _whole(config: Config, step_s: float) -> list[str]:
+    """Duration of the training steps of a run without measuring, and its cost where a price is given."""
+    hours, price = config.optim.steps * step_s / 3600, config.plan.price_per_hour
+    devices = resolve.launch(config).processes * config.cluster.nodes
+    return [f"{hours:.1f} h", *([] if price is None else [f"{hours * price * devices:,.2f}"])]
+
+
+def _host(needed_gib: float = 0.0) -> str:
+    """The memory of this machine, which the column `host` compares with."""
+    own_gib = memory_plan.host_gib()
+    missing = ", which is not enough" if needed_gib > own_gib else ""
+    return f"host memory is counted beside the program's own few GiB; this machine has {own_gib:.0f} GiB{missing}"
+
+
+def _detail(config: Config, room: Room, plan: MemoryPlan) -> None:
     foot = plan.footprint
     table = Table("at the peak", "GiB", title=f"{room.card.name}, {room.budget_gib:.1f} GiB to use")
     for name, size in foot.parts.items():
@@ -96,6 +113,10 @@ def _detail(room: Room, plan: MemoryPlan) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"about {foot.step_s:.2f} s a step; {foot.host_gib:.1f} GiB of host memory besides the program's own")
+    hours, *cost = _whole(config, foot.step_s)
+    costs = f", {cost[0]} at plan.price_per_hour={config.plan.price_per_hour:g}" if cost else ""
+    console.print(f"{config.optim.steps} steps without measuring: {hours}{costs}")
+    console.print(_host(foot.host_gib))
 
 
 def _network(config: Config, plan: MemoryPlan) -> None:

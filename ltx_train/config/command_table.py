@@ -61,6 +61,10 @@ _COMMANDS = (
         needs=_FIT_NEEDS, on_every_device=True,
     ),
     CommandKind(
+        name="watch", summary="a run's page in a browser while it trains: curves, newest clips, time left",
+        groups=("watch", "run"), checks_paths=False,
+    ),
+    CommandKind(
         name="supervise", summary="keep fit alive on a spot machine: notices, restarts, an object store",
         groups=("supervise",), reads_fit=True, needs=_FIT_NEEDS, checks_paths=False,
     ),

@@ -51,7 +51,7 @@ _COMMANDS: Mapping[str, str] = {
     "generate": "sample", "infer": "sample", "inference": "sample", "predict": "sample", "convert": "export",
     "save": "export", "verify": "inspect", "info": "inspect", "audit": "check", "benchmark": "bench",
     "search": "sweep", "tune": "sweep", "multirun": "sweep", "sbatch": "submit", "slurm": "submit",
-    "diagnose": "doctor", "resume": "fit", "watch": "supervise",
+    "diagnose": "doctor", "resume": "fit", "serve": "watch", "dashboard": "watch",
 }  # fmt: skip
 
 

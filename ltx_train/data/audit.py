@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ltx_train import terminal
 from ltx_train.contracts import SPEAKER, Condition, ConditionKind, DataError, ModalityName, Mode, Role
 from ltx_train.data import copies, store
 from ltx_train.data.findings import Finding, of_clips
@@ -74,7 +75,7 @@ def audit(
     reader = Reader(root, index, seed=0, request=requirements.request)
     signatures: dict[str, Tensor] = {}
     undamaged: set[tuple[str, int]] = set()
-    for record in index.records:
+    for record in terminal.each("checking", index.records):
         try:
             tensors = reader.tensors(record)
             found = copies.signature(tensors)

@@ -6,12 +6,14 @@ reference, another caption, adapter on and off, this checkpoint and the last.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from ltx_train import terminal
 from ltx_train.contracts import Batch, Mode
 from ltx_train.data.collate import collate
 from ltx_train.data.index import HELDOUT, Index
@@ -22,17 +24,21 @@ from ltx_train.diffusion import conditions, objective, transfer
 from ltx_train.diffusion.loss import Weights
 from ltx_train.diffusion.sigma import SigmaDistribution
 from ltx_train.evaluation import alike
-from ltx_train.evaluation.rows import CAPTION, CORRECT, DROPPED, OFF, WRONG, Row
+from ltx_train.evaluation.rows import CAPTION, CORRECT, DROPPED, NEUTRAL, OFF, WRONG, Row
 from ltx_train.evaluation.share import ALL, Share
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
+# A reference that carries nothing, by condition name and shape (C, F, H, W) or (c, R, f).
+Neutral = Mapping[tuple[str, tuple[int, ...]], Tensor]
+_NONE: Neutral = {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings:
-    """levels: the noise levels. wrong_references: other identities per sample; dropped, wrong_caption: whether to
-    measure these arms. max_samples: number of clips, 0 for all. voice_variant: that of all voice references, None: as
-    they were recorded."""
+    """levels: the noise levels. wrong_references: other identities per sample; dropped, neutral, wrong_caption:
+    whether to measure these arms. max_samples: number of clips, 0 for all. voice_variant: that of all voice references,
+    None: as they were recorded. repeat: other noise for every number but 0; clips and references stay the same."""
 
     mode: Mode
     levels: tuple[float, ...]
@@ -43,8 +49,10 @@ class MeasurementSettings:
     video_weight: float
     audio_weight: float
     dropped: bool = True
+    neutral: bool = False
     wrong_caption: bool = True
     voice_variant: str | None = None
+    repeat: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +66,16 @@ class Arm:
 
 def measure(
     transformer: Transformer, root: str, index: Index, settings: MeasurementSettings, *, device: torch.device,
-    with_base: bool, share: Share = ALL,
+    with_base: bool, share: Share = ALL, neutral: Neutral = _NONE,
 ) -> list[Row]:  # fmt: skip
-    """The rows of this process's share of the held-out split. Restores training mode and torch's random state."""
+    """The rows of this process's share of the held-out split. neutral: its references for the arm of that name.
+    Restores training mode and torch's random state."""
     reader = Reader(root, index, seed=settings.seed, request=read_request(settings))
     rows: list[Row] = []
-    with undisturbed(transformer):
-        for addresses, counts in share.turns(batches(index, settings)):
-            versions = list(arms(reader, addresses, settings, with_base))
+    turns = list(share.turns(batches(index, settings)))
+    with undisturbed(transformer), terminal.counted("measuring", len(turns)) as advance:
+        for addresses, counts in turns:
+            versions = list(arms(reader, addresses, settings, with_base, neutral=neutral))
             measured: list[Row] = []
             for arm in versions:
                 off = adapter.disabled(transformer) if arm.name in OFF.values() else nullcontext()
@@ -74,6 +84,7 @@ def measure(
             for _ in range(share.missing(len(versions))):
                 _losses(transformer, versions[0], settings, device)
             rows += measured if counts else []
+            advance()
     return rows
 
 
@@ -104,7 +115,7 @@ def heldout_records(index: Index, settings: MeasurementSettings) -> list[Record]
 def passes(index: Index, settings: MeasurementSettings, *, with_base: bool) -> tuple[int, int, int]:
     """Cost of a measurement: the number of clips, of noise levels, and the largest number of arms per clip."""
     references = bool(settings.mode.references)
-    arms = 1 + (settings.dropped + settings.wrong_references) * references
+    arms = 1 + (settings.dropped + settings.neutral + settings.wrong_references) * references
     captions = index.split(HELDOUT).distinct("context")
     arms += settings.wrong_caption and len(captions) > 1
     return len(heldout_records(index, settings)), len(settings.levels), arms * (1 + with_base)
@@ -115,7 +126,10 @@ def measured_on(index: Index, settings: MeasurementSettings, main: Sequence[floa
     loss."""
     records = heldout_records(index, settings)
     clips = [(r.key, r.tensors.sha256, *(member.sha256 for member in r.contexts[:1])) for r in records]
-    arms = [settings.dropped, settings.wrong_references, settings.wrong_caption, settings.voice_variant]
+    arms = [
+        settings.dropped, settings.neutral, settings.wrong_references, settings.wrong_caption, settings.voice_variant,
+        settings.repeat,
+    ]  # fmt: skip
     weights = [settings.seed, settings.video_weight, settings.audio_weight]
     parts = [clips, settings.levels, list(main), arms, weights, repr(settings.mode)]
     return {alike.MEASURED_ON: alike.number(parts), alike.CLIPS: len(records), alike.LEVELS: len(main)}
@@ -131,20 +145,25 @@ def batches(index: Index, settings: MeasurementSettings) -> list[list[Address]]:
     return groups
 
 
-def arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings, with_base: bool) -> Iterator[Arm]:
+def arms(
+    reader: Reader, addresses: list[Address], settings: MeasurementSettings, with_base: bool, *,
+    neutral: Neutral = _NONE,
+) -> Iterator[Arm]:  # fmt: skip
     """The unchanged batch, then every arm that is compared with it; with_base: each with the adapter off, too."""
-    for arm in _arms(reader, addresses, settings):
+    for arm in _arms(reader, addresses, settings, neutral):
         yield arm
         if with_base:
             yield replace(arm, name=OFF[arm.name])
 
 
-def _arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings) -> Iterator[Arm]:
+def _arms(reader: Reader, addresses: list[Address], settings: MeasurementSettings, neutral: Neutral) -> Iterator[Arm]:
     correct = collate([reader.sample(a) for a in addresses])
     yield Arm(CORRECT, correct)
     if settings.mode.references:
         if settings.dropped:
             yield Arm(DROPPED, correct, without_references=True)
+        if settings.neutral and neutral:
+            yield Arm(NEUTRAL, _with_neutral(correct, neutral))
         others = [reader.others(a, settings.wrong_references) for a in addresses]
         # A sample with fewer other identities than wrong_references repeats them, so that its numbers do not depend
         # on the rest of its batch.
@@ -158,10 +177,18 @@ def _arms(reader: Reader, addresses: list[Address], settings: MeasurementSetting
             yield Arm(CAPTION, collate([reader.with_caption_of(a, key) for a, key in named]))
 
 
+def _with_neutral(batch: Batch, neutral: Neutral) -> Batch:
+    replaced = {
+        name: neutral[name, tuple(latent.shape[1:])].expand_as(latent) for name, latent in batch.references.items()
+    }
+    return replace(batch, references=replaced)
+
+
 def inputs(arm: Arm, settings: MeasurementSettings, sigma: float, device: torch.device) -> conditions.ModelInputs:
     """The arm's batch at one noise level; the noise depends on seed and sample only."""
     # The distribution has no effect: `sigma` replaces the drawn levels.
-    draws = conditions.draw(arm.batch, settings.mode, SigmaDistribution(), settings.seed, sigma=sigma)
+    seed = settings.seed + settings.repeat
+    draws = conditions.draw(arm.batch, settings.mode, SigmaDistribution(), seed, sigma=sigma)
     if arm.without_references:
         draws = conditions.without_references(settings.mode, draws)
     return transfer.to_device(conditions.assemble(arm.batch, settings.mode, draws), device)

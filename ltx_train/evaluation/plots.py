@@ -1,6 +1,7 @@
-"""Figures of the report: matplotlib plots as inline PNG.
+"""Figures of the report.
 
-Owns how numbers are drawn; means over identities have 95 % intervals.
+Owns how numbers are drawn. Intervals are of differences between pairs, at 95 % over identities: how much people differ
+from each other says nothing about an adapter.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import matplotlib
-
-matplotlib.use("Agg")
+from markupsafe import Markup
 from matplotlib import pyplot
 
-from ltx_train.evaluation import alike, sheet
+from ltx_train.evaluation import alike
 from ltx_train.evaluation.attention_mass import Mass
+from ltx_train.evaluation.history import Measured, difference
 from ltx_train.evaluation.rows import (
     ARMS,
     BASE,
     CAPTION,
     CORRECT,
     DROPPED,
+    NEUTRAL,
     OFF,
     WRONG,
     Row,
@@ -33,38 +34,60 @@ from ltx_train.evaluation.rows import (
     paired,
 )
 from ltx_train.evaluation.statistics import Interval, by_identity
+from ltx_train.pages.figures import picture
 
 T = TypeVar("T")
 
-INK = {CORRECT: "#1f6f8b", WRONG: "#c8553d", DROPPED: "#b08900", CAPTION: "#6a4c93", BASE: "#8d8d8d"}
+INK = {
+    CORRECT: "#1f6f8b",
+    WRONG: "#c8553d",
+    DROPPED: "#b08900",
+    NEUTRAL: "#4f8a3c",
+    CAPTION: "#6a4c93",
+    BASE: "#8d8d8d",
+}
 TITLES = {
-    CORRECT: "adapter", WRONG: "wrong reference", DROPPED: "no reference", CAPTION: "another clip's caption",
+    CORRECT: "adapter", WRONG: "wrong reference", DROPPED: "no reference", NEUTRAL: "neutral reference",
+    CAPTION: "another clip's caption",
     BASE: "base (adapter off)",
 }  # fmt: skip
 _IDENTITIES = 40
 
 
-def curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Training and held-out loss, gained gaps and adapter gain over steps; empty without a training loss."""
+def curves(metrics: Sequence[Mapping[str, float]], measured: Sequence[Measured]) -> Markup | None:
+    """Over steps: training loss and held-out loss; the held-out loss's paired change since the first measurement; what
+    the adapter changes. None without a training loss."""
     if not any("train/loss" in row for row in metrics):
-        return ""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
-    _over_steps(axes[0], metrics, "train/loss", "#b9c6cc")
-    measured = [row for row in metrics if "val/loss" in row]
-    metrics = alike.only(measured, alike.main(measured))  # what was measured on something else is no point of the curve
-    gap = "gained_gap" if any("val/gained_gap" in row for row in metrics) else "reference_gap"
-    for axis, name, ink in (
-        (axes[0], "val/loss", INK[CORRECT]), (axes[1], f"val/{gap}", INK[WRONG]),
-        (axes[1], f"val/{gap}_dropped", INK[DROPPED]), (axes[1], "val/adapter_gain", INK[BASE]),
+        return None
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
+    _over_steps(axes[0], metrics, "train/loss", "training", "#b9c6cc")
+    rows = [row for row in metrics if "val/loss" in row]
+    alike_rows = alike.only(rows, alike.main(rows))  # what was measured on something else is no point of the curve
+    steps = [{"step": row["step"], "val/loss": row["val/loss"]} for row in alike_rows]
+    _over_steps(axes[0], steps, "val/loss", "held out", INK[CORRECT])
+    _bars(axes[1], _changes(measured, alike.main(rows)), "held-out loss", INK[CORRECT])
+    gap = "gained_gap" if any("val/gained_gap" in row for row in alike_rows) else "reference_gap"
+    gap_title = "gained gap" if gap == "gained_gap" else "reference gap"
+    for name, title, ink in (
+        (f"val/{gap}", gap_title, INK[WRONG]), (f"val/{gap}_dropped", f"{gap_title}, no reference", INK[DROPPED]),
+        (f"val/{gap}_neutral", f"{gap_title}, neutral reference", INK[NEUTRAL]),
+        ("val/adapter_gain", "adapter on minus off", INK[CORRECT]),
     ):  # fmt: skip
-        _over_steps(axis, metrics, name, ink)
-    axes[1].axhline(0, color="black", lw=0.7)
-    for axis in axes:
-        _dress(axis, "step", "")
-    return _picture(figure, "training and held-out curves, 95 % intervals")
+        _over_steps(axes[2], alike_rows, name, title, ink)
+    for axis, y in zip(axes, ("loss", "change since the first measurement", "difference of the loss"), strict=True):
+        _dress(axis, "step", y)
+    for axis in axes[1:]:
+        axis.axhline(0, color="black", lw=0.7)
+    return _picture(figure, "training and held-out loss; paired changes and differences with 95 % intervals")
 
 
-def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> str:
+def _changes(measured: Sequence[Measured], on: int | None) -> dict[int, Interval]:
+    """The held-out loss of each step minus that of the first, by identity."""
+    same = [m for m in measured if m.on == on]
+    return {m.step: difference(m, same[0]) for m in same[1:]}
+
+
+def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> Markup | None:
     """Share of training draws per range of noise levels, and the training loss in each range over steps."""
     shares: dict[str, list[float]] = {}
     losses: dict[str, list[tuple[float, float]]] = {}
@@ -75,7 +98,7 @@ def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> str:
             elif name.startswith("train/loss_sigma/"):
                 losses.setdefault(name.rsplit("/", 1)[1], []).append((row["step"], value))
     if not shares:
-        return ""
+        return None
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.0))
     axes[0].bar(list(shares), [sum(v) / len(v) for v in shares.values()], color=INK[CORRECT])
     axes[0].tick_params(axis="x", labelrotation=60, labelsize=7)
@@ -86,16 +109,17 @@ def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> str:
     return _picture(figure, "noise levels drawn in training, and the training loss by noise level")
 
 
-def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> str:
+def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> Markup | None:
     """Held-out loss of every arm over the noise level."""
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
-    for arm in arms:
-        _bars(axis, {s: mean([r for r in rows if r.sigma == s], arm) for s in _levels(rows)}, TITLES[arm], INK[arm])
+    for arm in (arm for arm in arms if has(rows, arm)):
+        means = [mean([r for r in rows if r.sigma == s], arm).mean for s in _levels(rows)]
+        axis.plot(_levels(rows), means, label=TITLES[arm], color=INK[arm], marker=".", lw=1.2)
     _dress(axis, "noise level", "held-out loss")
-    return _picture(figure, "held-out loss by noise level, 95 % intervals")
+    return _picture(figure, "held-out loss by noise level, mean over identities")
 
 
-def differences_by_level(rows: Sequence[Row]) -> str:
+def differences_by_level(rows: Sequence[Row]) -> Markup | None:
     """Correct minus every other arm over the noise level, less the same of the base where it was measured."""
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
     for arm in (arm for arm in ARMS[1:] if has(rows, arm)):
@@ -110,11 +134,11 @@ def differences_by_level(rows: Sequence[Row]) -> str:
     )
 
 
-def differences_by_identity(rows: Sequence[Row]) -> str:
+def differences_by_identity(rows: Sequence[Row]) -> Markup | None:
     """Correct minus wrong reference (gained), and minus base, for every identity."""
     shown = [arm for arm in (WRONG, BASE) if has(rows, arm)]
     if not shown:
-        return ""
+        return None
     by_arm = {
         arm: gains(rows, arm) if has(rows, OFF.get(arm, "")) else differences(rows, CORRECT, arm) for arm in shown
     }
@@ -129,10 +153,24 @@ def differences_by_identity(rows: Sequence[Row]) -> str:
     return _picture(figure, "differences by identity")
 
 
-def attention(masses: Sequence[Mass]) -> str:
+def by_strength(strengths: Mapping[float, Sequence[Row]]) -> Markup | None:
+    """What the adapter changes at each of its strengths; 0 is the base."""
+    if len(strengths) < 2:
+        return None
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    gains_by = {s: paired(rows, CORRECT, BASE) for s, rows in strengths.items() if has(rows, BASE)}
+    gaps_by = {s: gained(rows, WRONG) for s, rows in strengths.items() if has(rows, OFF[WRONG])}
+    _bars(axis, gains_by, "adapter on minus off", INK[CORRECT])
+    _bars(axis, gaps_by, "gained gap", INK[WRONG])
+    axis.axhline(0, color="black", lw=0.7)
+    _dress(axis, "strength of the adapter", "difference of the loss")
+    return _picture(figure, "effect of the adapter by its strength, 95 % intervals")
+
+
+def attention(masses: Sequence[Mass]) -> Markup | None:
     """Attention on the references by block, relative to an even spread over all keys."""
     if not masses:
-        return ""
+        return None
     figure, axis = pyplot.subplots(figsize=(6, 2.8))
     for sigma in sorted({m.sigma for m in masses}):
         blocks = sorted({m.block for m in masses})
@@ -144,28 +182,28 @@ def attention(masses: Sequence[Mass]) -> str:
     return _picture(figure, "attention on reference tokens by block")
 
 
-def compared_by_step(runs: Mapping[str, Mapping[int, Interval]], base: Interval | None) -> str:
-    """Held-out loss of several steps, a line for each run, and of the base."""
+def compared_by_step(runs: Mapping[str, Mapping[int, Interval]]) -> Markup | None:
+    """Held-out loss of several steps minus that of the base, a line for each run."""
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
     for name, points, ink in _inked(runs):
         _bars(axis, points, name if len(runs) > 1 else "held-out loss", ink)
-    if base is not None and base.identities:
-        axis.axhline(base.mean, color=INK[BASE], ls="--", label=TITLES[BASE])
-    _dress(axis, "step", "held-out loss")
-    return _picture(figure, "held-out loss by step, 95 % intervals")
+    axis.axhline(0, color=INK[BASE], ls="--", label=TITLES[BASE])
+    _dress(axis, "step", "difference of the loss")
+    return _picture(figure, "held-out loss minus the base's by step, 95 % intervals")
 
 
-def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> str:
-    """Held-out loss of several adapters over the noise level."""
+def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> Markup | None:
+    """Held-out loss of several adapters minus that of the base over the noise level."""
     figure, axis = pyplot.subplots(figsize=(7, 3.6))
-    for name, rows, ink in _inked(subjects):
-        points = {s: mean([r for r in rows if r.sigma == s], CORRECT) for s in _levels(rows)}
+    for name, rows, ink in _inked({name: rows for name, rows in subjects.items() if has(rows, BASE)}):
+        points = {s: paired([r for r in rows if r.sigma == s], CORRECT, BASE) for s in _levels(rows)}
         _bars(axis, points, name, ink)
-    _dress(axis, "noise level", "held-out loss")
-    return _picture(figure, "held-out loss of every adapter by noise level, 95 % intervals")
+    axis.axhline(0, color=INK[BASE], ls="--", label=TITLES[BASE])
+    _dress(axis, "noise level", "difference of the loss")
+    return _picture(figure, "held-out loss of every adapter minus the base's by noise level, 95 % intervals")
 
 
-def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> str:
+def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> Markup | None:
     """Held-out loss of several adapters for every identity."""
     figure, axis = pyplot.subplots(figsize=(7, 3.6))
     for name, rows, ink in _inked(subjects):
@@ -186,12 +224,12 @@ def _inked(subjects: Mapping[str, T]) -> Iterator[tuple[str, T, Any]]:
         yield name, values, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
 
 
-def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, ink: str) -> None:
+def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, title: str, ink: str) -> None:
     points = [(row["step"], row[name], row.get(f"{name}_ci95", math.nan)) for row in metrics if name in row]
     if not points:
         return
     steps, means, halves = zip(*points, strict=True)
-    axis.plot(steps, means, label=name, color=ink, marker="." if name.startswith("val") else "", lw=1.2)
+    axis.plot(steps, means, label=title, color=ink, marker="." if name.startswith("val") else "", lw=1.2)
     low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
     axis.fill_between(steps, low, high, alpha=0.18, color=ink)
 
@@ -216,6 +254,6 @@ def _dress(axis: Any, x: str, y: str) -> None:
         axis.legend(frameon=False, fontsize=7)
 
 
-def _picture(figure: Any, description: str) -> str:
+def _picture(figure: Any, description: str) -> Markup:
     figure.tight_layout()
-    return sheet.picture(figure, description)
+    return picture(figure, description)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 
 from ltx_train.evaluation.statistics import Interval, by_identity
 
-CORRECT, WRONG, DROPPED, CAPTION, BASE = "correct", "wrong", "dropped", "caption", "base"
-ARMS = (CORRECT, WRONG, DROPPED, CAPTION, BASE)
+CORRECT, WRONG, DROPPED, NEUTRAL, CAPTION, BASE = "correct", "wrong", "dropped", "neutral", "caption", "base"
+ARMS = (CORRECT, WRONG, DROPPED, NEUTRAL, CAPTION, BASE)
 # Each arm with the adapter off.
 OFF: Mapping[str, str] = {
-    CORRECT: BASE, WRONG: "base wrong", DROPPED: "base dropped", CAPTION: "base caption",
+    CORRECT: BASE, WRONG: "base wrong", DROPPED: "base dropped", NEUTRAL: "base neutral", CAPTION: "base caption",
 }  # fmt: skip
 # By the arm that the correct one is compared with: the gap with the adapter on, with it off, and their difference.
 _GAPS = {
     WRONG: ("val/reference_gap", "val/base_gap", "val/gained_gap"),
     DROPPED: ("val/reference_gap_dropped", "val/base_gap_dropped", "val/gained_gap_dropped"),
+    NEUTRAL: ("val/reference_gap_neutral", "val/base_gap_neutral", "val/gained_gap_neutral"),
     CAPTION: ("val/caption_gap", "val/base_caption_gap", "val/gained_caption_gap"),
 }
 
@@ -140,6 +142,19 @@ def differences(rows: Iterable[Row], arm: str, other: str, column: str = "loss")
     for (key, sigma), values in second.items():
         by_speaker.setdefault(speakers[key], []).append(first[key, sigma] - sum(values) / len(values))
     return by_speaker
+
+
+def noise(measurements: Sequence[Sequence[Row]]) -> dict[str, float]:
+    """Standard deviations of the mean effects between measurements of the same clips with other noise, by metric name;
+    empty for one measurement."""
+    effects: dict[str, list[float]] = {}
+    for rows in measurements:
+        if has(rows, BASE):
+            effects.setdefault("val/adapter_gain_noise", []).append(paired(rows, CORRECT, BASE).mean)
+        if has(rows, WRONG):
+            gap = gained(rows, WRONG) if has(rows, OFF[WRONG]) else paired(rows, CORRECT, WRONG)
+            effects.setdefault("val/gained_gap_noise", []).append(gap.mean)
+    return {name: stdev(means) for name, means in effects.items() if len(means) > 1}
 
 
 def _named(name: str, value: Interval) -> dict[str, float]:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+from markupsafe import Markup
 from matplotlib import pyplot
 
 from ltx_train import durable
-from ltx_train.evaluation import sheet
+from ltx_train.evaluation.history import Measured, difference
+from ltx_train.pages.figures import picture
+from ltx_train.pages.render import render as render_page
+from ltx_train.pages.sections import Section, Table
+
+_NOTE = "Differences to the best trial are paired by identity, with 95 % intervals."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """value: the final held-out loss, None for a pruned or failed trial; course: held-out loss by step."""
+    """value: the final held-out loss, None for a pruned or failed trial; course: held-out loss by step. measured: the
+    losses of its last measurement by identity, None where they are not known."""
 
     number: int
     params: Mapping[str, Any]
     value: float | None
     state: str
     course: Mapping[int, float]
+    measured: Measured | None = None
 
 
 def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
@@ -36,22 +40,40 @@ def write(path: Path, title: str, trials: Sequence[Trial]) -> None:
 
 def render(title: str, trials: Sequence[Trial]) -> str:
     ranked = sorted(trials, key=lambda t: (t.value is None, t.value or 0.0, t.number))
-    plots = [_parallel(ranked), _courses(trials)] if any(t.value is not None for t in trials) else []
-    return sheet.page(title, "\n".join([*plots, _table(ranked)]))
+    sections = [Section(title="Trials, best first", tables=[_table(ranked)], note=_NOTE)]
+    if any(t.value is not None for t in trials):
+        sections = [
+            Section(title="Settings and what they gave", figures=[_parallel(ranked)]),
+            Section(title="Held-out loss by step; dotted: pruned or failed", figures=[_courses(trials)]),
+            *sections,
+        ]
+    return render_page("search.html.j2", title=title, sections=sections)
 
 
-def _table(ranked: Sequence[Trial]) -> str:
+def _table(ranked: Sequence[Trial]) -> Table:
     names = sorted({name for trial in ranked for name in trial.params})
-    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("trial", *names, "held-out loss", "end"))
-    rows = ""
+    best, rows = ranked[0] if ranked else None, list[Sequence[str]]()
     for trial in ranked:
         value = "" if trial.value is None else f"{trial.value:.5f}"
-        cells = (str(trial.number), *(_short(trial.params.get(n, "")) for n in names), value, trial.state)
-        rows += "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
-    return f"<h2>Trials, best first</h2><table><tr>{head}</tr>{rows}</table>"
+        values = (_short(trial.params.get(name, "")) for name in names)
+        rows.append((str(trial.number), *values, value, _to_best(trial, best), trial.state))
+    head = ("trial", *names, "held-out loss", "minus the best, paired", "end")
+    return Table(head=head, rows=rows, marked=0 if best is not None and best.value is not None else None)
 
 
-def _parallel(ranked: Sequence[Trial]) -> str:
+def _to_best(trial: Trial, best: Trial | None) -> str:
+    """The paired difference to the best trial over identities, of trials that came to their end."""
+    if best is None or trial is best or None in (trial.value, best.value, trial.measured, best.measured):
+        return ""
+    assert trial.measured is not None
+    assert best.measured is not None
+    if trial.measured.on != best.measured.on:
+        return "measured on something else"
+    interval = difference(trial.measured, best.measured)
+    return f"{interval}{'' if interval.excludes_zero else ', not distinguishable'}"
+
+
+def _parallel(ranked: Sequence[Trial]) -> Markup:
     """Parallel coordinates: one line per complete trial through its settings to its loss; darker lines are better."""
     complete = [t for t in ranked if t.value is not None]
     names = sorted({name for trial in complete for name in trial.params})
@@ -70,10 +92,10 @@ def _parallel(ranked: Sequence[Trial]) -> str:
         axes.annotate(_short(high), (x, 1.04), ha="center", fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(-0.15, 1.12)
-    return f"<h2>Settings and what they gave</h2>{sheet.picture(figure)}"
+    return picture(figure, "every line is a trial; darker ones are better")
 
 
-def _courses(trials: Sequence[Trial]) -> str:
+def _courses(trials: Sequence[Trial]) -> Markup:
     figure, axes = pyplot.subplots(figsize=(9, 3.2))
     for trial in trials:
         if trial.course:
@@ -83,7 +105,7 @@ def _courses(trials: Sequence[Trial]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.legend(title="trial", fontsize=7, ncols=4)
-    return f"<h2>Held-out loss by step; dotted: pruned or failed</h2>{sheet.picture(figure)}"
+    return picture(figure, "held-out loss of every trial by step")
 
 
 def _height(value: Any, column: Sequence[Any]) -> float:

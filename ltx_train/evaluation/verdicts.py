@@ -16,6 +16,7 @@ from ltx_train.evaluation.rows import (
     CAPTION,
     CORRECT,
     DROPPED,
+    NEUTRAL,
     OFF,
     WRONG,
     Grid,
@@ -36,6 +37,7 @@ _BY_CLIP = (
     "show whether clips are memorised, not how new people fare."
 )
 _ONE = "From one identity there is no interval and no conclusion."
+_NO_NOISE: Mapping[str, float] = {}
 _LOW_NOISE, _HIGH_NOISE, _FADED = 0.5, 0.75, 0.5
 
 
@@ -70,27 +72,31 @@ class Verdict:
     text: str
 
 
-def of_rows(rows: Sequence[Row], grid: Grid, likeness: float | None = None, *, by_clip: bool = False) -> list[Verdict]:
+def of_rows(
+    rows: Sequence[Row], grid: Grid, likeness: float | None = None, *, by_clip: bool = False,
+    noise: Mapping[str, float] = _NO_NOISE,
+) -> list[Verdict]:  # fmt: skip
     """Verdicts on one adapter. Totals cover the grid's main levels; effects are searched for at every level.
 
     likeness: resemblance of references to their own targets beyond chance, at most 1 (`likeness.beyond_chance`).
-    by_clip: recordings of trained people are held out, and each counts as an identity.
+    by_clip: recordings of trained people are held out, and each counts as an identity. noise: of repeated measuring
+    (`rows.noise`).
     """
     if not rows:
         return [Verdict(Kind.nothing_heldout, "Nothing is held out, so there is no result for new identities.")]
     main = [row for row in rows if row.sigma in grid.main]
     verdicts = [Verdict(Kind.heldout_by_clip, _BY_CLIP)] if by_clip else list[Verdict]()
     if has(main, BASE):
-        verdicts.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean))
+        verdicts.append(_gain(paired(main, CORRECT, BASE), mean(main, BASE).mean, noise.get("val/adapter_gain_noise")))
     if has(main, WRONG):
-        verdicts += _reference(main, rows, likeness)
+        verdicts += _reference(main, rows, likeness, noise.get("val/gained_gap_noise"))
     elif has(main, CAPTION):
         verdicts += _caption(main)
     return verdicts
 
 
-def _gain(gain: Interval, loss: float) -> Verdict:
-    intro = f"Adapter on minus off: {_sized(gain, loss)} without it, {loss:.4f}. "
+def _gain(gain: Interval, loss: float, noise: float | None) -> Verdict:
+    intro = f"Adapter on minus off: {_sized(gain, loss)} without it, {loss:.4f}. {_repeated(noise)}"
     if math.isnan(gain.half):
         return Verdict(Kind.too_few_identities, intro + _ONE)
     if not gain.excludes_zero:
@@ -101,11 +107,11 @@ def _gain(gain: Interval, loss: float) -> Verdict:
     return Verdict(Kind.adapter_helps, intro + "The adapter lowers the held-out loss.")
 
 
-def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None) -> list[Verdict]:
+def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None, noise: float | None) -> list[Verdict]:
     """By the gained gap: what the base does with a reference is not the adapter's. All weights have no base beside
     them; their own gap counts then."""
     gap, loss = _gap(main, WRONG), mean(main, CORRECT).mean
-    intro = _introduced(main, gap, loss)
+    intro = _introduced(main, gap, loss) + _repeated(noise)
     if math.isnan(gap.half):
         return [Verdict(Kind.too_few_identities, intro + _ONE)]
     if likeness is not None and likeness >= _COPY:
@@ -114,7 +120,7 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None)
             "nothing about identities. Take references from other clips and prepare again."
         )
         return [Verdict(Kind.reference_is_target, text)]
-    levels, dropped = _levels_with_effect(rows), _dropped(main)
+    levels, dropped = _levels_with_effect(rows), _beside(main)
     if gap.excludes_zero and gap.mean > 0 and not levels:
         return [_worse(main, intro + dropped)]
     if levels and not _fades(rows):
@@ -217,10 +223,14 @@ def _more(effect: Interval) -> str:
     return f" About {3 * effect.identities} more held-out identities would halve the interval." if effect.half else ""
 
 
-def _dropped(rows: Sequence[Row]) -> str:
-    if not has(rows, DROPPED):
-        return ""
-    return f" Against no reference at all: {_gap(rows, DROPPED)}."
+def _beside(rows: Sequence[Row]) -> str:
+    """The gaps to the other arms of the reference."""
+    arms = {DROPPED: "no reference at all", NEUTRAL: "a neutral one (silence, grey pictures)"}
+    return "".join(f" Against {name}: {_gap(rows, arm)}." for arm, name in arms.items() if has(rows, arm))
+
+
+def _repeated(noise: float | None) -> str:
+    return "" if noise is None else f"Measured again with other noise it changes by about {noise:.4f}. "
 
 
 def _caption(rows: Sequence[Row]) -> list[Verdict]:

@@ -28,7 +28,8 @@ from ltx_train.config import Config
 from ltx_train.config.multirun import top_level_values
 from ltx_train.contracts import ConfigError, Exit, UserError
 from ltx_train.data import index
-from ltx_train.evaluation import sweep_report
+from ltx_train.evaluation import history, sweep_report
+from ltx_train.evaluation.history import Measured
 from ltx_train.evaluation.sweep_report import Trial
 from ltx_train.jobs import trials
 from ltx_train.jobs.folder_lock import FolderLock
@@ -291,6 +292,7 @@ def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
             value=t.value,
             state=t.state.name.lower(),
             course=dict(t.intermediate_values),
+            measured=_last_measured(folder.parent / trial_id(config, t.number)),
         )
         for t in study.trials
         if t.state.is_finished()
@@ -300,6 +302,11 @@ def _publish(config: Config, study: optuna.Study, folder: Path) -> None:
     if done:
         best = min(done, key=lambda t: t.value or 0.0)
         durable.write(folder / "best.yaml", best_experiment(config, best.number, best.params))
+
+
+def _last_measured(folder: Path) -> Measured | None:
+    measured = history.read(folder)
+    return measured[-1] if measured else None
 
 
 def best_experiment(config: Config, number: int, values: Mapping[str, Any]) -> str:

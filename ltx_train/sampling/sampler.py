@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ltx_train import terminal
 from ltx_train.contracts import Modality, ModalityName
 from ltx_train.diffusion.references import Gate, closed
 from ltx_train.model.transformer import UNPERTURBED, Pair, Perturbation, Transformer
@@ -41,16 +42,19 @@ def sample(transformer: Transformer, start: SamplerInputs, sigmas: Tensor, guida
     """
     masks = [None if m is None else m.timesteps for m in (start.video, start.audio)]
     video, audio = start.video, start.audio
-    for sigma, next_sigma in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        current = [
-            _at_level(m, mask, sigma, name, start.gates)
-            for m, mask, name in zip((video, audio), masks, ModalityName, strict=True)
-        ]
-        clean = _guided(transformer, current[0], current[1], start, guidance)
-        video, audio = (
-            _euler_step(initial, m, x, mask, sigma=sigma, next_sigma=next_sigma)
-            for initial, m, x, mask in zip((start.video, start.audio), current, clean, masks, strict=True)
-        )
+    levels = list(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True))
+    with terminal.counted("denoising", len(levels)) as advance:
+        for sigma, next_sigma in levels:
+            current = [
+                _at_level(m, mask, sigma, name, start.gates)
+                for m, mask, name in zip((video, audio), masks, ModalityName, strict=True)
+            ]
+            clean = _guided(transformer, current[0], current[1], start, guidance)
+            video, audio = (
+                _euler_step(initial, m, x, mask, sigma=sigma, next_sigma=next_sigma)
+                for initial, m, x, mask in zip((start.video, start.audio), current, clean, masks, strict=True)
+            )
+            advance()
     return (None if video is None else video.latent), (None if audio is None else audio.latent)
 
 

@@ -6,6 +6,7 @@ Owns the Lightning Trainer and the order log -> evaluate -> save -> stop. The ca
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,12 +40,13 @@ Evaluate = Callable[[int], Mapping[str, float]]
 class Outside:
     """The services that the loop calls.
 
-    metrics: set on rank 0 only. generate: makes the clips of prompts. profiler: records the first steps. restarts:
-    starts by `supervise` before this one. prepares_saves: whether the loop allocates host memory for saves after the
-    first step (sliced states).
+    metrics, page: set on rank 0 only. page: writes the page of the run. generate: makes clips. profiler: records the
+    first steps. restarts: starts by `supervise` before this one. prepares_saves: whether the loop allocates host memory
+    for saves after the first step (sliced states).
     """
 
     metrics: Metrics | None
+    page: Callable[[], Path] | None
     evaluate: Evaluate | None
     generate: Evaluate | None
     writer: CheckpointWriter
@@ -74,7 +76,8 @@ class Edge(Callback):
         if self._last_step == 0:
             self._outside.watchdog.beat(patient=True)
             with self._state.monitor.paused():
-                self._generate(0)
+                if self._generate(0):
+                    self._write_page()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._state.monitor.data_arrived()
@@ -115,6 +118,9 @@ class Edge(Callback):
         if step == self._state.step.first_step + 1 and self._outside.prepares_saves:
             writer.prepare(self._state)
         self._report(step, {**row, **heldout})
+        if heldout or cadence.generates(step):
+            with self._state.monitor.paused():
+                self._write_page()
         final = cadence.is_last(step) or stop or ended
         if cadence.saves(step) or better or final:
             writer.save(self._state, must=final, may_wait=self._may_wait)
@@ -153,6 +159,15 @@ class Edge(Callback):
         if row and self._outside.metrics is not None and self._progress is not None:
             self._outside.metrics.write(step, row)
             self._progress.row(step, self._cadence.steps, row)
+
+    def _write_page(self) -> None:
+        """The page is for people who look in: that it cannot be written is no reason for a run to end."""
+        if self._outside.page is None:
+            return
+        try:
+            self._outside.page()
+        except Exception as error:
+            print(f"ltx-train: no page: {type(error).__name__}: {error}; the run goes on", file=sys.stderr)
 
     def _close(self) -> None:
         self._outside.writer.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from ltx_train.contracts import Exit
 from ltx_train.evaluation import history
 from ltx_train.training.tracking.metrics import read_rows
+from tests.browser import look
 from tests.conftest import command, settings
 
 pytestmark = pytest.mark.slow
@@ -160,38 +159,30 @@ def test_adapters_are_compared_with_the_numbers_of_fit(compared: Path, trained: 
         assert f"audio_reference/main step {step}" in page
     assert "the best" in page
     assert ">base<" in page
-    assert page.count("data:video/mp4;base64,") == 3 + 1 + 1  # three adapters, the base, the reference
+    assert page.count("data:video/mp4;base64,") == 3 + 1 + 2  # three adapters, the base, the reference, the real clip
     assert "http://" not in page
     assert "https://" not in page
     assert "nan" not in re.sub(r"data:[^\"]*", "", page.partition("<h2>Curves")[0])
 
 
-def test_a_browser_shows_the_page(compared: Path, tmp_path: Path) -> None:
-    """Chromium lays it out: pictures have sizes, players have films of the right length, nothing is fetched."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser on this machine")
-    probe = tmp_path / "probe.html"
-    script = (
-        "<script>window.onload=()=>setTimeout(()=>{const q=s=>[...document.querySelectorAll(s)];"
-        "document.title=JSON.stringify({pictures:q('img').map(i=>i.naturalWidth),"
-        "films:q('video').map(v=>v.duration),width:document.documentElement.scrollWidth,"
-        "fetched:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).length});"
-        "document.body.innerHTML='<pre>'+document.title+'</pre>'},1500)</script></body>"
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (800, False), (1200, True), (1200, False)])
+def test_a_browser_shows_the_page(width: int, dark: bool, compared: Path, tmp_path: Path) -> None:
+    """As wide as its window, with figures that have sizes and films of the right length; nothing is fetched."""
+    asked = (
+        "{pictures:q('figure>img:not(.still)').map(i=>i.naturalWidth),films:q('video').map(v=>v.duration),"
+        "posters:q('video').map(v=>v.poster.slice(0,15)),width:document.documentElement.scrollWidth,"
+        "ink:getComputedStyle(document.body).color,"
+        "fetched:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).length}"
     )
-    probe.write_text(compared.read_text().replace("</body>", script))
-    call = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2000",
-        "--virtual-time-budget=8000", "--dump-dom", f"file://{probe}",
-    ]  # fmt: skip
-    shown = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
-    layout = json.loads(shown.partition("<pre>")[2].partition("</pre>")[0])
+    layout = look(compared, tmp_path, asked, width=width, dark=dark)
     assert len(layout["pictures"]) >= 6
     assert min(layout["pictures"]) > 300
     assert layout["fetched"] == 0
-    assert layout["width"] <= 1200
-    assert len(layout["films"]) == 5
+    assert layout["width"] <= width
+    assert len(layout["films"]) == 6
     assert all(0.9 < length < 1.6 for length in layout["films"])
+    assert layout["posters"].count("data:image/jpeg") == 5, "a reference is a sound"
+    assert layout["ink"] == ("rgb(230, 230, 230)" if dark else "rgb(34, 34, 34)")
 
 
 def test_evaluate_without_adapters_or_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

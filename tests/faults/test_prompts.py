@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltx_train import config
-from ltx_train.assembly import prompted_clips, requests
+from ltx_train.assembly import requests, run_clips
 from ltx_train.contracts import ConfigError
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
@@ -62,7 +62,7 @@ def test_clips_are_those_of_sample_with_the_same_weights(
     assert command("evaluate", str(folder)) == 0
     page = (folder / "report.html").read_text()
     assert page.index("<h3>a man (clip 1, seed 7)</h3>") < page.index("<h3>a voice (clip 2, seed 8)</h3>")
-    assert page.count("step 000004") == 2
+    assert page.count("<figcaption>step 4</figcaption>") == 2
 
 
 def test_clips_need_no_held_out_data_and_go_on_after_a_stop(prepared: Path, clips: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_missing_file_is_named_before_anything_is_loaded(
     assert "eval.prompts, clip 1: image=gone.png: there is no such file" in shown
     assert "eval.prompts, clip 2: audio=lost.wav: there is no such file" in shown
     assert not run(tmp_path).exists()
-    assert prompted_clips.of_run(config.compose_config(words[1:-1]), run(tmp_path)) == {}
+    assert run_clips.found(run(tmp_path) / "samples") == {}
 
 
 def test_clips_are_small_unless_a_size_is_given() -> None:

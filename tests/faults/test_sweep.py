@@ -99,7 +99,7 @@ def test_a_search_is_continued_where_it_was_killed(
     assert len(states) == 4
     assert {s for (s,) in states} <= {"COMPLETE", "PRUNED"}
     page = (runs / "sweep-try" / "report.html").read_text()
-    assert page.count("<tr>") == 5
+    assert page.count("<tr") == 5
     assert "Settings and what they gave" in page
     assert "http" not in page.replace("data:image", "")
     best = (runs / "sweep-try" / "best.yaml").read_text()

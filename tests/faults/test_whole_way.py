@@ -160,7 +160,11 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
     assert [after[n] for n in names] == [during[n] for n in names]
     page = (run / "report.html").read_text()
     assert "Gained gap: " in page
-    assert page.count("data:image/svg") == 6
+    assert page.count("data:image/svg") == 7
+    for fact in ("started", "learning rate", "6 of 6 steps in", "1 x CPU", "people who are not trained on", "seed"):
+        assert fact in page, fact
+    assert "strengths" not in page
+    assert "Measured again with other noise" in page
 
 
 def test_every_metric_is_documented(trained: tuple[Path, list[str]]) -> None:
@@ -260,12 +264,15 @@ def test_streamed_training_is_resident_training(prepared: Path, clips: Path, tmp
     assert "perf/stream_stall_s" in read_rows(tmp_path / "int8_stream/audio_reference/main/metrics.jsonl")[-1]
 
 
-def test_wandb_offline_is_the_default(prepared: Path, clips: Path, tmp_path: Path) -> None:
+def test_wandb_offline_is_the_default(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = [w for w in settings(prepared, clips, f"run.root={tmp_path}", "optim.steps=2") if w != "logger=local"]
     assert command("fit", *where, "eval.interval=0", "logger.every=1") == 0
     run = tmp_path / "audio_reference" / "main"
     recorded = list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(recorded) == 1
+    assert f"to upload: wandb sync {recorded[0].parent}" in capsys.readouterr().out
     assert recorded[0].stat().st_size > 500
     assert len(read_rows(run / "metrics.jsonl")) == 2
 

@@ -10,8 +10,9 @@ import torch
 
 from ltx_train.contracts import Clip, Condition, ConditionKind, Mode
 from ltx_train.data import index
-from ltx_train.evaluation import heldout, ranking, report, verdicts
+from ltx_train.evaluation import heldout, kept, ranking, report, verdicts
 from ltx_train.evaluation.attention_mass import Mass
+from ltx_train.evaluation.kept import Evaluated
 from ltx_train.evaluation.rows import BASE, CORRECT, DROPPED, WRONG, Grid, Row, gained, paired, summary
 from ltx_train.evaluation.statistics import by_identity
 from ltx_train.model import adapter, attention, load_transformer
@@ -142,25 +143,26 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
         {"step": 2, "train/loss": 1.0, "val/reference_gap": -1.0, "val/reference_gap_ci95": 0.1},
     ]
     (tmp_path / "clip.mp4").write_bytes(b"film")
-    clips = [Clip("a: <hello>", tmp_path / "clip.mp4")]
+    (tmp_path / "clip.jpg").write_bytes(b"poster")
     masses = [Mass(0, 0.5, 0.4, 0.5), Mass(1, 0.5, 0.6, 0.5)]
-    subject = report.Subject(name="step 2", step=2, rows=rows, masses=masses, clips=clips)
     said = [verdicts.Verdict(verdicts.Kind.reference_used, "used & seen")]
     shown = report.Report(
-        title="a <title>", facts={"k": "<v>"}, metrics=metrics, subjects=[subject], grid=Grid((), (0.5,)), verdicts=said
-    )
+        title="a <title>", facts={"k": "<v>"}, metrics=metrics, grid=Grid((), (0.5,)), verdicts=said,
+        subjects=[report.Subject(name="step 2", step=2, rows=rows, masses=masses)],
+        clips={"a: <hello>\x1b[2J\u202eolleh": [Clip("<base>", tmp_path / "clip.mp4")]},
+    )  # fmt: skip
     report.write(tmp_path / "r.html", shown)
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 5
     assert 'src="data:video/mp4;base64,' in page
+    assert 'poster="data:image/jpeg;base64,' in page
     assert page.index("data:video/mp4") < page.index("used &amp; seen") < page.index("data:image/svg"), "clips on top"
     for wanted in ('name="viewport"', "prefers-color-scheme: dark", "@media print"):
         assert wanted in page
-    assert report.render(shown) == page, "equal figures"
-    assert "a: &lt;hello&gt;" in page
-    assert "used &amp; seen" in page
-    assert "a &lt;title&gt;" in page
-    assert "&lt;v&gt;" in page
+    assert report.page(shown) == page, "equal figures"
+    assert "a: &lt;hello&gt;\ufffd[2J\ufffdolleh" in page
+    for escaped in ("&lt;base&gt;", "a &lt;title&gt;", "&lt;v&gt;"):
+        assert escaped in page
     assert "http" not in page.replace('charset="utf-8"', "")
 
 
@@ -176,11 +178,25 @@ def test_checkpoints_are_a_table_with_the_best_marked(tmp_path: Path) -> None:
         title="t", facts={}, metrics=[], subjects=[], grid=Grid((), (0.5,)), ranking=listed,
         commands=["ltx-train export <run>"],
     )  # fmt: skip
-    page = report.render(shown)
-    assert page.count("class=best") == 1
-    assert "<tr class=best><td>20</td><td>1.5000 ± 0.1000</td><td></td><td>-0.2500</td>" in page
-    assert page.index("<td>10</td>") < page.index("ltx-train export &lt;run&gt;") < page.index("3 clips x 1 levels")
+    page = report.page(shown)
+    assert page.count('class="best"') == 1
+    assert '<tr class="best"><th>20</th><td>1.5000 ± 0.1000</td><td></td><td>-0.2500</td>' in page
+    assert page.index("<th>10</th>") < page.index("3 clips x 1 levels") < page.index("ltx-train export &lt;run&gt;")
     assert "nan" not in page
+
+
+def test_an_evaluation_is_kept_whole_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+    rows = [row("a", CORRECT, 1.0), row("b", WRONG, float("nan"))]
+    kept.record(tmp_path, Evaluated(step=3, rows=rows, masses=[Mass(0, 0.5, 0.4, 0.5)], grid=Grid((0.5,), (0.1, 0.9)),
+                                    likeness=None, by_clip=True))  # fmt: skip
+    found = kept.read(tmp_path)
+    assert found is not None
+    assert repr(found.rows) == repr(rows), "nan is not equal to itself"
+    assert (found.step, found.masses, found.grid.levels) == (3, [Mass(0, 0.5, 0.4, 0.5)], (0.1, 0.5, 0.9))
+    assert found.by_clip
+    path = tmp_path / kept.NAME
+    path.write_bytes(path.read_bytes().replace(b"correct", b"correcd"))
+    assert kept.read(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_shards_hold_as_many_contexts_as_counted(caption: str, clips: Path, tmp_
 
 
 def test_the_documented_table_is_this_one() -> None:
-    asked = ["experiment=voice_reference_22b", "model.weights=random", "data.caption=null", "plan.price=3"]
+    asked = ["experiment=voice_reference_22b", "model.weights=random", "data.caption=null", "plan.price_per_hour=3"]
     page = (REPOSITORY / "docs" / "data.md").read_text()
     for name, value in footage_plan.rows(config.compose_config(asked), 10_000_000):
         assert f"| {name} | {value} |" in page
@@ -47,7 +47,7 @@ def test_the_documented_table_is_this_one() -> None:
 
 def test_a_table_for_many_clips(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["experiment=talking_head_22b", "model.weights=random", "data.buckets=[1280x704x153]"]
-    assert command("plan", *asked, "plan.clips=75", "plan.price=2", "data.root=x", "data.source=y") == 0
+    assert command("plan", *asked, "plan.clips=75", "plan.price_per_hour=2", "data.root=x", "data.source=y") == 0
     shown = capsys.readouterr().out
     assert shown.count(" 75 ") == 2
     assert "a text context 12.58 MB" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from ltx_train.assembly import from_config, memory_plan, model_source, resolve, 
 from ltx_train.assembly.setup import setup
 from ltx_train.config import Config
 from ltx_train.config.settings import all_settings
+from ltx_train.data import index
 from ltx_train.diffusion.sigma import levels
 from ltx_train.distributed.ranks import Ranks
 from ltx_train.evaluation.rows import Grid
+from ltx_train.model import adapter
 from ltx_train.model.adapter import Lora
 from ltx_train.model.checkpoint import RandomWeights
 from ltx_train.model.loaders import build_transformer
@@ -93,6 +96,24 @@ def test_panel_plan_and_checkpoints_count_the_bytes_of_one_table(name: str) -> N
     )
     assert memory_plan.trained_weights(run.config, model).moment_bytes == moments
     assert resolve.optimizer(run.config).saved_bytes == 4 + moments
+
+
+def test_the_panel_has_at_most_twenty_lines(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 80 columns, where the console is none; of the recipe with the most to tell."""
+    made = config.compose_config([
+        "experiment=voice_reference_22b", "model=tiny", f"data.root={prepared}", "data.buckets=[64x64x33,64x32x33]",
+        "strategy=zero1", "optim=adamw", "optim.global_batch=4",
+    ])  # fmt: skip
+    model = build_transformer(RandomWeights("tiny"))
+    lora = from_config.lora(made)
+    adapter.attach(model, lora, 0)
+    trained = {name: p.numel() for name, p in adapter.trainable_parameters(model).items()}
+    folder = Path("runs/voice_reference_22b/main")
+    summary.show(setup(made), model, trained, index.load(prepared), folder=folder, step=0)
+    shown = capsys.readouterr().out.splitlines()
+    assert 12 < len(shown) <= 20, "\n".join(shown)
+    assert max(map(len, shown)) <= 80
+    assert any("no loss reaches" in line for line in shown)
 
 
 SLICED_FULL = ("adapter=full", "memory=recompute")

@@ -234,6 +234,13 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert command("plan", "experiment=voice_reference_22b") == 0
     shown = capsys.readouterr().out
     assert all(card.name in shown for card in CARDS)
+    assert {card.memory_gib for card in CARDS} > {12, 16, 24}
+    assert "cost" not in shown
+    assert command("plan", "experiment=voice_reference_22b", "plan.price_per_hour=2.5", "optim.steps=3600") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "H200" in line)
+    step_s, hours, cost = (float(re.findall(r"[\d.]+", cell)[0]) for cell in row.split("│")[4:7])
+    assert hours == pytest.approx(step_s, abs=0.06), "as many steps as an hour has seconds"
+    assert cost == pytest.approx(2.5 * step_s, abs=0.02)
     assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090", "memory.budget_gib=2") == 77
 
 

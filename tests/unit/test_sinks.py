@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import struct
@@ -10,18 +11,22 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
+import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from ltx_train import config
 from ltx_train.assembly import trackers
-from ltx_train.contracts import UserError
+from ltx_train.contracts import Clip, UserError
+from ltx_train.sampling.media import Sound, write_mp4
 from ltx_train.training.tracking import sinks
 from ltx_train.training.tracking.metrics import Metrics
 
@@ -144,7 +149,7 @@ def test_offline_runs_take_reports_and_clips(tmp_path: Path) -> None:
         tracker = sinks.WandB(tmp_path / place / "e/main", "offline", "p", {"a": 1}, first_step)
         ids.append(tracker._run.id)
         tracker.write(first_step + 1, {"val/loss": 1.0})
-        tracker.media(first_step + 1, clip, "clip")
+        tracker.media(first_step + 1, Clip("a caption", clip, "prompts/01"))
         tracker.page(page)
         tracker.close()
     assert ids[0] == ids[2] != ids[1]
@@ -174,10 +179,20 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     tracker = sinks.TensorBoard(tmp_path, 0)
     for step in (1, 2):
         tracker.write(step, {"val/loss": step / 4})
+    clip = tmp_path / "clip.mp4"
+    sound = Sound(0.1 * torch.ones(2, 4800), 48000)
+    write_mp4(clip, torch.zeros(9, 32, 64, 3, dtype=torch.uint8), sound, 25.0)
+    tracker.media(2, Clip("a caption", clip, "prompts/01"))
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(1, 0.25), (2, 0.5)]
+    (shown,), (heard,) = events.Images("samples/prompts/01"), events.Audio("samples/prompts/01/sound")
+    assert (shown.step, shown.width, shown.height, shown.encoded_image_string[:6]) == (2, 64, 32, b"GIF89a")
+    with av.open(io.BytesIO(shown.encoded_image_string)) as container:
+        assert len(list(container.decode(video=0))) == 5, "every second picture"
+    with wave.open(io.BytesIO(heard.encoded_audio_string)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes() > 4000) == (48000, 2, True)
 
 
 def test_logger_also_selects_the_sinks(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ltx_train.config.schema.commands import (
     PlanConfig,
     SampleConfig,
     SweepConfig,
+    WatchConfig,
 )
 from ltx_train.config.schema.fields import setting
 from ltx_train.config.schema.machine import ClusterConfig, MemoryConfig, StrategyConfig, SuperviseConfig
@@ -73,3 +74,4 @@ class Config:
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)

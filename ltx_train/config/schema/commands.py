@@ -138,5 +138,12 @@ class PlanConfig:
     clips: int | None = setting(
         None, "number of clips of a data set; `plan` then shows its disk space and hours", least=1
     )
-    price: float | None = setting(None, "price of a device for an hour, for plan.clips", least=0)
+    price_per_hour: float | None = setting(None, "price of a device for an hour; `plan` adds up the costs", least=0)
     link_gbs: list[float] = setting([50.0, 400.0], "GB/s into a machine over its network cards; for several machines")
+
+
+@dataclass
+class WatchConfig:
+    """`watch`."""
+
+    port: int = setting(8420, "port of the page on this machine; 0: any that is free", least=0, most=65535)

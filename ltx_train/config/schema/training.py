@@ -175,14 +175,17 @@ class EvalConfig:
     max_samples: int = setting(0, "most clips that are measured; 0: all", least=0)
     wrong_references: int = setting(2, "other identities' references per clip, for the reference gap", least=1)
     dropped: bool = setting(True, "also measure without the reference")
+    neutral: bool = setting(True, "also measure with silence, or grey pictures, as the reference")
     voice_variant: str | None = setting(None, "measure with this variant of all voice references; null: as recorded")
     wrong_caption: bool = setting(True, "also measure under another clip's caption")
-    attention: bool = setting(True, "also measure the attention on reference tokens")
-    samples: int = setting(0, "held-out clips that are generated at each measurement", least=0)
-    prompts: Any = setting(None, "clips that are generated during training: a list of prompts, or a YAML file with one")
-    sample_interval: int = setting(
-        0, "optimizer steps between two generations of eval.prompts; 0: eval.interval", least=0
+    strengths: list[float] = setting(
+        [0.5, 1.5], "strengths of the adapter that `evaluate` measures beside 0 and 1", least=0, most=2
     )
+    repeats: int = setting(1, "how often `evaluate` measures again with other noise; 0: never", least=0)
+    attention: bool = setting(True, "also measure the attention on reference tokens")
+    samples: int = setting(0, "held-out clips that are generated when those of eval.prompts are", least=0)
+    prompts: Any = setting(None, "clips that are generated during training: a list of prompts, or a YAML file with one")
+    sample_interval: int = setting(0, "optimizer steps between two generations of clips; 0: eval.interval", least=0)
     patience: int = setting(0, "measurements without a better held-out loss that end the run; 0: never", least=0)
 
 

@@ -62,19 +62,20 @@ class Encoders:
 
     A preparation without new clips or captions loads none. The text encoder and the VAEs need not share a GPU's
     memory: `release_text` frees the former. streams_text: as in `memory.planning.encoding`; tile: the edge of the video
-    VAE's tiles. The constructor raises DataError when a real model has no text encoder.
+    VAE's tiles. The constructor raises DataError when a real model has no text encoder and `with_text` is set.
     """
 
     def __init__(
         self, source: TensorSource, *, text_encoder: str | None, text_tokens: int, device: torch.device,
-        dtype: torch.dtype, latent_dtype: torch.dtype, streams_text: bool = False, tile: int | None = None,
+        dtype: torch.dtype, latent_dtype: torch.dtype, streams_text: bool = False,
+        tile: int | None = None, with_text: bool = True,
     ) -> None:  # fmt: skip
         self._source, self._device, self._dtype = source, device, dtype
         self._streams_text, self._tile = streams_text, tile
         self._text = (text_encoder, text_tokens)
         self._width: int = source.config["transformer"]["caption_channels"]
         self.latent_dtype = latent_dtype
-        if text_encoder is None and self._width > _WIDEST_STAND_IN:
+        if with_text and text_encoder is None and self._width > _WIDEST_STAND_IN:
             raise DataError("captions need a text encoder: set model.text_encoder to a local Gemma folder")
         self.fingerprints = encoder_fingerprints(source, text_encoder, text_tokens)
 

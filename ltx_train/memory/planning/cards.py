@@ -36,6 +36,10 @@ class Card:
 # Vendors' datasheets: dense rates with float32 accumulation; PCIe 4 x16 moves about 25 GB/s, PCIe 5 about 55.
 # Between devices: one direction of NVLink, otherwise through the host.
 CARDS = (
+    Card(name="RTX 3060", memory_gib=12, bf16_tflops=25.6, fp8_tflops=0, memory_gbs=360, host_gbs=25, peer_gbs=12),
+    Card(name="RTX 4070", memory_gib=12, bf16_tflops=58, fp8_tflops=117, memory_gbs=504, host_gbs=25, peer_gbs=12),
+    Card(name="RTX 4080", memory_gib=16, bf16_tflops=97, fp8_tflops=195, memory_gbs=717, host_gbs=25, peer_gbs=12),
+    Card(name="RTX 5080", memory_gib=16, bf16_tflops=113, fp8_tflops=225, memory_gbs=960, host_gbs=55, peer_gbs=27),
     Card(name="RTX 3090", memory_gib=24, bf16_tflops=71, fp8_tflops=0, memory_gbs=936, host_gbs=25, peer_gbs=12),
     Card(name="RTX 4090", memory_gib=24, bf16_tflops=165, fp8_tflops=330, memory_gbs=1008, host_gbs=25, peer_gbs=12),
     Card(name="RTX 5090", memory_gib=32, bf16_tflops=209, fp8_tflops=419, memory_gbs=1792, host_gbs=55, peer_gbs=27),

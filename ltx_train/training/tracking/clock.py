@@ -34,8 +34,9 @@ class Clock:
         self._began = None
 
     def row(self) -> dict[str, float]:
-        """Both ratios by metric name: MFU of the time since the last row, goodput of the complete run."""
-        values = {"run/goodput": min(1.0, self._productive / max(1e-9, time.time() - self._started))}
+        """By metric name: MFU of the time since the last row; goodput and seconds of training of the complete run."""
+        goodput = min(1.0, self._productive / max(1e-9, time.time() - self._started))
+        values = {"run/goodput": goodput, "run/trained_s": self._productive}
         if self._peak and self._interval:
             values["perf/mfu"] = self._flops / self._interval / self._peak
         self._interval = self._flops = 0.0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_train import durable
+from ltx_train.contracts import Clip
 from ltx_train.training.tracking.sinks import Sink, Values
 
 
@@ -41,9 +42,9 @@ class Metrics:
         """Passes a report page to the sinks."""
         self._to_sinks(lambda sink: sink.page(path))
 
-    def media(self, step: int, path: Path, caption: str) -> None:
+    def media(self, step: int, clip: Clip) -> None:
         """Passes a generated clip to the sinks."""
-        self._to_sinks(lambda sink: sink.media(step, path, caption))
+        self._to_sinks(lambda sink: sink.media(step, clip))
 
     def close(self) -> None:
         self._write_pending()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ltx_train import durable
-from ltx_train.contracts import UserError
+from ltx_train.contracts import Clip, UserError
+from ltx_train.training.tracking import animation
 
 Values = Mapping[str, float]
 _INIT_TIMEOUT_S = 8
@@ -34,7 +35,7 @@ class Sink(Protocol):
 
     def page(self, path: Path) -> None: ...
 
-    def media(self, step: int, path: Path, caption: str) -> None: ...
+    def media(self, step: int, clip: Clip) -> None: ...
 
     def close(self) -> None: ...
 
@@ -56,7 +57,7 @@ class Csv:
 
     def page(self, path: Path) -> None: ...
 
-    def media(self, step: int, path: Path, caption: str) -> None: ...
+    def media(self, step: int, clip: Clip) -> None: ...
 
     def close(self) -> None: ...
 
@@ -86,7 +87,11 @@ class TensorBoard:
 
     def page(self, path: Path) -> None: ...
 
-    def media(self, step: int, path: Path, caption: str) -> None: ...
+    def media(self, step: int, clip: Clip) -> None:
+        """Moving pictures as a GIF, which is what TensorBoard shows, and the sound."""
+        summary = animation.summary(clip)
+        self._writer._get_file_writer().add_summary(summary, step)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -107,10 +112,11 @@ class WandB:
 
         self._run.log({"report": wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
-    def media(self, step: int, path: Path, caption: str) -> None:
+    def media(self, step: int, clip: Clip) -> None:
         import wandb
 
-        self._run.log({f"samples/{caption}": wandb.Video(str(path), caption=caption, format="mp4")}, step=step)
+        name = f"samples/{clip.place or clip.path.stem}"
+        self._run.log({name: wandb.Video(str(clip.path), caption=clip.caption, format="mp4")}, step=step)
 
     def close(self) -> None:
         """Waits until W&B's own process has written what it was sent, which takes long on a loaded machine."""
