@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 LTX := $(BIN)/ltx-train
 VOICE := data/sample/speaker03_0.mp4
-PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio: $(VOICE)}, {prompt: a person is speaking, seed: 2}]
+PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio: $(VOICE)}, {prompt: a person is speaking, seed: 2, without_references: true}]
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help

@@ -115,6 +115,7 @@ class Condition:
 
     The other fields are for references. position, gap_s: position in time. spatial_scale: factor by which its grid is
     smaller than the target's, temporal_scale: by which its frame rate is lower (null: computed from the shapes).
+    at_s: for a reference that is one picture, seconds of the target at which it stands.
     strength: attention weight of its keys in [0, 1]. sigmas: [lowest, highest] noise level at which it is visible.
     crossed: whether the other modality attends to it. reads_text: whether it attends to the text.
     """
@@ -129,6 +130,7 @@ class Condition:
     gap_s: float = 0.04
     spatial_scale: int | None = None
     temporal_scale: int | None = None
+    at_s: float | None = None
     strength: float = 1.0
     sigmas: list[float] = field(default_factory=lambda: [0.0, 1.0])
     crossed: bool = True

@@ -6,25 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ltx_train import durable
-from ltx_train.assembly import model_source
-from ltx_train.config import Config, counted_fps, sample_bucket
-from ltx_train.contracts import Batch, Clip, Condition, ConditionKind, DataError, ModalityName, Mode, Role
+from ltx_train.assembly import given_media
+from ltx_train.config import Config, clip_inputs, counted_fps
+from ltx_train.contracts import Batch, Clip, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
-from ltx_train.data.prepare.sound import read_audio
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
 from ltx_train.diffusion import conditions, references, sigma, transfer
 from ltx_train.model import codecs
 from ltx_train.model.transformer import Pair, Transformer
 from ltx_train.sampling import media, sampler
-from ltx_train.sampling.guidance import Guidance
+from ltx_train.sampling.guidance import Guidance, Guider
 from ltx_train.sampling.media import Decoder, Sound
+from ltx_train.sampling.sampler import Solver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,34 +46,19 @@ def contexts(config: Config, encoders: Encoders) -> tuple[dict[str, Tensor], dic
 
 def request(config: Config, encoders: Encoders, texts: tuple[dict[str, Tensor], dict[str, Tensor]]) -> SampleRequest:
     """The request of `config.sample`. Its text encoder is not needed any more."""
-    s, bucket = config.sample, sample_bucket(config)
-    fps = s.fps or counted_fps(config)
-    channels = model_source.weights(config).config["transformer"]
-    latents = bucket.audio_tokens(fps)
-    audio_shape = (1, channels["audio_in_channels"] // codecs.LATENT_MEL_BINS, latents, codecs.LATENT_MEL_BINS)
-    video, audio = torch.zeros(1, channels["in_channels"], *bucket.latents), torch.zeros(audio_shape)
-    mode = _mode(config)
-    sound = reference = None
-    if s.image is not None:
-        pixels = media.image_to_pixels(s.image, bucket.width, bucket.height).to(encoders.video_vae.device)
-        video[:, :, :1] = codecs.encode_video(encoders.video_vae, pixels).float().cpu()
-    if s.audio is not None:
-        sound = _sound(s.audio, bucket.frames / fps)
-        audio = encoders.sound(sound.waveform, sound.rate)[None, :, :latents].cpu()
-    if s.reference_audio is not None:
-        reference = encoders.reference(Path(s.reference_audio), config.data.reference_s)[None].cpu()
+    given = given_media.of_clip(config, clip_inputs.of_clip(config), encoders)
+    fps = config.sample.fps or counted_fps(config)
     positive, negative = texts
+    mode = given.mode
     batch = Batch(
         keys=("sample",), speakers=("",), draws=(0,), fps=torch.tensor([fps]),
-        video_latent=None if mode.video is Role.absent else video,
-        audio_latent=None if mode.audio is Role.absent else audio,
+        video_latent=None if mode.video is Role.absent else given.video,
+        audio_latent=None if mode.audio is Role.absent else given.audio,
         video_context=positive[VIDEO_CONTEXT][None].cpu(), audio_context=positive[AUDIO_CONTEXT][None].cpu(),
-        references={} if reference is None else {_voice(config).name: reference},
+        references=given.references, masks=given.masks,
     )  # fmt: skip
-    return SampleRequest(
-        mode=mode, batch=batch, negative={name: tensor[None].cpu() for name, tensor in negative.items()}, sound=sound,
-        fps=fps,
-    )  # fmt: skip
+    away = {name: tensor[None].cpu() for name, tensor in negative.items()}
+    return SampleRequest(mode=mode, batch=batch, negative=away, sound=given.sound, fps=fps)
 
 
 def of_batch(mode: Mode, batch: Batch, negative: Mapping[str, Tensor] | None, fps: float) -> SampleRequest:
@@ -94,8 +79,8 @@ def generate(transformer: Transformer, config: Config, made: SampleRequest, devi
         video=inputs.video, audio=inputs.audio, negative_video=made.negative[VIDEO_CONTEXT].to(device),
         negative_audio=made.negative[AUDIO_CONTEXT].to(device), gates=references.gates(made.mode, batch),
     )  # fmt: skip
-    levels = sigma.inference_schedule(config.sample.steps)
-    video, audio = sampler.sample(transformer, start, levels, guidance(config))
+    solver = Solver(config.sample.solver)
+    video, audio = sampler.sample(transformer, start, schedule(config), guidance(config), solver)
     clip = sound = None
     if video is not None and batch.video_latent is not None:
         target = batch.video_latent[0, 0].numel()
@@ -114,33 +99,19 @@ def write(decoder: Decoder, made: SampleRequest, latents: Pair, path: Path) -> N
 
 
 def guidance(config: Config) -> Guidance:
-    s = config.sample
+    """The guiders of both modalities. What is not set for the audio is as for the video, but for cfg."""
+    s, blocks = config.sample, tuple(config.sample.stg_blocks)
+    common = {"stg": s.stg_scale, "modality": s.modality_scale, "rescale": s.rescale}
+    own = {"stg": s.audio_stg_scale, "modality": s.audio_modality_scale, "rescale": s.audio_rescale}
+    audio = {**common, **{name: value for name, value in own.items() if value is not None}}
     return Guidance(
-        video_cfg=s.video_cfg, audio_cfg=s.audio_cfg, modality_scale=s.modality_scale, stg_scale=s.stg_scale,
-        stg_blocks=tuple(s.stg_blocks), rescale=s.rescale,
+        video=Guider(cfg=s.video_cfg, blocks=blocks, **common), audio=Guider(cfg=s.audio_cfg, blocks=blocks, **audio),
+        skip=s.skip_steps,
     )  # fmt: skip
 
 
-def _mode(config: Config) -> Mode:
-    """The trained mode, with one condition for each input file."""
-    active: list[Condition] = []
-    if config.sample.image is not None:
-        active.append(Condition(kind=ConditionKind.first_frame, p=1.0))
-    if config.sample.reference_audio is not None:
-        active.append(_voice(config))
-    role = Role.freeze if config.sample.audio is not None else config.mode.audio
-    return Mode(config.mode.video, role, config.mode.sigma, active)
-
-
-def _voice(config: Config) -> Condition:
-    """The voice reference of the trained mode, with probability 1."""
-    voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
-    return replace(voices[0], p=1.0) if voices else Condition(kind=ConditionKind.reference)
-
-
-def _sound(path: str, seconds: float) -> Sound:
-    """The input audio, cut or padded to the length of the video. The output file gets it too."""
-    waveform, rate = read_audio(Path(path), 0.0, seconds)
-    if waveform is None:
-        raise DataError(f"{path} has no sound")
-    return Sound(waveform, rate)
+def schedule(config: Config) -> Tensor:
+    """The noise levels of a generation, from 1 to 0."""
+    if config.sample.schedule == "distilled":
+        return sigma.distilled_schedule()
+    return sigma.inference_schedule(config.sample.steps)

@@ -40,19 +40,21 @@ def show(
 
 
 def untrained(config: Config, transformer: Transformer) -> dict[str, list[str]]:
-    """Parts of a block whose linear layers are not trained: `frozen`, or `no loss reaches`; the former also without an
-    adapter although a loss reaches them."""
+    """Parts of a block none of whose linear layers is trained: `frozen`, or `no loss reaches`."""
     modes = [mode for _, mode in configuration.training_modes(config)]
     count = len(transformer.transformer_blocks)
     found: dict[str, set[str]] = {"frozen": set(), "no loss reaches": set()}
+    trained: set[str] = set()
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear) or ".lora_" in name or not name.startswith("transformer_blocks."):
             continue
         plain = name.removesuffix(".base_layer")
-        if plain == name and not module.weight.requires_grad:
+        if plain != name or module.weight.requires_grad:
+            trained.add(adapter.module_group(plain))
+        else:
             state = "frozen" if sees_loss(plain, modes, count) else "no loss reaches"
             found[state].add(adapter.module_group(plain))
-    return {state: sorted(groups) for state, groups in found.items() if groups}
+    return {state: sorted(groups - trained) for state, groups in found.items() if groups - trained}
 
 
 def _lines(
@@ -141,10 +143,11 @@ def _tokens(setup: Setup) -> str:
     for bucket in resolve.buckets(config):
         counts = [f"{bucket.video_tokens} video"] if config.mode.video is not Role.absent else []
         counts += [f"{bucket.audio_tokens(counted_fps(config))} audio"] if config.mode.audio is not Role.absent else []
-        counts += [f"reference {c.name.removeprefix('reference/')}" for c in config.mode.references]
-        parts.append(f"{bucket}: {' + '.join(counts)} tokens each")
+        parts.append(f"{bucket}: {' + '.join(counts)}")
+    references = "".join(f" + reference {c.name.removeprefix('reference/')}" for c in config.mode.references)
     devices = setup.sharing.sequence
-    return "; ".join(parts) + (f"; video sliced over {devices} devices" if devices > 1 else "")
+    sliced = f"; video sliced over {devices} devices" if devices > 1 else ""
+    return f"tokens of {'; '.join(parts)}{references}{sliced}"
 
 
 def memory(setup: Setup, transformer: Transformer, trained: int) -> str:

@@ -81,6 +81,8 @@ def _validate_condition(where: str, condition: Condition, mode: Mode) -> None:
     if len(gate) != 2 or not 0 <= gate[0] < gate[1] <= 1:
         raise ConfigError(f"{where}: sigmas={list(gate)} must be [lowest, highest] within [0, 1]")
     scales = [s for s in (condition.temporal_scale, condition.spatial_scale) if s is not None]
+    if condition.at_s is not None and (condition.kind is not ConditionKind.reference or condition.at_s < 0):
+        raise ConfigError(f"{where}: at_s={condition.at_s:g} is the time of a reference, in seconds from 0 on")
     if condition.gap_s < 0 or any(scale < 1 for scale in scales):
         raise ConfigError(f"{where}: gap_s must be at least 0, spatial_scale and temporal_scale at least 1")
     spans = condition.latents

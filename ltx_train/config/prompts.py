@@ -11,13 +11,16 @@ import yaml
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ltx_train.config import clip_inputs
 from ltx_train.config.buckets import parse_bucket
 from ltx_train.config.schema import Config
 from ltx_train.config.settings import all_settings, check_value
 from ltx_train.contracts import ConfigError
 
-_KEYS = ("prompt", "negative_prompt", "seed", "bucket", "fps", "image", "audio", "reference_audio", "strength")
-_FILES = ("image", "audio", "reference_audio")
+_KEYS = (
+    "prompt", "negative_prompt", "seed", "bucket", "fps", "strength", *clip_inputs.FILES, "audio_start",
+    "audio_seconds", "audio_short", "audio_mask", "region", "references", "frames", "without_references",
+)  # fmt: skip
 # Pixels of a latent, and frames of a clip without a bucket of its own.
 _STEP, _FRAMES = 32, 73
 
@@ -37,10 +40,18 @@ def written_out(config: Config) -> Config:
 def absent_files(config: Config) -> Iterator[str]:
     """Files that the clips are made with and that do not exist."""
     for number, made in enumerate(prompted(config), 1):
-        for name in _FILES:
-            path = getattr(made.sample, name)
-            if path is not None and not Path(path).is_file():
+        for name, path in sorted(files(made).items()):
+            if not Path(path).is_file():
                 yield f"eval.prompts, clip {number}: {name}={path}: there is no such file"
+
+
+def files(config: Config) -> dict[str, str]:
+    """The files that a clip is made with, by setting."""
+    named = {name: getattr(config.sample, name) for name in clip_inputs.FILES}
+    found = {name: path for name, path in named.items() if path is not None}
+    for name in ("references", "frames"):
+        found |= {f"{name}.{key}": path for key, path in getattr(config.sample, name).items()}
+    return found
 
 
 def _entries(given: Any) -> list[Any]:
@@ -73,17 +84,19 @@ def _clip(config: Config, entry: Any, number: int) -> Config:
     strange = sorted(str(name) for name in values if name not in _KEYS)
     if strange:
         raise ConfigError(f"{where}: {strange[0]!r} is no setting of a clip: take {', '.join(_KEYS)}")
-    given = {**dict.fromkeys(_FILES), "bucket": _small(config), **values}
+    cleared = {"audio_mask": None, "region": [], "references": {}, "frames": {}}
+    given = {**dict.fromkeys(clip_inputs.FILES), **cleared, "bucket": _small(config), **values}
     try:
         sample: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.sample), given))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     made = replace(config, sample=sample)
-    for name in _KEYS:
-        try:
+    try:
+        for name in _KEYS:
             check_value(made, all_settings()[f"sample.{name}"])
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        clip_inputs.of_clip(made)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     _refuse_large(made, where)
     return made
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ltx_train.config import prompts
+from ltx_train.config import clip_inputs, prompts
 from ltx_train.config.command_table import COMMANDS, CommandKind
 from ltx_train.config.schema import Config
-from ltx_train.contracts import ConfigError, DataError, Role
+from ltx_train.contracts import ConfigError, DataError
 
 _MENDS: Mapping[str, str] = {
     "model.path": "give the single-file checkpoint, or model.weights=random for a trial",
@@ -23,13 +23,14 @@ _MENDS: Mapping[str, str] = {
     "cut.source": "give a recording, or a folder of recordings",
     "inspect.file": "give the LoRA file to inspect",
     "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
-    "sample.audio": "mode.audio=freeze makes a video for a given sound: give it with sample.audio=FILE",
 }
 
 
 def require(config: Config, command: str) -> None:
     """ConfigError that names every missing setting; DataError when all are set and files are missing."""
     kind = COMMANDS[command]
+    if kind.name == "sample":
+        clip_inputs.of_clip(config)
     unset = [f"{name} is not set: {_MENDS[name]}" for name in _needed(config, kind) if not _is_set(config, name)]
     absent = list(_absent_files(config, kind)) if kind.checks_paths else []
     if unset:
@@ -46,8 +47,6 @@ def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
         # Adapters that are compared bring the data of their run along.
         if not (kind.name == "evaluate" and config.checkpoints is not None and name == "data.root"):
             yield name
-    if kind.name == "sample" and config.mode.audio is Role.freeze:
-        yield "sample.audio"
     if kind.name == "bench" and config.bench.what == "data":
         yield "data.root"
 
@@ -63,7 +62,6 @@ def _is_set(config: Config, name: str) -> bool:
         "cut.source": lambda: config.cut.source is not None,
         "inspect.file": lambda: config.inspect.file is not None,
         "sample.bucket": lambda: bool(config.sample.bucket or config.data.buckets),
-        "sample.audio": lambda: config.sample.audio is not None,
     }
     return given[name]()
 
@@ -90,8 +88,9 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
     if name == "inspect":
         yield from _file("inspect.file", config.inspect.file)
     if name == "sample":
-        for field in ("adapter", "image", "audio", "reference_audio"):
-            yield from _file(f"sample.{field}", getattr(config.sample, field))
+        yield from _file("sample.adapter", config.sample.adapter)
+        for field, path in prompts.files(config).items():
+            yield from _file(f"sample.{field}", path)
 
 
 def _fit_groups(kind: CommandKind) -> tuple[str, ...]:

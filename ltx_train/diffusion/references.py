@@ -100,6 +100,8 @@ def bounds(condition: Condition, latent: Tensor, target: Tensor, fps: Tensor) ->
             positions.video_reference(*sizes, float(f), spatial_scale=scale, temporal_scale=slower) for f in fps
         ]
         intervals = torch.stack(per_sample)
+        if condition.at_s is not None:
+            intervals[:, 0] += condition.at_s
     if condition.position is Placement.negative:
         # In the reference implementation's order, for equal rounding.
         intervals[:, 0] = intervals[:, 0] - intervals[:, 0, -1:, 1:] - condition.gap_s

@@ -124,5 +124,11 @@ def inference_schedule(steps: int, tokens: int = INFERENCE_TOKENS) -> Tensor:
     return torch.cat([1 - distance / stretch if steps > 1 else shifted, grid[-1:]])
 
 
+def distilled_schedule() -> Tensor:
+    """(9,) float32: the eight levels that the distilled model was trained on, and 0. Public in diffusers as
+    DISTILLED_SIGMA_VALUES."""
+    return torch.tensor([1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0])
+
+
 def _sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))

@@ -69,9 +69,10 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """Parts that guidance switches off: self-attention in some blocks, or all audio-video attention."""
+    """Parts that guidance switches off: self-attention of a modality in some blocks, or all audio-video attention."""
 
-    skip_self_attention: frozenset[int] = frozenset()
+    skip_video: frozenset[int] = frozenset()
+    skip_audio: frozenset[int] = frozenset()
     isolate_modalities: bool = False
 
 
@@ -90,17 +91,18 @@ class Block(LTX2VideoTransformerBlock):
         video_stream: Stream | None,
         audio_stream: Stream | None,
         *,
-        skip_self_attention: bool,
+        skip_video: bool,
+        skip_audio: bool,
         isolate: bool,
     ) -> Pair:
         """Hidden states (B, Tv, Dv) and (B, Ta, Da) in and out. An absent modality and its stream are None."""
         v_mod = a_mod = _NO_MODULATION
         if video is not None and video_stream is not None:
             v_mod = _modulation(self.scale_shift_table, video_stream.modulation, video_stream.level)
-            video = self._self_and_text_attention(video, video_stream, v_mod, "", skip_self_attention)
+            video = self._self_and_text_attention(video, video_stream, v_mod, "", skip_video)
         if audio is not None and audio_stream is not None:
             a_mod = _modulation(self.audio_scale_shift_table, audio_stream.modulation, audio_stream.level)
-            audio = self._self_and_text_attention(audio, audio_stream, a_mod, "audio_", skip_self_attention)
+            audio = self._self_and_text_attention(audio, audio_stream, a_mod, "audio_", skip_audio)
         if video is not None and audio is not None and video_stream and audio_stream and not isolate:
             video, audio = self._cross_modal_attention(video, audio, video_stream, audio_stream)
         if video is not None:
@@ -213,7 +215,8 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.transformer_blocks):
             v_hidden, a_hidden = self.run_block(
                 index, block, v_hidden, a_hidden, v_stream, a_stream,
-                skip_self_attention=index in perturbation.skip_self_attention,
+                skip_video=index in perturbation.skip_video,
+                skip_audio=index in perturbation.skip_audio,
                 isolate=perturbation.isolate_modalities,
             )  # fmt: skip
         if token_slice is not None and v_hidden is not None:

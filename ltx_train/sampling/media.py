@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from diffusers.pipelines.ltx2.utils import apply_image_conditioning_crf
 from torch import Tensor
 
 from ltx_train.contracts import DataError
@@ -37,10 +38,11 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """waveform (channels, samples) in [-1, 1] at `rate` Hz."""
+    """waveform (channels, samples) in [-1, 1] at `rate` Hz. original: a given sound, which is written without loss."""
 
     waveform: Tensor
     rate: int
+    original: bool = False
 
 
 def open_decoder(source: TensorSource, device: torch.device, dtype: torch.dtype, *, tile: int | None = None) -> Decoder:
@@ -106,14 +108,19 @@ def is_own(path: Path) -> bool:
         return False
 
 
-def image_to_pixels(path: str | Path, width: int, height: int) -> Tensor:
+def image_to_pixels(path: str | Path, width: int, height: int, *, crf: int = 0) -> Tensor:
     """The first picture of a file, resized and cropped to a size: (1, 3, 1, H, W) float32 in [-1, 1].
 
-    Raises DataError if the file cannot be read.
+    crf: it is compressed with H.264 before that, as the model's training videos were; 0: not. Raises DataError if the
+    file cannot be read.
     """
     try:
         with av.open(str(path)) as container:
-            picture = picture_to_bucket(next(container.decode(video=0)), width, height)
+            frame: Any = next(container.decode(video=0))
+            if crf:
+                compressed = apply_image_conditioning_crf(frame.to_ndarray(format="rgb24"), crf)
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(compressed), "rgb24")
+            picture = picture_to_bucket(frame, width, height)
     except (av.FFmpegError, OSError, StopIteration, IndexError) as error:
         raise DataError(f"{path} cannot be read as a picture ({error})") from error
     return torch.from_numpy(picture).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
@@ -131,13 +138,25 @@ def _pictures(pixels: Tensor) -> Any:
 
 
 def _sound_stream(container: Any, sound: Sound) -> Any:
-    stream = container.add_stream("aac", rate=sound.rate, layout="mono" if sound.waveform.shape[0] == 1 else "stereo")
+    layout = _layout(sound)
+    if sound.original:
+        stream = container.add_stream("flac", rate=sound.rate, layout=layout)
+        stream.format = "s32"  # 24 bits, which hold every sample of a 16-bit recording
+        return stream
+    stream = container.add_stream("aac", rate=sound.rate, layout=layout)
     stream.bit_rate = 192_000
     return stream
 
 
+def _layout(sound: Sound) -> str:
+    return "mono" if sound.waveform.shape[0] == 1 else "stereo"
+
+
 def _sound_frames(sound: Sound) -> Any:
-    layout = "mono" if sound.waveform.shape[0] == 1 else "stereo"
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.waveform.numpy()), "fltp", layout)
+    samples = np.ascontiguousarray(sound.waveform.numpy())
+    frame = av.AudioFrame.from_ndarray(samples, "fltp", _layout(sound))
+    if sound.original:
+        whole = np.clip(np.round(samples.T.astype(np.float64) * 2**23), -(2**23), 2**23 - 1).astype(np.int32) << 8
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(whole.reshape(1, -1)), "s32", _layout(sound))
     frame.sample_rate, frame.pts, frame.time_base = sound.rate, 0, Fraction(1, sound.rate)
     return (frame,)

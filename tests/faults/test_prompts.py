@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 NAMES = ("base", "step-000004")
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
 PROMPTS = (
-    "eval.prompts=[{prompt: a man, seed: 7, bucket: 64x64x33}, "
+    "eval.prompts=[{prompt: a man, seed: 7, bucket: 64x64x33, without_references: true}, "
     f"{{prompt: a voice, reference_audio: {CLIP}, seed: 8, bucket: 64x64x33}}]"
 )
 GUIDED = ("sample.steps=2", "sample.video_cfg=3", "sample.audio_cfg=4", "sample.stg_scale=1", "sample.stg_blocks=[0]")
@@ -47,7 +47,7 @@ def test_clips_are_those_of_sample_with_the_same_weights(
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if row.get("perf/generate_s", 0) > 0] == [4]
     words = [*fit(prepared, clips, tmp_path)[1:], *GUIDED]
-    asked = [["sample.prompt=a man", "sample.seed=7"],
+    asked = [["sample.prompt=a man", "sample.seed=7", "sample.without_references=true"],
              ["sample.prompt=a voice", "sample.seed=8", f"sample.reference_audio={CLIP}"]]  # fmt: skip
     weights = folder / "adapters" / "step-000004.safetensors"
     for number, one in enumerate(asked, 1):
@@ -68,7 +68,13 @@ def test_clips_are_those_of_sample_with_the_same_weights(
 def test_clips_need_no_held_out_data_and_go_on_after_a_stop(prepared: Path, clips: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("- a man\n- {prompt: ein Ständchen, seed: 3}\n", encoding="utf-8")
-    steps = ("eval.interval=0", "eval.sample_interval=2", "sample.steps=1", f"eval.prompts={prompts}")
+    steps = (
+        "sample.without_references=true",
+        "eval.interval=0",
+        "eval.sample_interval=2",
+        "sample.steps=1",
+        f"eval.prompts={prompts}",
+    )
     assert command(*fit(prepared, clips, tmp_path / "a", "optim.steps=3", *steps, "optim.schedule=constant")) == 0
     folder = run(tmp_path / "a")
     assert {name.partition("/")[0] for name in made(folder)} == {"base", "step-000002", "step-000003"}

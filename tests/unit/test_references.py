@@ -123,11 +123,16 @@ def test_id_lora_hides_the_voice_from_the_video_and_the_text_from_the_voice() ->
     # Self-attention would bring the voice to the target's tokens, which the video may see.
     skip = frozenset({0})
     with torch.no_grad():
-        first, second = (model(made.video, m, Perturbation(skip)) for m in (made.audio, other))
+        first, second = (
+            model(made.video, m, Perturbation(skip_video=skip, skip_audio=skip)) for m in (made.audio, other)
+        )
         seen = replace(made.audio, cross_mask=None), replace(other, cross_mask=None)
-        third, fourth = (model(made.video, m, Perturbation(skip)) for m in seen)
+        third, fourth = (model(made.video, m, Perturbation(skip_video=skip, skip_audio=skip)) for m in seen)
         texts = [replace(made.audio, context=made.audio.context + shift) for shift in (0, 1)]
-        voices = [model(made.video, text, Perturbation(skip, isolate_modalities=True))[1] for text in texts]
+        voices = [
+            model(made.video, text, Perturbation(skip_video=skip, skip_audio=skip, isolate_modalities=True))[1]
+            for text in texts
+        ]
     assert torch.equal(first[0], second[0])
     assert not torch.equal(third[0], fourth[0])
     assert torch.equal(voices[0][:, AUDIO:], voices[1][:, AUDIO:])

@@ -12,7 +12,7 @@ from ltx_train.data.prepare.sound import read_audio
 from ltx_train.diffusion import conditions, references, sigma
 from ltx_train.model import load_transformer
 from ltx_train.sampling import sampler
-from ltx_train.sampling.guidance import Guidance, combine
+from ltx_train.sampling.guidance import Guidance, Guider, combine
 from tests.conftest import REPOSITORY, TINY, command
 from tests.unit.test_conditions import batch
 
@@ -103,7 +103,8 @@ def test_guidance_runs_its_arms_and_changes_the_result() -> None:
     begin, _ = start(Mode())
     model, schedule = load_transformer(TINY), sigma.inference_schedule(2)
     plain = sampler.sample(model, begin, schedule, Guidance())[0]
-    full = Guidance(video_cfg=3.0, audio_cfg=7.0, modality_scale=3.0, stg_scale=1.0, stg_blocks=(1,), rescale=0.7)
+    common = Guider(modality=3.0, stg=1.0, blocks=(1,), rescale=0.7)
+    full = Guidance(video=replace(common, cfg=3.0), audio=replace(common, cfg=7.0))
     negative = replace(begin, negative_video=torch.randn(1, 8, 64), negative_audio=torch.randn(1, 8, 32))
     guided = sampler.sample(model, negative, schedule, full)[0]
     assert plain is not None
@@ -144,8 +145,8 @@ def test_every_kind_of_sample_is_a_film_with_sound(name: str, overrides: tuple[s
 
 def test_requests_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("sample", *BASE, "mode=a2v") == 77
-    assert "sample.audio=FILE" in capsys.readouterr().err
+    assert "sample.audio=FILE: mode.audio=freeze" in capsys.readouterr().err
     (tmp_path / "x.png").write_bytes(b"no picture")
-    assert command("sample", *BASE, f"sample.image={tmp_path / 'x.png'}") == 78
+    assert command("sample", *BASE, "mode=av_i2v", f"sample.image={tmp_path / 'x.png'}") == 78
     assert command("sample", *BASE, "data.reference_s=9", f"sample.reference_audio={CLIP}") == 78
     assert "less than 9 s of sound" in capsys.readouterr().err

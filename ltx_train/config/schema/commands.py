@@ -65,16 +65,40 @@ class SampleConfig:
     steps: int = setting(30, "denoising steps", least=1)
     seed: int = setting(42, "seed of the noise")
     adapter: str | None = setting(None, "a LoRA file")
-    strength: float = setting(1.0, "strength of the LoRA")
+    strength: float = setting(1.0, "strength of the LoRA", least=0, most=2)
     image: str | None = setting(None, "an image for the first frame")
-    audio: str | None = setting(None, "a sound that the video is made for")
+    image_crf: int = setting(33, "images are compressed like training videos (H.264 CRF); 0: not", least=0, most=51)
+    frames: dict[float, str] = setting(dict[float, str](), "images for frames at other times, as {1.2: middle.png}")
+    video: str | None = setting(None, "a video: that a sound is made for, or whose parts the mode keeps")
+    mask: str | None = setting(None, "a mask video, white where sample.video stays, for modes with a mask")
+    region: list[int] = setting(list[int](), "[top, left, bottom, right] in pixels of sample.video that stay")
+    audio: str | None = setting(None, "a sound: that the video is made for, or whose parts the mode keeps")
+    audio_start: float = setting(0.0, "seconds of sample.audio at which it begins", least=0)
+    audio_seconds: float | None = setting(None, "seconds of sample.audio that are used; null: the clip's", least=0.04)
+    audio_short: str = setting(
+        "refuse", "a sound shorter than the clip: refuse it, loop it, or fill up with silence",
+        choices=("refuse", "loop", "silence"),
+    )  # fmt: skip
+    audio_mask: str | None = setting(None, "seconds of sample.audio that stay, as 0-1.2,2-3, for modes with a mask")
     reference_audio: str | None = setting(None, "a recording of the reference voice")
+    reference_video: str | None = setting(None, "the control or reference video")
+    references: dict[str, str] = setting(dict[str, str](), "files of further references, by their source in the mode")
+    without_references: bool = setting(False, "clips without the references that the mode was trained with")
     video_cfg: float = setting(1.0, "classifier-free guidance of the video; 1: none")
     audio_cfg: float = setting(1.0, "classifier-free guidance of the audio; 1: none")
     modality_scale: float = setting(1.0, "guidance away from modalities without each other; 1: none")
     stg_scale: float = setting(0.0, "spatio-temporal guidance; 0: none")
     stg_blocks: list[int] = setting(list[int](), "blocks that spatio-temporal guidance perturbs")
     rescale: float = setting(0.0, "share of the guided prediction's variance that is rescaled")
+    audio_modality_scale: float | None = setting(None, "modality_scale of the audio; null: the same")
+    audio_stg_scale: float | None = setting(None, "stg_scale of the audio; null: the same")
+    audio_rescale: float | None = setting(None, "rescale of the audio; null: the same")
+    skip_steps: int = setting(0, "steps after each computed one that repeat its prediction", least=0)
+    schedule: str = setting(
+        "dev", "noise levels; distilled: the distilled model's eight, whatever sample.steps is",
+        choices=("dev", "distilled"),
+    )  # fmt: skip
+    solver: str = setting("euler", "heun: second order, two predictions a step", choices=("euler", "heun"))
     out: str = setting("sample.mp4", "the file to write")
 
 
