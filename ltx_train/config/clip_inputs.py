@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from ltx_train.config.schema import Config
 from ltx_train.contracts import Condition, ConditionKind, ConfigError, ModalityName, Mode, Placement, Role
@@ -46,6 +47,17 @@ def of_clip(config: Config) -> ClipInputs:
     )  # fmt: skip
 
 
+def frames(given: Any) -> dict[float, str]:
+    """Images by the seconds at which they stand; ConfigError unless sample.frames is such a mapping, or null."""
+    try:
+        found = {float(seconds): str(file) for seconds, file in (given or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError("sample.frames: give images by seconds, as {1.2: middle.png}") from error
+    if any(not 0 <= seconds < float("inf") for seconds in found):
+        raise ConfigError("sample.frames: seconds are from 0 on")
+    return found
+
+
 class _Taken:
     """Collects which settings are used and which are missing."""
 
@@ -73,10 +85,10 @@ class _Taken:
         if has_audio and self._unused("reference_audio") and isinstance(self._sample.reference_audio, str):
             found.append(self._bound(Condition(kind=ConditionKind.reference), self._sample.reference_audio))
         if has_video and self._unused("frames"):
-            for number, (seconds, file) in enumerate(sorted(self._sample.frames.items(), key=lambda f: float(f[0]))):
+            for number, (seconds, file) in enumerate(sorted(frames(self._sample.frames).items())):
                 condition = Condition(
                     kind=ConditionKind.reference, modality=ModalityName.video, source=f"{_FRAME}_{number}",
-                    at_s=float(seconds), spatial_scale=1, position=Placement.overlap,
+                    at_s=seconds, spatial_scale=1, position=Placement.overlap,
                 )  # fmt: skip
                 found.append(self._bound(condition, file))
         return found

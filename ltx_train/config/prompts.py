@@ -49,9 +49,8 @@ def files(config: Config) -> dict[str, str]:
     """The files that a clip is made with, by setting."""
     named = {name: getattr(config.sample, name) for name in clip_inputs.FILES}
     found = {name: path for name, path in named.items() if path is not None}
-    for name in ("references", "frames"):
-        found |= {f"{name}.{key}": path for key, path in getattr(config.sample, name).items()}
-    return found
+    found |= {f"references.{source}": path for source, path in config.sample.references.items()}
+    return found | {f"frames.{at:g}": path for at, path in clip_inputs.frames(config.sample.frames).items()}
 
 
 def _entries(given: Any) -> list[Any]:
@@ -84,7 +83,7 @@ def _clip(config: Config, entry: Any, number: int) -> Config:
     strange = sorted(str(name) for name in values if name not in _KEYS)
     if strange:
         raise ConfigError(f"{where}: {strange[0]!r} is no setting of a clip: take {', '.join(_KEYS)}")
-    cleared = {"audio_mask": None, "region": [], "references": {}, "frames": {}}
+    cleared = {"audio_mask": None, "region": [], "references": {}, "frames": None}
     given = {**dict.fromkeys(clip_inputs.FILES), **cleared, "bucket": _small(config), **values}
     try:
         sample: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.sample), given))

@@ -121,6 +121,12 @@ def test_a_clip_of_which_all_is_given_is_refused() -> None:
         composed("sample.strength=2.5")
 
 
+@pytest.mark.parametrize("frames", ["[a.png]", "{x: a.png}", "{-1: a.png}", "a.png"])
+def test_frames_are_images_by_seconds(frames: str) -> None:
+    with pytest.raises(ConfigError, match=r"sample\.frames: "):
+        clip_inputs.of_clip(composed("mode=t2v", f"sample.frames={frames}"))
+
+
 @pytest.mark.parametrize("mode", NEEDS)
 def test_what_is_given_comes_out_as_it_went_in(mode: str, encoders: Encoders) -> None:
     """Through the sampler: clean target tokens are those of the files, the others are generated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ltx_train.config.schema.fields import setting
 
@@ -68,7 +69,7 @@ class SampleConfig:
     strength: float = setting(1.0, "strength of the LoRA", least=0, most=2)
     image: str | None = setting(None, "an image for the first frame")
     image_crf: int = setting(33, "images are compressed like training videos (H.264 CRF); 0: not", least=0, most=51)
-    frames: dict[float, str] = setting(dict[float, str](), "images for frames at other times, as {1.2: middle.png}")
+    frames: Any = setting(None, "images for frames at other times, as {1.2: middle.png}")
     video: str | None = setting(None, "a video: that a sound is made for, or whose parts the mode keeps")
     mask: str | None = setting(None, "a mask video, white where sample.video stays, for modes with a mask")
     region: list[int] = setting(list[int](), "[top, left, bottom, right] in pixels of sample.video that stay")
