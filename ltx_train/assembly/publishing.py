@@ -9,7 +9,11 @@ from torch import Tensor
 
 from ltx_train.assembly import from_config, resolve
 from ltx_train.config import Config
-from ltx_train.model import export
+from ltx_train.model import export, lora_formats, lora_tools
+from ltx_train.model.lora_file import LORA_PREFIX
+from ltx_train.model.lora_tools import Stream
+
+_FULL: Mapping[str, float] = {}
 
 
 def publish(config: Config, folder: Path, step: int, weights: Mapping[str, Tensor], *, base: str) -> None:
@@ -20,10 +24,17 @@ def publish(config: Config, folder: Path, step: int, weights: Mapping[str, Tenso
         write_lora(config, path, step, weights, base=base)
 
 
-def write_lora(config: Config, path: Path, step: int, weights: Mapping[str, Tensor], *, base: str) -> None:
-    """The LoRA file of a step, in the original module names with alpha folded in."""
-    tensors = export.lora_tensors(weights, from_config.lora(config), from_config.dtype(config))
-    export.write(path, tensors, lora_metadata(config, step, base))
+def write_lora(
+    config: Config, path: Path, step: int, weights: Mapping[str, Tensor], *, base: str,
+    strength_of: Mapping[str, float] = _FULL, kind: str = "comfyui",
+) -> Path:  # fmt: skip
+    """The LoRA file of a step, in the original module names with alpha folded in. strength_of: factors by stream.
+    Returns what was written: a folder in peft's format."""
+    named = export.lora_tensors(weights, from_config.lora(config), from_config.dtype(config))
+    tensors = {name.removeprefix(LORA_PREFIX): tensor for name, tensor in named.items()}
+    by_stream = {Stream(name): strength for name, strength in strength_of.items()}
+    metadata = lora_metadata(config, step, base)
+    return lora_formats.write(path, lora_tools.scaled(tensors, by_stream), metadata, kind)
 
 
 def lora_metadata(config: Config, step: int, base: str) -> dict[str, str]:

@@ -26,7 +26,15 @@ def run(config: Config) -> int:
         next_command = f"ltx-train sample ... model.path={out}"
     else:
         base = checkpoint.notes.get("base", source.fingerprint(TRANSFORMER_PREFIX))
-        publishing.write_lora(trained_with, out, checkpoint.step, checkpoint.published, base=base)
+        out = publishing.write_lora(
+            trained_with,
+            out,
+            checkpoint.step,
+            checkpoint.published,
+            base=base,
+            strength_of=config.export.strength_of,
+            kind=config.export.format,
+        )
         next_command = f"ltx-train inspect {folder} inspect.file={out}"
     print(f"{kind} weights of step {checkpoint.step}")
     close(out, next_command)

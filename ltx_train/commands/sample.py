@@ -11,8 +11,9 @@ from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.setup import forward_only
 from ltx_train.config import Config, sample_bucket
 from ltx_train.contracts import DataError, Exit
-from ltx_train.model import export, lora_file
+from ltx_train.model import export, lora_file, lora_tools
 from ltx_train.model.loaders import TRANSFORMER_PREFIX
+from ltx_train.model.lora_tools import Stream
 from ltx_train.model.transformer import Transformer
 
 
@@ -55,5 +56,6 @@ def _transformer(config: Config) -> Transformer:
     transformer = model_builder.open_frozen(setup)
     if config.sample.adapter is not None:
         tensors, _ = lora_file.read_lora(config.sample.adapter)
-        export.bind(transformer, tensors, config.sample.strength)
+        by_stream = {Stream(name): strength for name, strength in config.sample.strength_of.items()}
+        export.bind(transformer, lora_tools.scaled(tensors, by_stream), config.sample.strength)
     return transformer.eval()

@@ -89,6 +89,10 @@ _COMMANDS = (
         needs=("inspect.file", "model.path"),
     ),
     CommandKind(
+        name="lora", summary="LoRA files: strengths by stream, split, merge, resize, extract, other formats",
+        groups=("lora", "model", "run"), needs=("lora.files",),
+    ),
+    CommandKind(
         name="doctor", summary="machine, disk, data, weights, tracker, cluster: each finding with its fix",
         groups=("doctor", "strategy", "memory", "model", "data", "run"), checks_paths=False,
     ),

@@ -22,6 +22,8 @@ _MENDS: Mapping[str, str] = {
     "caption.model": "give the endpoint's name of the model",
     "cut.source": "give a recording, or a folder of recordings",
     "inspect.file": "give the LoRA file to inspect",
+    "lora.files": "give LoRA files, as [a.safetensors,b.safetensors]",
+    "lora.tuned": "give the full fine-tune's checkpoint, and its base with model.path",
     "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
 }
 
@@ -41,7 +43,11 @@ def require(config: Config, command: str) -> None:
 
 def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
     only_transcripts = config.caption.speech is not None and config.caption.url is None
+    if kind.name == "lora" and config.lora.do in ("extract", "plain"):
+        yield from ("model.path", *(["lora.tuned"] if config.lora.do == "extract" else []))
     for name in kind.needs:
+        if name == "lora.files" and config.lora.do == "extract":
+            continue
         if only_transcripts and name in ("caption.url", "caption.model"):
             continue
         # Adapters that are compared bring the data of their run along.
@@ -61,6 +67,8 @@ def _is_set(config: Config, name: str) -> bool:
         "caption.model": lambda: bool(config.caption.model),
         "cut.source": lambda: config.cut.source is not None,
         "inspect.file": lambda: config.inspect.file is not None,
+        "lora.files": lambda: bool(config.lora.files),
+        "lora.tuned": lambda: config.lora.tuned is not None,
         "sample.bucket": lambda: bool(config.sample.bucket or config.data.buckets),
     }
     return given[name]()
@@ -85,12 +93,22 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
         yield from _file("cut.subtitles", config.cut.subtitles)
         if config.cut.source is not None and not Path(config.cut.source).exists():
             yield f"cut.source={config.cut.source}: there is no such file or folder"
+    for field, path in _inputs(config, name).items():
+        yield from _file(field, path)
+    if name == "lora":
+        yield from (f"lora.files: there is no {path}" for path in config.lora.files if not Path(path).exists())
+
+
+def _inputs(config: Config, name: str) -> dict[str, str | None]:
+    """Files that single commands read, by setting."""
     if name == "inspect":
-        yield from _file("inspect.file", config.inspect.file)
+        return {"inspect.file": config.inspect.file}
+    if name == "lora":
+        return {"lora.tuned": config.lora.tuned}
     if name == "sample":
-        yield from _file("sample.adapter", config.sample.adapter)
-        for field, path in prompts.files(config).items():
-            yield from _file(f"sample.{field}", path)
+        given = {f"sample.{field}": path for field, path in prompts.files(config).items()}
+        return {"sample.adapter": config.sample.adapter, **given}
+    return {}
 
 
 def _fit_groups(kind: CommandKind) -> tuple[str, ...]:

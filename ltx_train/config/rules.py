@@ -12,6 +12,7 @@ from ltx_train.updates.kinds import OPTIMIZERS
 
 # Names get prefixes and endings; a file name may have 255 bytes.
 _LONGEST_NAME = 200
+_STREAMS = ("video", "audio", "bridge")
 _SEVERAL = ", ".join(kind.name for kind in STRATEGIES.values() if kind.several)
 
 
@@ -36,6 +37,7 @@ def validate(config: Config) -> None:
     _validate_measuring(config)
     if not isinstance(config.eval.prompts, str):  # a file is read by the command that needs it
         prompts.prompted(config)
+    _validate_strengths(config)
     _validate_noise(config)
     _validate_optimizer(config)
 
@@ -114,6 +116,17 @@ def _validate_voices(config: Config) -> None:
 def _validate_measuring(config: Config) -> None:
     if not (config.eval.sigmas or config.eval.quantiles) or not all(0 < s <= 1 for s in config.eval.sigmas):
         raise ConfigError("eval.sigmas must be noise levels in (0, 1]; with none, eval.quantiles must be at least 1")
+
+
+def _validate_strengths(config: Config) -> None:
+    for name in ("sample", "export", "lora"):
+        for stream, strength in getattr(config, name).strength_of.items():
+            if stream not in _STREAMS or not 0 <= strength <= 2:
+                known = ", ".join(_STREAMS)
+                raise ConfigError(f"{name}.strength_of: {stream}={strength:g}: give {known}, from 0 to 2")
+    given, files = config.lora.strengths, config.lora.files
+    if given and len(given) != len(files):
+        raise ConfigError(f"lora.strengths has {len(given)} numbers for {len(files)} files: give one for each")
 
 
 def _validate_optimizer(config: Config) -> None:

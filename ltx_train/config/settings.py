@@ -24,7 +24,7 @@ _UNSET = "???"
 # Groups whose entries the user names.
 OPEN_MAPPINGS = (
     "mixture", "modes", "adapter.rank_pattern", "adapter.alpha_pattern", "loss.token_weights", "strategy.deepspeed",
-    "sample.references", "sample.frames",
+    "sample.references", "sample.frames", "sample.strength_of", "export.strength_of", "lora.strength_of",
 )  # fmt: skip
 OPEN_PREFIXES = ("mode.conditions.", *(f"{name}." for name in OPEN_MAPPINGS))
 

@@ -5,6 +5,8 @@ Owns the names and scales in LoRA files, including those of other trainers. Know
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +21,23 @@ from ltx_train.model import sealed
 LORA_PREFIX = "diffusion_model."
 DORA = "dora_scale"
 _KNOWN = re.compile(r"\.lora_[AB]\.weight$|\.dora_scale$|\.alpha$")
+# What other programs put before a module's name, and how they name both halves.
+_PREFIXES = (LORA_PREFIX, "base_model.model.", "transformer.", "model.")
+_HALVES = {
+    ".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight",
+    ".lora_A.default.weight": ".lora_A.weight", ".lora_B.default.weight": ".lora_B.weight",
+}  # fmt: skip
+_KOHYA = "lora_unet_"
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name (`<module>.lora_A.weight`), and metadata. DataError if the file is not a readable LoRA."""
+    """Tensors by name (`<module>.lora_A.weight`), and metadata. DataError if the file is not a readable LoRA.
+
+    Also a folder of peft, with its adapter_config.json, and the names that diffusers and kohya's scripts give.
+    """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise DataError(f"no LoRA at {path}")
     try:
@@ -36,13 +50,56 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         sealed.verify(tensors, metadata)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
     foreign = [name for name in tensors if not _KNOWN.search(name)]
     if foreign or not tensors:
         raise DataError(f"{path} is not a LoRA: {foreign[0] if foreign else 'it holds no tensors'}")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise DataError(f"{path}: {len(broken)} tensors are not finite (first: {broken[0]})")
-    return _folded({name.removeprefix(LORA_PREFIX): tensor for name, tensor in tensors.items()}), metadata
+    return _folded(tensors), metadata
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A peft folder: its scale is alpha / rank, or alpha / sqrt(rank), of adapter_config.json."""
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha, root = int(settings["r"]), float(settings["lora_alpha"]), bool(settings.get("use_rslora"))
+        if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+            raise DataError(f"{path}: rank_pattern and alpha_pattern of peft are not read: export a single file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no folder of peft: it has no readable adapter_config.json ({error})") from error
+    tensors, metadata = read_lora(path / "adapter_model.safetensors")
+    scale = alpha / (math.sqrt(rank) if root else rank)
+    return {n: (t.float() * scale).to(t.dtype) if ".lora_B." in n else t for n, t in tensors.items()}, metadata
+
+
+def _plain_name(name: str) -> str:
+    """The name of a tensor without what other programs add to it."""
+    for theirs, ours in _HALVES.items():
+        name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
+    if name.startswith(_KOHYA):
+        module, dot, part = name.removeprefix(_KOHYA).partition(".")
+        return _dotted(module) + dot + part
+    prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+    return _plain_name(name.removeprefix(prefix)) if prefix else name
+
+
+def _dotted(module: str) -> str:
+    """A module's name from one whose dots became underscores: names of this model are known by their parts."""
+    match = re.fullmatch(r"transformer_blocks_(\d+)_(.+)", module)
+    rest = match[2] if match else module
+    part = next((p for p in _PARTS if rest == p or rest.startswith(f"{p}_")), None)
+    if part is None:
+        return module
+    inner = rest.removeprefix(part).removeprefix("_")
+    inner = {"to_out_0": "to_out.0", "net_0_proj": "net.0.proj", "net_2": "net.2"}.get(inner, inner)
+    return ".".join(filter(None, [f"transformer_blocks.{match[1]}" if match else "", part, inner]))
+
+
+_PARTS = (
+    "audio_to_video_attn", "video_to_audio_attn", "audio_attn1", "audio_attn2", "audio_ff", "attn1", "attn2", "ff",
+)  # fmt: skip
 
 
 def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from ltx_train.config.schema.commands import (
     DoctorConfig,
     ExportConfig,
     InspectConfig,
+    LoraConfig,
     PlanConfig,
     SampleConfig,
     SweepConfig,
@@ -68,6 +69,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

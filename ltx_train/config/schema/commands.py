@@ -67,6 +67,9 @@ class SampleConfig:
     seed: int = setting(42, "seed of the noise")
     adapter: str | None = setting(None, "a LoRA file")
     strength: float = setting(1.0, "strength of the LoRA", least=0, most=2)
+    strength_of: dict[str, float] = setting(
+        dict[str, float](), "further factors by stream, as {audio: 1, bridge: 0.5, video: 1}"
+    )
     image: str | None = setting(None, "an image for the first frame")
     image_crf: int = setting(33, "images are compressed like training videos (H.264 CRF); 0: not", least=0, most=51)
     frames: Any = setting(None, "images for frames at other times, as {1.2: middle.png}")
@@ -110,6 +113,25 @@ class ExportConfig:
     run: str | None = setting(None, "the run folder; null: the one that run.* names")
     step: int | None = setting(None, "the checkpoint's step; null: the newest")
     out: str | None = setting(None, "the file to write; null: in the run folder")
+    strength_of: dict[str, float] = setting(dict[str, float](), "strength by stream, as {audio: 1, bridge: 0}")
+    format: str = setting("comfyui", "names in a LoRA file", choices=("comfyui", "diffusers", "peft"))
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """`lora`."""
+
+    do: str = setting(
+        "scale", "what is made of the files",
+        choices=("scale", "split", "merge", "resize", "extract", "plain"),
+    )  # fmt: skip
+    files: list[str] = setting(list[str](), "LoRA files, or folders of peft")
+    strengths: list[float] = setting(list[float](), "strength of each file; empty: 1")
+    strength_of: dict[str, float] = setting(dict[str, float](), "strength by stream, as {audio: 1, bridge: 0}")
+    rank: int = setting(32, "rank of what `resize`, `extract` and `plain` make", least=1)
+    tuned: str | None = setting(None, "a full fine-tune's checkpoint, which `extract` compares with model.path")
+    format: str = setting("comfyui", "names in the file", choices=("comfyui", "diffusers", "peft"))
+    out: str = setting("lora.safetensors", "the file to write; `split` adds the stream to its name, peft has a folder")
 
 
 @dataclass
