@@ -42,6 +42,8 @@ def _run(arguments: list[str]) -> int:
     if first in ("-h", "--help", "help"):
         print(helping.topic(rest[0]) if rest else helping.overview())
         return Exit.DONE
+    if first == "evaluate" and rest[:1] == ["swap"]:
+        first, rest = "swap", rest[1:]
     if first not in COMMANDS:
         raise ConfigError(_no_command(first, rest))
     if any(word in ("-h", "--help") for word in rest):

@@ -65,16 +65,21 @@ def of_heldout(setup: Setup, root: Path, index: Index) -> list[PlannedClip]:
     records = heldout.heldout_records(index, settings)[: config.eval.samples]
     reader = Reader(root, index, seed=settings.seed, request=heldout.read_request(settings))
     batches = [collate([reader.sample(Address(record.key, 0))]) for record in records]
-    negative = None
-    if requests.guidance(config).needs_negative:
-        negative = setup.ranks.lead(lambda: _negative(setup))
+    away = negative(setup)
     return [
         PlannedClip(
             place=f"heldout/{record.key}", title=f"{record.speaker}: {record.caption}", config=config,
-            request=requests.of_batch(config.mode, batch, negative, record.fps), given=_given(config, batch),
+            request=requests.of_batch(config.mode, batch, away, record.fps), given=_given(config, batch),
         )
         for record, batch in zip(records, batches, strict=True)
     ]  # fmt: skip
+
+
+def negative(setup: Setup) -> Mapping[str, Tensor] | None:
+    """The contexts of sample.negative_prompt; None where guidance needs none."""
+    if not requests.guidance(setup.config).needs_negative:
+        return None
+    return setup.ranks.lead(lambda: _negative(setup))
 
 
 def _encoded(setup: Setup, configs: Sequence[Config]) -> list[SampleRequest]:

@@ -81,6 +81,10 @@ _COMMANDS = (
         groups=("eval", "export", "run", "data", "model", "memory", "logger", "sample"), needs=_FIT_NEEDS,
     ),
     CommandKind(
+        name="swap", summary="`evaluate swap`: generation with the reference swapped, against swapping the seed",
+        groups=("swap", "export", "run", "data", "model", "memory", "sample"), needs=_FIT_NEEDS,
+    ),
+    CommandKind(
         name="export", summary="the trained weights as a LoRA for ComfyUI and diffusers, or as a full checkpoint",
         groups=("export", "run"),
     ),

@@ -19,6 +19,7 @@ from ltx_train.config.schema.commands import (
     LoraConfig,
     PlanConfig,
     SampleConfig,
+    SwapConfig,
     SweepConfig,
     WatchConfig,
 )
@@ -76,4 +77,5 @@ class Config:
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

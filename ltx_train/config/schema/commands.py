@@ -189,6 +189,16 @@ class PlanConfig:
     link_gbs: list[float] = setting([50.0, 400.0], "GB/s into a machine over its network cards; for several machines")
 
 
+@dataclass(kw_only=True)
+class SwapConfig:
+    """`evaluate swap`."""
+
+    speakers: int = setting(6, "held-out speakers whose voices are references", least=2)
+    prompts: int = setting(1, "held-out captions that clips are generated with", least=1)
+    seeds: int = setting(2, "seeds; the floor is what another seed changes", least=2)
+    strengths: list[float] = setting([0.0, 0.25, 0.5, 0.75], "further strengths of the adapter", least=0, most=2)
+
+
 @dataclass
 class WatchConfig:
     """`watch`."""

@@ -1,0 +1,100 @@
+"""swap.html: the swap test's verdict, clips to listen to, effects, matrix and strengths, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import pyplot
+
+from ltx_train import durable
+from ltx_train.contracts import Clip
+from ltx_train.evaluation import swap
+from ltx_train.evaluation.swap import OFF, ON, Output, SwapVerdict
+from ltx_train.evaluation.voice_features import Voice
+from ltx_train.pages.figures import picture
+from ltx_train.pages.render import embedded, render
+from ltx_train.pages.sections import Group, Player, Section, Table
+
+
+def write(
+    path: Path, title: str, outputs: Sequence[Output], references: Mapping[str, Voice], *,
+    clips: Mapping[str, Sequence[Clip]], verdict: SwapVerdict,
+) -> None:  # fmt: skip
+    """Writes the page atomically."""
+    groups = [
+        Group(name, [Player(clip.caption, embedded(clip.path), _poster(clip)) for clip in some])
+        for name, some in clips.items()
+    ]
+    sections = [effects(outputs, references), _matrices(outputs, references), _strengths(outputs, references)]
+    report = SimpleNamespace(verdicts=[verdict])
+    page = render("run.html.j2", title=title, groups=groups, report=report, sections=[s for s in sections if s])
+    durable.write(path, page)
+
+
+def effects(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section:
+    """The effects with the adapter on and off."""
+    rows: list[list[str]] = []
+    for arm in (ON, OFF):
+        share, chance = swap.hits(swap.matrix(outputs, arm, references))
+        rows.append([
+            arm, str(swap.pitch(outputs, arm, references)), str(swap.timbre(outputs, arm, references)),
+            str(swap.distance(outputs, arm)), f"{100 * share:.0f} % (chance {100 * chance:.0f} %)",
+        ])  # fmt: skip
+    head = ("arm", "pitch followed", "spectrum followed", "latents beyond the seed", "nearest to the own reference")
+    note = (
+        "1 means that the output takes over all of the difference between two references; 95 % intervals over speakers."
+    )
+    return Section(title="Effects", note=note, tables=[Table(head=head, rows=rows)])
+
+
+def _matrices(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section:
+    names = sorted(references)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
+    for axis, arm in zip(axes, (ON, OFF), strict=True):
+        found = swap.matrix(outputs, arm, references)
+        worst = float(np.nanmax(found)) if np.isfinite(found).any() else 0.0
+        axis.imshow(np.nan_to_num(found, nan=worst), cmap="viridis_r")
+        axis.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_title(arm, fontsize=9)
+        axis.set_xlabel("reference's voice")
+    axes[0].set_ylabel("output generated with")
+    figure.tight_layout()
+    drawn = picture(figure, "distance of outputs to references, in pitch and spectrum; dark is near")
+    return Section(title="Which reference an output is nearest to", figures=[drawn])
+
+
+def _strengths(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section | None:
+    """What the adapter's strength does to pitch and to speech; none with a single strength."""
+    voiced, garbled = swap.garbling(outputs)
+    if len(voiced) < 2:
+        return None
+    followed = {s: swap.pitch(outputs, ON, references, s) for s in voiced}
+    note = "The sound keeps its voice at all strengths." if garbled is None else (
+        f"From strength {garbled:g} on less than half of the voiced sound is left."
+    )  # fmt: skip
+    return Section(title="By strength of the adapter", note=note, figures=[_drawn(voiced, followed)])
+
+
+def _drawn(voiced: Mapping[float, float], followed: Mapping[float, swap.Effect]) -> Markup:
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    known = {s: effect for s, effect in followed.items() if np.isfinite(effect.mean)}
+    errors = np.abs([[e.mean - e.low, e.high - e.mean] for e in known.values()]).T
+    axis.errorbar(list(known), [e.mean for e in known.values()], errors if known else None, capsize=2, marker=".",
+                  label="pitch followed")  # fmt: skip
+    axis.plot(list(voiced), list(voiced.values()), marker=".", label="voiced share")
+    axis.axhline(0, color="black", lw=0.7)
+    axis.set_xlabel("strength of the adapter")
+    axis.set_ylabel("share")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    return picture(figure, "pitch followed and voiced share by strength, 95 % intervals")
+
+
+def _poster(clip: Clip) -> str:
+    return embedded(clip.poster) if clip.poster.is_file() else ""
