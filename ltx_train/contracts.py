@@ -116,7 +116,8 @@ class Condition:
     The other fields are for references. position, gap_s: position in time. spatial_scale: factor by which its grid is
     smaller than the target's, temporal_scale: by which its frame rate is lower (null: computed from the shapes).
     at_s: for a reference that is one picture, seconds of the target at which it stands.
-    strength: attention weight of its keys in [0, 1]. sigmas: [lowest, highest] noise level at which it is visible.
+    strength: attention weight between it and the target, in [0, 1]. sigmas: [lowest, highest] noise level at which it
+    is visible.
     crossed: whether the other modality attends to it. reads_text: whether it attends to the text.
     """
 

@@ -32,7 +32,8 @@ def require(config: Config, command: str) -> None:
     """ConfigError that names every missing setting; DataError when all are set and files are missing."""
     kind = COMMANDS[command]
     if kind.name == "sample":
-        clip_inputs.of_clip(config)
+        for made in prompts.sampled(config):
+            clip_inputs.of_clip(made)
     unset = [f"{name} is not set: {_MENDS[name]}" for name in _needed(config, kind) if not _is_set(config, name)]
     absent = list(_absent_files(config, kind)) if kind.checks_paths else []
     if unset:
@@ -106,7 +107,8 @@ def _inputs(config: Config, name: str) -> dict[str, str | None]:
     if name == "lora":
         return {"lora.tuned": config.lora.tuned}
     if name == "sample":
-        given = {f"sample.{field}": path for field, path in prompts.files(config).items()}
+        files = [prompts.files(made) for made in prompts.sampled(config)]
+        given = {f"sample.{field}": path for some in files for field, path in some.items()}
         return {"sample.adapter": config.sample.adapter, **given}
     return {}
 

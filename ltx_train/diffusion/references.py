@@ -70,9 +70,9 @@ def closed(modality: Modality, name: ModalityName, token_gates: Sequence[Gate], 
     weights = torch.ones(modality.latent.shape[:2], device=modality.latent.device)
     for gate in closed_gates:
         weights[:, gate.first : gate.last] = 0
-    masks = (modality.attention_mask, modality.cross_mask)
-    self_mask, cross_mask = (weights if mask is None else mask * weights for mask in masks)
-    return replace(modality, attention_mask=self_mask, cross_mask=cross_mask)
+    own, other = modality.attention_mask, modality.cross_mask
+    self_mask = weights if own is None else own * (weights[:, None] if own.ndim == 3 else weights)
+    return replace(modality, attention_mask=self_mask, cross_mask=weights if other is None else other * weights)
 
 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:
@@ -81,6 +81,10 @@ def attached(modality: Modality, references: Sequence[Reference], target: Tensor
     The order of the references has no influence. target: the target's latent, for the scale between the two grids.
     fps: (B,). A reference that is visible in no sample of the batch is left out. In samples where it is not visible,
     its attention weight is 0.
+
+    A strength between 0 and 1 means what it does in the reference implementation: the weight between target and
+    reference in both directions, while the reference attends to itself with weight 1, and to other references not at
+    all; the other modality sees it in full. Strength 0 hides it.
     """
     for reference in references:
         if bool(reference.visible.any()):
@@ -147,16 +151,35 @@ def _appended(modality: Modality, reference: Reference, target: Tensor, fps: Ten
     condition, clean = reference.condition, tokens(reference.latent)
     count, device = clean.shape[1], clean.device
     intervals = bounds(condition, reference.latent, target, fps).to(device)
-    visible = reference.visible.float().to(device)
+    visible = reference.visible.float().to(device) * (condition.strength > 0)
     return replace(
         modality,
         latent=torch.cat([modality.latent, clean], dim=1),
         timesteps=torch.cat([modality.timesteps, torch.zeros(clean.shape[:2], device=device)], dim=1),
         positions=torch.cat([modality.positions, intervals], dim=2),
-        attention_mask=_extended(modality.attention_mask, modality, count, visible * condition.strength),
-        cross_mask=_extended(modality.cross_mask, modality, count, visible * condition.strength * condition.crossed),
+        attention_mask=_self_mask(modality, tokens(target).shape[1], count, visible=visible, condition=condition),
+        cross_mask=_extended(modality.cross_mask, modality, count, visible * condition.crossed),
         reads_text=_extended(modality.reads_text, modality, count, torch.ones_like(visible) * condition.reads_text),
     )
+
+
+def _self_mask(
+    before: Modality, targets: int, count: int, *, visible: Tensor, condition: Condition
+) -> Tensor | None:  # fmt: skip
+    """Weights of the keys for all queries, (B, T + count), or one row for each query where a strength is fractional."""
+    mask, strength = before.attention_mask, condition.strength
+    if strength in (0.0, 1.0) and (mask is None or mask.ndim == 2):
+        return _extended(mask, before, count, visible)
+    batch, total = before.latent.shape[:2]
+    old = torch.ones(batch, total, total, device=visible.device)
+    if mask is not None:
+        old = mask if mask.ndim == 3 else mask[:, None].expand(-1, total, -1)
+    rows = old.new_zeros(batch, total + count, total + count)
+    rows[:, :total, :total] = old
+    rows[:, :targets, total:] = (visible * strength)[:, None, None]
+    rows[:, total:, :targets] = strength or 1.0
+    rows[:, total:, total:] = 1
+    return rows
 
 
 def _extended(weights: Tensor | None, before: Modality, count: int, value: Tensor) -> Tensor | None:

@@ -68,6 +68,12 @@ def page(report: Report) -> str:
     return render("run.html.j2", title=report.title, groups=groups(report, embedded), **values(report))
 
 
+def clips_page(report: Report) -> str:
+    """The clips alone."""
+    empty: dict[str, object] = {"report": report, "sections": []}
+    return render("run.html.j2", title=report.title, groups=groups(report, embedded), **empty)
+
+
 def values(report: Report) -> dict[str, object]:
     """What the template `results` reads: everything but the clips."""
     return {"report": report, "sections": [section for section in _sections(report) if section is not None]}

@@ -58,6 +58,7 @@ class Kind(StrEnum):
     """The finding behind the verdict."""
 
     follows = "follows"
+    follows_the_base = "follows_the_base"
     changes = "changes"
     ignores = "ignores"
     too_few = "too_few"
@@ -80,26 +81,31 @@ def distance(outputs: Sequence[Output], arm: str) -> Effect:
     if not swapped or not reseeded:
         return Effect(math.nan, math.nan, math.nan)
     floor = float(np.mean([_rms(a, b) for a, b in reseeded]))
-    return _bootstrapped([(a.reference, b.reference, _rms(a, b) / floor - 1) for a, b in swapped])
+    return _bootstrapped({(a.reference, b.reference, a.prompt, a.seed): _rms(a, b) / floor - 1 for a, b in swapped})
 
 
-def pitch(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice], strength: float = 1.0) -> Effect:
-    """Semitones that the output's pitch moves per semitone between two references: 0 for a model that ignores them, 1
-    for one that takes the pitch over. Pairs share prompt and seed, so what they do by themselves cancels."""
-    return _followed(outputs, arm, {who: v.semitones for who, v in references.items()}, lambda v: v.semitones, strength)
+class Aspect(StrEnum):
+    """What of a voice the output may take over."""
+
+    pitch = "pitch"
+    spectrum = "spectrum"
 
 
-def timbre(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice]) -> Effect:
-    """The same along the difference between two references' mean spectra."""
-    moves: list[tuple[str, str, float]] = []
-    for a, b in _pairs([o for o in outputs if o.arm == arm and o.strength == 1], _same, lambda o: o.reference):
-        if a.voice is None or b.voice is None:
-            continue
-        first, second = (np.asarray(references[o.reference].spectrum) for o in (a, b))
-        wanted = first - second
-        got = np.asarray(a.voice.spectrum) - np.asarray(b.voice.spectrum)
-        moves.append((a.reference, b.reference, float(got @ wanted / max(1e-9, wanted @ wanted))))
-    return _bootstrapped(moves)
+def followed(
+    outputs: Sequence[Output], arm: str, references: Mapping[str, Voice], aspect: Aspect, strength: float = 1.0
+) -> Effect:
+    """Share of the difference between two references that the outputs take over: 0 for a model that ignores them, 1 for
+    one that becomes them. For the pitch, semitones per semitone; for the spectrum, along the difference of the two.
+
+    Pairs share prompt and seed, so what these do by themselves cancels.
+    """
+    return _bootstrapped(_shares(outputs, arm, references, aspect, strength=strength))
+
+
+def gained(outputs: Sequence[Output], references: Mapping[str, Voice], aspect: Aspect) -> Effect:
+    """The same with the adapter minus without it, pair by pair: what the base does by itself is not the adapter's."""
+    on, off = (_shares(outputs, arm, references, aspect) for arm in (ON, OFF))
+    return _bootstrapped({pair: value - off[pair] for pair, value in on.items() if pair in off})
 
 
 def matrix(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice]) -> np.ndarray:
@@ -111,10 +117,11 @@ def matrix(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice])
     found = np.full((len(names), len(names)), np.nan)
     for row, who in enumerate(names):
         own = [o.voice for o in outputs if o.arm == arm and o.reference == who and o.strength == 1 and o.voice]
-        if own:
-            mean = np.nanmean(np.stack([_point(voice) for voice in own]), axis=0)
+        points = [point for voice in own if np.isfinite(point := _point(voice)).all()]
+        if points:
+            mean = np.mean(np.stack(points), axis=0)
             for column, other in enumerate(names):
-                found[row, column] = float(np.sqrt(np.nanmean(((mean - targets[other]) / spread) ** 2)))
+                found[row, column] = float(np.sqrt(np.mean(((mean - targets[other]) / spread) ** 2)))
     return found
 
 
@@ -139,19 +146,23 @@ def garbling(outputs: Sequence[Output]) -> tuple[dict[float, float], float | Non
 
 
 def verdict(outputs: Sequence[Output], references: Mapping[str, Voice]) -> SwapVerdict:
-    """Whether the output follows the reference, in a sentence."""
+    """Whether the output follows the reference, and whether that is the adapter's, in a sentence."""
     if len(references) < 3:
         text = f"{len(references)} references: the swap test needs three held-out speakers or more for an interval."
         return SwapVerdict(Kind.too_few, text)
-    moved, base, apart = pitch(outputs, ON, references), pitch(outputs, OFF, references), distance(outputs, ON)
-    shape = timbre(outputs, ON, references)
+    on = {aspect: followed(outputs, ON, references, aspect) for aspect in Aspect}
+    own = {aspect: gained(outputs, references, aspect) for aspect in Aspect}
+    apart = distance(outputs, ON)
+    shares = "; ".join(f"{aspect.value} {on[aspect]}, gained {own[aspect]}" for aspect in Aspect)
     numbers = (
-        f"Per semitone between two references the output moves {moved} semitones (base: {base}); along the difference "
-        f"of their spectra {shape}. Swapping the reference moves the latents {apart} beyond swapping the seed."
+        f"Share of the difference between two references that the output takes over: {shares}. Swapping the reference "
+        f"moves the latents {apart} beyond swapping the seed."
     )
-    voice_moves = moved.is_above_zero and moved.mean > base.mean
-    if voice_moves or (shape.is_above_zero and shape.mean > timbre(outputs, OFF, references).mean):
-        return SwapVerdict(Kind.follows, f"The output follows the reference. {numbers}")
+    if any(effect.is_above_zero for effect in own.values()):
+        return SwapVerdict(Kind.follows, f"With the adapter the output follows the reference. {numbers}")
+    if any(effect.is_above_zero for effect in on.values()):
+        text = f"The output follows the reference, but not more than the base's does by itself. {numbers}"
+        return SwapVerdict(Kind.follows_the_base, text)
     if apart.is_above_zero:
         return SwapVerdict(Kind.changes, f"The reference changes the output, but not towards its voice. {numbers}")
     return SwapVerdict(Kind.ignores, f"No effect of the reference on the output is shown. {numbers}")
@@ -161,21 +172,30 @@ def _same(output: Output) -> tuple[str, int]:
     return output.prompt, output.seed
 
 
-def _followed(
-    outputs: Sequence[Output], arm: str, wanted: Mapping[str, float], value: Callable[[Voice], float], strength: float
-) -> Effect:
-    """Least squares through zero of the outputs' differences on the references' differences, pair by pair."""
-    pairs: list[tuple[str, str, float, float]] = []
-    for a, b in _pairs([o for o in outputs if o.arm == arm and o.strength == strength], _same, lambda o: o.reference):
+_Pair = tuple[str, str, str, int]  # both references, the prompt, the seed
+
+
+def _shares(
+    outputs: Sequence[Output], arm: str, references: Mapping[str, Voice], aspect: Aspect, *, strength: float = 1.0
+) -> dict[_Pair, float]:  # fmt: skip
+    """Each pair's part of the slope through zero: its product of differences over the references' mean square."""
+    products: dict[_Pair, float] = {}
+    squares: list[float] = []
+    own = sorted((o for o in outputs if o.arm == arm and o.strength == strength), key=lambda o: o.reference)
+    for a, b in _pairs(own, _same, lambda o: o.reference):
         if a.voice is None or b.voice is None:
             continue
-        x, y = wanted[a.reference] - wanted[b.reference], value(a.voice) - value(b.voice)
-        if math.isfinite(x) and math.isfinite(y):
-            pairs.append((a.reference, b.reference, x, y))
-    if not pairs:
-        return Effect(math.nan, math.nan, math.nan)
-    square = float(np.mean([x * x for _, _, x, _ in pairs])) or 1.0
-    return _bootstrapped([(a, b, x * y / square) for a, b, x, y in pairs])
+        wanted = _of(references[a.reference], aspect) - _of(references[b.reference], aspect)
+        got = _of(a.voice, aspect) - _of(b.voice, aspect)
+        if np.isfinite(wanted).all() and np.isfinite(got).all():
+            products[a.reference, b.reference, a.prompt, a.seed] = float(got @ wanted)
+            squares.append(float(wanted @ wanted))
+    scale = max(1e-12, float(np.mean(squares))) if squares else 1.0
+    return {pair: product / scale for pair, product in products.items()}
+
+
+def _of(voice: Voice, aspect: Aspect) -> np.ndarray:
+    return np.array([voice.semitones]) if aspect is Aspect.pitch else np.asarray(voice.spectrum)
 
 
 def _pairs(
@@ -188,16 +208,16 @@ def _pairs(
     return [(a, b) for group in groups.values() for a, b in combinations(group, 2) if other(a) != other(b)]
 
 
-def _bootstrapped(values: Sequence[tuple[str, str, float]]) -> Effect:
+def _bootstrapped(values: Mapping[_Pair, float]) -> Effect:
     """The mean of values of pairs of speakers. Speakers are drawn again, because pairs of one are not independent: a
     pair counts as often as both of its speakers were drawn."""
-    names = sorted({who for a, b, _ in values for who in (a, b)})
+    names = sorted({who for pair in values for who in pair[:2]})
     if len(names) < 2:
         return Effect(math.nan, math.nan, math.nan)
     place = {who: number for number, who in enumerate(names)}
-    first = np.array([place[a] for a, _, _ in values])
-    second = np.array([place[b] for _, b, _ in values])
-    numbers = np.array([value for *_, value in values])
+    first = np.array([place[pair[0]] for pair in values])
+    second = np.array([place[pair[1]] for pair in values])
+    numbers = np.array(list(values.values()))
     draws = torch.randint(len(names), (_DRAWS, len(names)), generator=rng.generator(0, "swap/bootstrap"))
     counts = torch.nn.functional.one_hot(draws, len(names)).sum(dim=1).numpy()
     weights = (counts[:, first] * counts[:, second]).astype(float)

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from ltx_train import durable
 from ltx_train.contracts import Clip
 from ltx_train.evaluation import swap
-from ltx_train.evaluation.swap import OFF, ON, Output, SwapVerdict
+from ltx_train.evaluation.swap import OFF, ON, Aspect, Output, SwapVerdict
 from ltx_train.evaluation.voice_features import Voice
 from ltx_train.pages.figures import picture
 from ltx_train.pages.render import embedded, render
@@ -40,10 +40,9 @@ def effects(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Secti
     rows: list[list[str]] = []
     for arm in (ON, OFF):
         share, chance = swap.hits(swap.matrix(outputs, arm, references))
-        rows.append([
-            arm, str(swap.pitch(outputs, arm, references)), str(swap.timbre(outputs, arm, references)),
-            str(swap.distance(outputs, arm)), f"{100 * share:.0f} % (chance {100 * chance:.0f} %)",
-        ])  # fmt: skip
+        shares = [str(swap.followed(outputs, arm, references, aspect)) for aspect in Aspect]
+        rows.append([arm, *shares, str(swap.distance(outputs, arm)), _share(share, chance)])
+    rows.append(["gained", *(str(swap.gained(outputs, references, aspect)) for aspect in Aspect), "", ""])
     head = ("arm", "pitch followed", "spectrum followed", "latents beyond the seed", "nearest to the own reference")
     note = (
         "1 means that the output takes over all of the difference between two references; 95 % intervals over speakers."
@@ -73,7 +72,7 @@ def _strengths(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Se
     voiced, garbled = swap.garbling(outputs)
     if len(voiced) < 2:
         return None
-    followed = {s: swap.pitch(outputs, ON, references, s) for s in voiced}
+    followed = {s: swap.followed(outputs, ON, references, Aspect.pitch, s) for s in voiced}
     note = "The sound keeps its voice at all strengths." if garbled is None else (
         f"From strength {garbled:g} on less than half of the voiced sound is left."
     )  # fmt: skip
@@ -94,6 +93,10 @@ def _drawn(voiced: Mapping[float, float], followed: Mapping[float, swap.Effect])
     axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     return picture(figure, "pitch followed and voiced share by strength, 95 % intervals")
+
+
+def _share(share: float, chance: float) -> str:
+    return "" if np.isnan(share) else f"{100 * share:.0f} % (chance {100 * chance:.0f} %)"
 
 
 def _poster(clip: Clip) -> str:

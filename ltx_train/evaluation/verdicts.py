@@ -130,8 +130,8 @@ def _reference(main: Sequence[Row], rows: Sequence[Row], likeness: float | None,
     if levels:
         text = intro + (
             "The reference helps at high noise and fades where the noise is low: there the noised target itself shows "
-            "the same information as the reference. That is expected where the target carries the identity; generation "
-            "from noise with the reference swapped decides what the model makes of it. Higher noise levels in training "
+            "the same information as the reference. That is expected where the target carries the identity; the swap "
+            "test (`evaluate swap`) decides what the model makes of it. Higher noise levels in training "
             "(sigma.kind=high) give the reference more to do." + dropped
         )
         return [Verdict(Kind.reference_leaked, text)]
@@ -174,8 +174,8 @@ def _unused(rows: Sequence[Row], intro: str, dropped: str) -> list[Verdict]:
     text = intro + (
         "No effect of the reference is shown at any noise level: it is decoration. Either it does not carry what the "
         "target has, or the model has not learned to read it yet, or, where identities are to be kept, the noised "
-        "target still shows them at all these levels, and near zero is what is to be expected: generation from noise "
-        "with the reference swapped decides." + dropped
+        "target still shows them at all these levels, and near zero is what is to be expected: the swap test "
+        "(`evaluate swap`) decides." + dropped
     )
     return [Verdict(Kind.reference_decorative, text)]
 

@@ -192,3 +192,26 @@ def test_evaluate_without_adapters_or_data_is_refused(tmp_path: Path, capsys: py
     assert "checkpoints=[]: give" in capsys.readouterr().err
     assert command("evaluate", "experiment=audio_reference", "data.root=''") == Exit.CONFIG
     assert "data.root is not set" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_swap_test_finds_nothing_in_an_adapter_that_was_never_trained(
+    prepared: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its clips are those of the base, whatever the reference; and nothing is missing on the page."""
+    words = settings(prepared, clips, f"run.root={tmp_path}", "optim.lr=0", "optim.steps=1", "eval.interval=0")
+    assert command("fit", *words) == Exit.DONE
+    folder = tmp_path / "audio_reference/main"
+    capsys.readouterr()
+    asked = ("swap.strengths=[0,0.5]", "sample.steps=2", "sample.video_cfg=2", "sample.audio_cfg=2")
+    assert command("evaluate", "swap", str(folder), *asked) == Exit.DONE
+    shown = capsys.readouterr().out
+    on, off = (line.partition(": ")[2] for line in shown.splitlines() if line.startswith(("adapter on", "adapter off")))
+    assert on == off
+    assert "With the adapter the output follows" not in shown
+    page = (folder / "swap.html").read_text()
+    assert page.count("<video") == 3 * 3 + 2, "a reference and two outputs for each speaker, silence and no reference"
+    assert "voiced share" in page
+    assert {p.name for p in (folder / "samples/swap").glob("none*.mp4")} == {
+        "none-of-them-silence.mp4", "none-of-them-no-reference.mp4",
+    }  # fmt: skip

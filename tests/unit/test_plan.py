@@ -419,3 +419,17 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     alone = memory_plan.plan_for(config.compose_config([*REAL, "memory=recompute"]), replace(place, budget_gib=80))
     assert alone is not None
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)
+
+
+SAMPLED = json.loads((REPOSITORY / "docs/performance/sampling.json").read_text())
+
+
+@pytest.mark.parametrize("row", [row for row in SAMPLED if row["what"] == "sample"], ids=lambda row: row["case"])
+def test_sampling_peaks_are_within_5_percent_of_measured_ones(row: dict[str, Any]) -> None:
+    """A pass without backward keeps nothing: float8 products once counted what training keeps of them."""
+    words = ("mode=t2av", "adapter=attention", f"data.buckets=[{row['bucket']}]", "data.fps=25", *row["overrides"])
+    made = config.continued(config.compose_config([*REAL, *words]), None, 1)
+    room = Room(card=card_by_name("H200"), budget_gib=made.memory.budget_gib or 139.0, host_gib=None)
+    planned = memory_plan.plan_for(made, room, training=False)
+    assert planned is not None
+    assert planned.footprint.gib == pytest.approx(row["reserved_gib"], rel=0.05)

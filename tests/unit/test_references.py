@@ -196,3 +196,48 @@ def test_strength_is_a_dial_between_without_and_with() -> None:
     near, far = ((found[1] - found[i]).abs().mean() for i in (0, 2))
     assert near > 0
     assert far > 0
+
+
+def test_a_fractional_strength_is_that_of_the_reference_implementation() -> None:
+    """Row by row, from its definition: s between the target and a reference in both directions, 1 inside a reference, 0
+    between references, and nothing taken from the other modality."""
+    mode = always(preset("av2av_ic"))
+    mode.conditions = [replace(c, strength=0.25) for c in mode.conditions]
+    made = assembled(mode, batch(mode))
+    for modality, targets in ((made.video, VIDEO), (made.audio, AUDIO)):
+        assert modality is not None
+        total = modality.latent.shape[1]
+        expected = torch.ones(total, total)
+        for query in range(total):
+            for key in range(total):
+                expected[query, key] = 0.25 if (query < targets) != (key < targets) else 1.0
+        assert modality.attention_mask is not None
+        assert torch.equal(modality.attention_mask, expected.expand(2, -1, -1))
+        assert modality.cross_mask is None
+
+
+def test_references_of_fractional_strength_do_not_see_each_other() -> None:
+    mode = always(preset("multi_reference_ic"))
+    data = batch(mode)
+    mode.conditions = [replace(mode.conditions[0], strength=0.5), mode.conditions[1]]
+    made = assembled(mode, data)
+    assert made.video is not None
+    assert made.video.attention_mask is not None
+    mask, first = made.video.attention_mask[0], data.references[mode.conditions[0].name][0, 0].numel()
+    assert bool((mask[VIDEO : VIDEO + first, VIDEO + first :] == 0).all())
+    assert bool((mask[VIDEO + first :, VIDEO : VIDEO + first] == 0).all())
+    assert mask[:VIDEO, VIDEO + first :].unique().tolist() == [1.0]
+    assert mask[:VIDEO, VIDEO : VIDEO + first].unique().tolist() == [0.5]
+
+
+def test_a_closed_gate_hides_a_reference_of_fractional_strength() -> None:
+    mode = always(preset("audio_reference"))
+    mode.conditions = [replace(mode.conditions[0], strength=0.5)]
+    made = assembled(mode, batch(mode))
+    assert made.audio is not None
+    total = made.audio.latent.shape[1]
+    gate = references.Gate(modality=ModalityName.audio, first=AUDIO, last=total, low=0.0, high=0.5)
+    hidden = references.closed(made.audio, ModalityName.audio, [gate], 0.9)
+    assert hidden.attention_mask is not None
+    assert not bool(hidden.attention_mask[:, :, AUDIO:].any())
+    assert bool((hidden.attention_mask[:, :, :AUDIO] > 0).all()), "no row is empty"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from ltx_train.model import load_transformer
 from ltx_train.sampling import sampler
 from ltx_train.sampling.guidance import Guidance, Guider, combine
 from tests.conftest import REPOSITORY, TINY, command
+from tests.faults.test_deepspeed import decoded
 from tests.unit.test_conditions import batch
 
 CLIP = REPOSITORY / "data/sample/speaker01_0.mp4"
@@ -150,3 +152,29 @@ def test_requests_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert command("sample", *BASE, "mode=av_i2v", f"sample.image={tmp_path / 'x.png'}") == 78
     assert command("sample", *BASE, "data.reference_s=9", f"sample.reference_audio={CLIP}") == 78
     assert "less than 9 s of sound" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_clips_are_those_of_single_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By prompt and seed, with their files' own inputs, on a page."""
+    words = (*BASE, "mode=av_i2v", "data.buckets=[64x64x17]", f"sample.out={tmp_path / 'a.mp4'}")
+    prompts = f"sample.prompts=[a face, {{prompt: '<b>', image: {CLIP}, seed: 9}}]"
+    assert command("sample", *words, prompts, "sample.seeds=[1,2]") == 0
+    assert sorted(p.name for p in tmp_path.glob("*.mp4")) == [f"a-{n:02d}.mp4" for n in (1, 2, 3, 4)]
+    assert "made " + str(tmp_path / "a-04.mp4") in capsys.readouterr().out
+    page = (tmp_path / "a.html").read_text()
+    assert [page.count(t) for t in ("<video", "seed 1<", "seed 2<", "<h3>&lt;b&gt;</h3>")] == [4, 2, 2, 1]
+    single = tmp_path / "single.mp4"
+    one = ("sample.prompt='<b>'", f"sample.image={CLIP}", "sample.seed=2", f"sample.out={single}")
+    assert command("sample", *words[:-1], *one) == 0
+    pictures = [decoded(path)[0] for path in (single, tmp_path / "a-04.mp4", tmp_path / "a-03.mp4")]
+    same, other = (np.abs(pictures[0] - p).mean() for p in pictures[1:])
+    assert same < 0.1 * other, "equal up to rounding; another seed is another clip"
+
+
+def test_prompts_of_sample_are_checked_like_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("sample", *BASE, "mode=t2av", "sample.prompts=[{promt: x}]") == 77
+    assert "sample.prompts, clip 1: 'promt' is no setting of a clip" in capsys.readouterr().err
+    assert command("sample", *BASE, "mode=t2av", "sample.prompts=[{prompt: x, image: gone.png}]") == 78
+    assert "sample.image=gone.png" in capsys.readouterr().err
+    assert command("sample", *BASE, "mode=t2av", "sample.prompts=[{prompt: x, mask: y.mp4}]") == 77

@@ -169,6 +169,9 @@ def test_an_interrupted_interval_keeps_its_seconds(monkeypatch: pytest.MonkeyPat
     steps(first, 7)
     with first.paused():
         now[0] += 30
+    before = first.state()["waited_s"]
+    first.data_arrived()
+    assert first.state()["waited_s"] == before, "what pauses is no wait for data"
     second.restore(first.state())
     now[0] += 60
     steps(second, 3)

@@ -60,11 +60,13 @@ class SampleConfig:
     """`sample`, and the clips that `fit` generates."""
 
     prompt: str = setting("", "the text")
+    prompts: Any = setting(None, "several clips instead: a list of prompts as of eval.prompts, or a YAML file with one")
     negative_prompt: str = setting("", "the text that guidance moves away from")
     bucket: str | None = setting(None, "size of the clip, as 512x512x121; null: the first of data.buckets")
     fps: float | None = setting(None, "frames per second; null: data.fps", least=1)
     steps: int = setting(30, "denoising steps", least=1)
     seed: int = setting(42, "seed of the noise")
+    seeds: list[int] = setting(list[int](), "seeds of several clips of each prompt instead")
     adapter: str | None = setting(None, "a LoRA file")
     strength: float = setting(1.0, "strength of the LoRA", least=0, most=2)
     strength_of: dict[str, float] = setting(

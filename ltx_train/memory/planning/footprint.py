@@ -85,6 +85,8 @@ def predict(
     kept = choice.keep_everything * (everything * unit + 2.0 * dequantized_elements(size, choice))
     kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
     kept += (size.layers - choice.keep_everything) * kept_per_block
+    if is_forward:
+        kept = 0.0  # nothing waits for a backward pass
     backward = _WORKING * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
     forward = (_WORKING_FORWARD if choice.compiled else _WORKING_FORWARD_EAGER) * unit
     working = forward if is_forward else backward

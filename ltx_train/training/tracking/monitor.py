@@ -57,12 +57,14 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Time that is no step's: held-out measurement, and the clips that are generated with it."""
+        """Time that is no step's, and no wait for data: held-out measurement, and the clips that are generated."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._started += time.perf_counter() - started
+            passed = time.perf_counter() - started
+            self._started += passed
+            self._edge += passed
 
     def batch_done(self) -> None:
         self._edge = time.perf_counter()
