@@ -33,11 +33,12 @@ demo: setup ## clips to a measured, exported LoRA and a sample, on the tiny mode
 	$(LTX) export experiment=tiny_base run.root=$(DEMO) data.root=$(DEMO)/data export.out=$(DEMO)/base.safetensors
 	$(LTX) fit $(REFERENCE) '$(PROMPTS)'
 	$(LTX) evaluate $(REFERENCE)
+	$(LTX) evaluate swap $(REFERENCE) swap.speakers=10 swap.strengths=[]
 	$(LTX) export $(REFERENCE) export.out=$(DEMO)/voice.safetensors
 	$(LTX) inspect $(REFERENCE) inspect.file=$(DEMO)/voice.safetensors inspect.run=$(DEMO)/audio_reference/main
 	$(LTX) sample $(REFERENCE) sample.adapter=$(DEMO)/voice.safetensors sample.strength=1.0 \
 	  sample.reference_audio=$(VOICE) sample.out=$(DEMO)/voice.mp4
-	@echo "look at $(DEMO)/audio_reference/main/report.html and $(DEMO)/voice.mp4"
+	@echo "look at report.html and swap.html in $(DEMO)/audio_reference/main, and at $(DEMO)/voice.mp4"
 
 study: setup ## tests the verdicts on seven cases whose truth is known: docs/study.md
 	$(BIN)/python docs/study/study.py
