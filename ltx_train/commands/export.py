@@ -36,6 +36,11 @@ def run(config: Config) -> int:
             kind=config.export.format,
         )
         next_command = f"ltx-train inspect {folder} inspect.file={out}"
+    if not resolve.trains_all_weights(trained_with) and trained_with.adapter.dora:
+        print(
+            "the file has DoRA's magnitudes, which ComfyUI reads; diffusers and the reference implementation ignore them"
+        )
+        print(f"for those: ltx-train lora lora.do=plain lora.files=[{out}]")
     print(f"{kind} weights of step {checkpoint.step}")
     close(out, next_command)
     return Exit.DONE

@@ -14,9 +14,9 @@ from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit, Modality
 from ltx_train.diffusion import positions
-from ltx_train.model import adapter, export, lora_file
+from ltx_train.model import adapter, export, lora_file, lora_tools
 from ltx_train.model.checkpoint import TensorSource
-from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer
+from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer, transformer_original_name
 from ltx_train.model.transformer import Pair, Transformer
 
 _TOLERANCE = 1e-5
@@ -34,13 +34,32 @@ def run(config: Config) -> int:
     if problems:
         listed = "\n  ".join(problems)
         raise DataError(f"{len(problems)} of {len(tensors)} keys do not bind to the base:\n  {listed}")
+    _refuse_absent(config, source, tensors)
     print(f"  every key binds to {config.model.path or 'the random base'}")
     _refuse_other_base(metadata, source)
+    for stream, part in lora_tools.split(tensors).items():
+        sizes = lora_tools.norms(part)
+        largest = max(sizes, key=lambda module: sizes[module])
+        total = sum(size**2 for size in sizes.values()) ** 0.5
+        print(f"  {stream.value}: {len(sizes)} layers, norm {total:.4g}, most in {largest} ({sizes[largest]:.3g})")
+    if config.inspect.compare is not None:
+        other, _ = lora_file.read_lora(config.inspect.compare)
+        for stream, cosine in lora_tools.likeness(tensors, other).items():
+            print(f"  {stream.value}: cosine with {config.inspect.compare} {cosine:+.3f}")
     if config.inspect.run is not None:
         _compare_outputs(config, source, tensors, config.export.step or _step_of(metadata))
     run_folder = f" {config.inspect.run}" if config.inspect.run else " ..."
     close(None, f"ltx-train sample{run_folder} sample.adapter={config.inspect.file}")
     return Exit.DONE
+
+
+def _refuse_absent(config: Config, source: TensorSource, tensors: Mapping[str, torch.Tensor]) -> None:
+    """DataError when the base's file lacks the weights that its configuration describes."""
+    names = {transformer_original_name(f"{lora_file.module_of(name)}.weight") for name in tensors}
+    absent = sorted(names - source.names([TRANSFORMER_PREFIX])) if config.model.weights == "file" else []
+    if absent:
+        count, first = len(absent), absent[0]
+        raise DataError(f"{config.model.path} lacks {count} of the weights that the LoRA changes (first: {first})")
 
 
 def _compare_outputs(config: Config, source: TensorSource, tensors: dict[str, torch.Tensor], step: int | None) -> None:

@@ -103,7 +103,7 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
 def _inputs(config: Config, name: str) -> dict[str, str | None]:
     """Files that single commands read, by setting."""
     if name == "inspect":
-        return {"inspect.file": config.inspect.file}
+        return {"inspect.file": config.inspect.file, "inspect.compare": config.inspect.compare}
     if name == "lora":
         return {"lora.tuned": config.lora.tuned}
     if name == "sample":

@@ -121,6 +121,30 @@ def plain(tensors: Tensors, weights: Mapping[str, Tensor], rank: int) -> tuple[d
     return extracted(changed, rank, dtype)
 
 
+def norms(tensors: Tensors) -> dict[str, float]:
+    """Frobenius norm of the product of every module, without forming it: |B A|^2 = sum((A A^T) * (B^T B))."""
+    return {module: _inner(tensors, tensors, module) ** 0.5 for module in _modules(tensors)}
+
+
+def likeness(first: Tensors, second: Tensors) -> dict[Stream, float]:
+    """Cosine between the changes of two files by stream: 1 for the same direction, 0 for unrelated ones. A module that
+    one of them lacks counts as zero there."""
+    found: dict[Stream, float] = {}
+    for stream in Stream:
+        parts = [{m for m in _modules(tensors) if stream_of(m) is stream} for tensors in (first, second)]
+        shared = sum(_inner(first, second, module) for module in parts[0] & parts[1])
+        lengths = [sum(_inner(t, t, m) for m in some) for t, some in ((first, parts[0]), (second, parts[1]))]
+        if all(lengths):
+            found[stream] = shared / (lengths[0] * lengths[1]) ** 0.5
+    return found
+
+
+def _inner(first: Tensors, second: Tensors, module: str) -> float:
+    """The inner product of B A of both files: sum((A1 A2^T) * (B1^T B2))."""
+    (a, b), (c, d) = _pair(first, module), _pair(second, module)
+    return float(((a.double() @ c.double().T) * (b.double().T @ d.double())).sum())
+
+
 def _modules(tensors: Tensors) -> Iterator[str]:
     yield from (name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ltx_train import config
+from ltx_train.assembly.live_view import LiveView
 from ltx_train.contracts import Exit
 from ltx_train.evaluation import history
 from ltx_train.training.tracking.metrics import read_rows
@@ -69,6 +71,17 @@ def test_rows_have_every_comparison_with_its_interval(trained: Path) -> None:
     assert last["train/weight_video"] != last["train/weight_audio"]
     assert [m.step for m in history.read(trained)] == [4, 8, 12]
     assert (trained / "metrics.csv").is_file()
+
+
+def test_the_page_is_written_while_a_run_trains(trained: Path) -> None:
+    """By `fit` alone: nothing has evaluated the run."""
+    page = (trained / "report.html").read_text()
+    for wanted in ("Verdicts", "Checkpoints", "learning rate", "12 of 12 steps in"):
+        assert wanted in page
+    assert page.count("data:image/svg") >= 2
+    parts = LiveView(config.load(trained / "config.yaml"), trained).parts()
+    assert "step 12 of 12, complete" in parts["progress"]
+    assert "Checkpoints" in parts["results"]
 
 
 def test_the_best_is_kept_and_linked(trained: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -207,3 +208,33 @@ def test_the_command_makes_files_of_files(
     save_file({"x": torch.ones(1)}, foreign)
     assert command("lora", f"lora.files=[{file}]", f"lora.out={foreign}") == 77
     assert load_file(foreign).keys() == {"x"}
+
+
+def test_norms_and_likeness_are_those_of_the_products(tensors: dict[str, Tensor]) -> None:
+    whole = products(tensors)
+    for module, norm in lora_tools.norms(tensors).items():
+        assert norm == pytest.approx(float(whole[module].norm()), rel=1e-6)
+    assert lora_tools.likeness(tensors, tensors) == {stream: pytest.approx(1) for stream in Stream}
+    turned = {n: -t if ".lora_B." in n else t for n, t in tensors.items()}
+    assert lora_tools.likeness(tensors, turned) == {stream: pytest.approx(-1) for stream in Stream}
+    audio = lora_tools.split(tensors)[Stream.audio]
+    assert lora_tools.likeness(tensors, audio) == {Stream.audio: pytest.approx(1)}
+
+
+def test_inspect_looks_into_the_bases_own_file(
+    tensors: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base with one tensor binds nothing, whatever its configuration describes."""
+    file, base = tmp_path / "a.safetensors", tmp_path / "base.safetensors"
+    lora_formats.write(file, tensors, {}, "comfyui")
+    asked = ("inspect", f"inspect.file={file}", f"inspect.compare={file}")
+    assert command(*asked, f"model.path={TINY}") == 0
+    shown = capsys.readouterr().out
+    assert "audio: cosine with" in shown
+    assert "+1.000" in shown
+    assert "bridge: " in shown
+    with safe_open(TINY, "pt") as handle:
+        metadata, one = handle.metadata(), next(iter(handle.keys()))
+        save_file({one: handle.get_tensor(one)}, base, metadata)
+    assert command(*asked, f"model.path={base}") == 78
+    assert "of the weights that the LoRA changes" in capsys.readouterr().err

@@ -142,6 +142,7 @@ class InspectConfig:
 
     file: str | None = setting(None, "the LoRA file to check against the base")
     run: str | None = setting(None, "the run folder whose output the file must reproduce")
+    compare: str | None = setting(None, "another LoRA file, whose changes are compared by stream")
 
 
 @dataclass(kw_only=True)
