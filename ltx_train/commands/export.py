@@ -37,9 +37,7 @@ def run(config: Config) -> int:
         )
         next_command = f"ltx-train inspect {folder} inspect.file={out}"
     if not resolve.trains_all_weights(trained_with) and trained_with.adapter.dora:
-        print(
-            "the file has DoRA's magnitudes, which ComfyUI reads; diffusers and the reference implementation ignore them"
-        )
+        print("the file has DoRA's magnitudes: ComfyUI reads them, diffusers and the reference implementation do not")
         print(f"for those: ltx-train lora lora.do=plain lora.files=[{out}]")
     print(f"{kind} weights of step {checkpoint.step}")
     close(out, next_command)
