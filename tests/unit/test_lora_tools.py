@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ltx_train.contracts import DataError
 from ltx_train.model import adapter, export, load_transformer, lora_file, lora_formats, lora_tools
+from ltx_train.model.checkpoint import RandomWeights
+from ltx_train.model.loaders import build_transformer, transformer_original_name
 from ltx_train.model.lora_tools import Stream
 from ltx_train.model.transformer import Pair, Transformer
 from tests.conftest import TINY, command
@@ -238,3 +240,22 @@ def test_inspect_looks_into_the_bases_own_file(
         save_file({one: handle.get_tensor(one)}, base, metadata)
     assert command(*asked, f"model.path={base}") == 78
     assert "of the weights that the LoRA changes" in capsys.readouterr().err
+
+
+def test_every_layer_binds_by_comfyuis_rule() -> None:
+    """It knows a checkpoint's weights as `diffusion_model.<name>.weight`, and a LoRA's layer as what stands before
+    `.lora_A.weight`, or with underscores behind `lora_unet_`."""
+    model = build_transformer(RandomWeights("ltx2_3_22b"))
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    originals = [transformer_original_name(f"{name}.weight").removeprefix("model.") for name in linear]
+    known = {name.removesuffix(".weight") for name in originals}
+    assert len(known) == len(linear) > 1600
+    lora = adapter.Lora(rank=1, alpha=1, dropout=0, targets=())
+    for name in linear:
+        (key,) = export.lora_tensors({f"{name}.lora_A.weight": torch.ones(1, 1)}, lora, torch.float32)
+        assert key.removesuffix(".lora_A.weight") in known
+    underscored = {f"lora_unet_{n.removeprefix('diffusion_model.').replace('.', '_')}": n for n in known}
+    for kohya, name in underscored.items():
+        plain = lora_file._plain_name(f"{kohya}.lora_down.weight")
+        if name.split(".")[1] == "transformer_blocks":
+            assert plain == f"{name.removeprefix('diffusion_model.')}.lora_A.weight"
