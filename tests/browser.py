@@ -25,15 +25,20 @@ _FRAME = (
 
 def look(page: Path, scratch: Path, asked: str, *, width: int = 1200, dark: bool = False) -> Any:
     """The JSON value of a JavaScript expression in the page; `q(selector)` lists elements. Skips without a browser."""
-    if _BROWSER is None:
-        pytest.skip("no browser on this machine")
     probe, frame = scratch / "probe.html", scratch / "frame.html"
     probe.write_text(page.read_text().replace("</body>", _PROBE % asked))
     frame.write_text(_FRAME % (width, probe.as_uri()))
-    call = [
-        _BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 500)},3000",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=8000", "--dump-dom",
-        frame.as_uri(),
-    ]  # fmt: skip
-    shown = subprocess.run(call, capture_output=True, text=True, timeout=300, check=True).stdout
+    shown = dump(frame.as_uri(), scratch, size=(max(width, 500), 3000), dark=dark)
     return json.loads(shown.partition("<pre>")[2].partition("</pre>")[0])
+
+
+def dump(url: str, scratch: Path, *, size: tuple[int, int] = (1200, 2000), dark: bool = False) -> str:
+    """The document of a page after its scripts have run for some seconds. Skips without a browser."""
+    if _BROWSER is None:
+        pytest.skip("no browser on this machine")
+    call = [
+        _BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size[0]},{size[1]}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=8000",
+        f"--user-data-dir={scratch / 'profile'}", "--dump-dom", url,
+    ]  # fmt: skip
+    return subprocess.run(call, capture_output=True, text=True, timeout=300, check=True).stdout

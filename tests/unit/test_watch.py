@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ import torch
 from ltx_train import config as configuration
 from ltx_train import durable
 from ltx_train.assembly import live_view, run_clips
-from ltx_train.assembly.live_view import LiveView
+from ltx_train.assembly.live_view import LiveView, Progress
 from ltx_train.config import Config
 from ltx_train.contracts import ConfigError
 from ltx_train.jobs import watching
 from ltx_train.sampling.media import write_mp4
+from tests.browser import dump
 from tests.conftest import command
 
 ROW = {"train/loss": 0.5, "perf/step_s": 2.0, "perf/data_wait_s": 0.0, "mem/peak_gib": 21.25, "mem/plan_error": 0.012}
@@ -130,3 +132,22 @@ def test_a_run_without_anything_has_a_page(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("watch", f"run.root={tmp_path}") == 77
     assert "is no run's folder" in capsys.readouterr().err
+
+
+def test_a_browser_keeps_the_page_up_to_date(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its script runs under the page's policy and replaces what has changed; players stay the same elements."""
+    calls: list[int] = []
+
+    def progress(*_: object) -> Progress:
+        calls.append(1)
+        return Progress(step=len(calls), steps=100, left_s=None, lines=[], silent=False)
+
+    monkeypatch.setattr(live_view, "progress", progress)
+    shown = dump(f"http://127.0.0.1:{server.server_address[1]}/", tmp_path)
+    assert len(calls) >= 3, "the page, and the script again and again"
+    assert "step 1 of 100" not in shown
+    assert re.search(r"step \d+ of 100", shown)
+    assert shown.count("<video") == 1
+    assert 'id="lost" class="verdict" hidden=""' in shown
