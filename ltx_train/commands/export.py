@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ltx_train.assembly import from_config, model_source, outputs, publishing, resolve
+from ltx_train.assembly import from_config, hub_folder, model_source, outputs, publishing, resolve
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
@@ -39,6 +39,8 @@ def run(config: Config) -> int:
     if not resolve.trains_all_weights(trained_with) and trained_with.adapter.dora:
         print("the file has DoRA's magnitudes: ComfyUI reads them, diffusers and the reference implementation do not")
         print(f"for those: ltx-train lora lora.do=plain lora.files=[{out}]")
+    if config.export.hub_folder is not None:
+        print(f"made {hub_folder.write(trained_with, folder, out, Path(config.export.hub_folder))}")
     print(f"{kind} weights of step {checkpoint.step}")
     close(out, next_command)
     return Exit.DONE

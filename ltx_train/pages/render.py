@@ -6,6 +6,7 @@ Owns escaping. A page is one file that needs no network.
 from __future__ import annotations
 
 import base64
+import re
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,8 @@ _TYPES = {".mp4": "video/mp4", ".jpg": "image/jpeg"}
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template in `templates/`. Text is escaped; control characters and those that reverse the direction
-    of writing are shown as U+FFFD."""
+    """The page of a template in `templates/`. Text is escaped, in HTML; control characters and those that reverse the
+    direction of writing are shown as U+FFFD."""
     return _environment().get_template(template).render(**values)
 
 
@@ -30,10 +31,18 @@ def embedded(path: Path) -> Markup:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        finalize=_printable, trim_blocks=True, lstrip_blocks=True,
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
+        autoescape=lambda name: name is None or not name.endswith(".md.j2"), finalize=_printable, trim_blocks=True,
+        lstrip_blocks=True,
     )  # fmt: skip
+    made.filters["cell"] = _cell
+    return made
+
+
+def _cell(text: str) -> str:
+    """Text in one cell of a Markdown table, without markup of its own."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 def _printable(value: Any) -> Any:

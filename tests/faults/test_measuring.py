@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ltx_train import config
@@ -82,6 +83,32 @@ def test_the_page_is_written_while_a_run_trains(trained: Path) -> None:
     parts = LiveView(config.load(trained / "config.yaml"), trained).parts()
     assert "step 12 of 12, complete" in parts["progress"]
     assert "Checkpoints" in parts["results"]
+
+
+def test_a_folder_to_publish_has_a_card_and_no_path_of_this_machine(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = tmp_path / "hub"
+    asked = (f"export.out={tmp_path / 'voice.safetensors'}", f"export.hub_folder={hub}")
+    assert command("export", str(trained), *asked) == Exit.DONE
+    assert {p.name for p in hub.iterdir()} == {"README.md", "config.yaml", "voice.safetensors"}
+    card = (hub / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "other"
+    assert front["base_model"] == "tiny"
+    for wanted in ("Gained gap:", "Lightricks", "learning rate", "people who are not trained on", "± "):
+        assert wanted in card
+    for text in (card, (hub / "config.yaml").read_text()):
+        assert "/tmp" not in text
+        assert str(trained.parent) not in text
+    assert config.load(hub / "config.yaml").optim == config.load(trained / "config.yaml").optim
+    assert command("export", str(trained), *asked) == Exit.DONE, "once more into the same folder"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    assert command("export", str(trained), asked[0], f"export.hub_folder={other}") == Exit.CONFIG
+    assert "is no such folder" in capsys.readouterr().err
+    assert [p.name for p in other.iterdir()] == ["mine.txt"]
 
 
 def test_the_best_is_kept_and_linked(trained: Path) -> None:

@@ -117,6 +117,7 @@ class ExportConfig:
     out: str | None = setting(None, "the file to write; null: in the run folder")
     strength_of: dict[str, float] = setting(dict[str, float](), "strength by stream, as {audio: 1, bridge: 0}")
     format: str = setting("comfyui", "names in a LoRA file", choices=("comfyui", "diffusers", "peft"))
+    hub_folder: str | None = setting(None, "also a folder to publish: LoRA, model card, settings without paths, clips")
 
 
 @dataclass(kw_only=True)
