@@ -65,7 +65,6 @@ def redacted(config: Config) -> Config:
             also=[Path(root).name for root in data.also],
         ),
         "adapter": replace(config.adapter, start_from=_name(config.adapter.start_from)),
-        "strategy": replace(config.strategy, offload=_name(config.strategy.offload)),
         "eval": replace(config.eval, prompts=None),
         "run": replace(config.run, root="runs"),
         "sample": replace(

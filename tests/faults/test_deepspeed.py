@@ -193,9 +193,11 @@ def test_ranks_that_pass_together_generate_the_clips_of_one_process(
 
 
 def assert_same_clips(first: Path, other: Path) -> None:
-    one, two = (sorted((run(root) / "samples").rglob("*.mp4")) for root in (first, other))
+    one, two = (sorted((run(root) / "samples/heldout").glob("step-*/*.mp4")) for root in (first, other))
     assert [path.name for path in one] == [path.name for path in two]
     assert len(one) == 3
+    given = [{p.parent.name for p in (run(root) / "samples").rglob("*.mp4")} for root in (first, other)]
+    assert given[0] == given[1] > {"base", "real"}
     clips = [(decoded(path), decoded(same)) for path, same in zip(one, two, strict=True)]
     for number, ((pictures, sound), (others, heard)) in enumerate(clips):
         further, noise = clips[number - 1][0]

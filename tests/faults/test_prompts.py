@@ -120,7 +120,7 @@ def test_a_failure_costs_the_clips_alone(
 )
 def test_what_makes_no_clip_is_refused(prompts: str, message: str, prepared: Path, clips: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        config.compose_config([*settings(prepared, clips), f"eval.prompts={prompts}"])
+        config.compose_config([*settings(prepared, clips), "sample.without_references=true", f"eval.prompts={prompts}"])
     assert message in str(raised.value)
 
 
@@ -129,7 +129,10 @@ def test_a_missing_file_is_named_before_anything_is_loaded(
 ) -> None:
     assert command(*fit(prepared, clips, tmp_path, "eval.prompts=gone.yaml")) == 77
     assert "eval.prompts=gone.yaml cannot be read" in capsys.readouterr().err
-    words = fit(prepared, clips, tmp_path, "eval.prompts=[{prompt: x, image: gone.png}, {prompt: y, audio: lost.wav}]")
+    words = fit(
+        prepared, clips, tmp_path, "sample.without_references=true",
+        "eval.prompts=[{prompt: x, image: gone.png}, {prompt: y, audio: lost.wav}]",
+    )  # fmt: skip
     assert command(*words) == 78
     shown = capsys.readouterr().err
     assert "eval.prompts, clip 1: image=gone.png: there is no such file" in shown

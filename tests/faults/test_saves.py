@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ltx_train import durable
-from ltx_train.contracts import DataError
+from ltx_train.contracts import Clip, DataError
 from ltx_train.training import saving
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.background import Saver
@@ -223,7 +223,7 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.Captur
         def page(self, path: Path) -> None:
             raise TimeoutError
 
-        def media(self, step: int, path: Path, caption: str) -> None:
+        def media(self, step: int, clip: Clip) -> None:
             raise RuntimeError
 
         def close(self) -> None:
@@ -232,7 +232,7 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.Captur
     metrics = Metrics(tmp_path, 0, [Broken()])
     metrics.write(1, {"a": 1.0})
     metrics.page(tmp_path)
-    metrics.media(1, tmp_path, "x")
+    metrics.media(1, Clip("x", tmp_path))
     metrics.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
     assert capsys.readouterr().err.count("Broken could not be written: KeyError") == 1

@@ -86,7 +86,12 @@ def test_every_command_names_the_next_one(prepared: Path, tmp_path: Path, capsys
         "check": ["check.previews=0"],
         "fit": [f"run.root={tmp_path}", "optim.steps=2", "eval.interval=2", "adapter=attention"],
         "evaluate": ["data.on_bad_clip=skip", "data.workers=1", "logger.every=3", "sweep.trials=7"],
-        "sample": ["sample.prompt=a man, close: {calm}", "sample.steps=1", f"sample.out={tmp_path / 'clip.mp4'}"],
+        "sample": [
+            "sample.prompt=a man, close: {calm}",
+            "sample.without_references=true",
+            "sample.steps=1",
+            f"sample.out={tmp_path / 'clip.mp4'}",
+        ],
     }
     following = ["check", str(prepared)]
     typed: list[str] = []

@@ -127,12 +127,12 @@ def test_goodput_counts_steps_that_count_against_the_runs_whole_life(monkeypatch
     now["cpu"] += 40
     clock.end(flops=2e10)
     now["wall"] += 100
-    assert clock.row() == {"run/goodput": 0.4, "perf/mfu": 0.5}
+    assert clock.row() == {"run/goodput": 0.4, "run/trained_s": 40.0, "perf/mfu": 0.5}
     saved = clock.state()
     now["wall"] += 100
     again = Clock(None)
     again.restore(saved)
-    assert again.row() == {"run/goodput": 0.2}
+    assert again.row() == {"run/goodput": 0.2, "run/trained_s": 40.0}
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "prodigy"])

@@ -108,7 +108,7 @@ class SampleConfig:
     out: str = setting("sample.mp4", "the file to write")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExportConfig:
     """`export`."""
 
