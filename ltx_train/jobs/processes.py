@@ -95,7 +95,7 @@ def run_processes(entry: Entry, config: Config, count: int) -> int:
     try:
         for rank, child in enumerate(children):
             # Set before the child starts: libraries read the number of threads and the rank when they are imported.
-            with _environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
+            with _environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}), _signals_wait():
                 child.start()
         code = _wait_for_all(children, received)
         # A process that had not come to its own handlers yet ended by the signal itself.
@@ -111,9 +111,24 @@ def run_processes(entry: Entry, config: Config, count: int) -> int:
 def spawn(entry: Entry, config: Config, variables: Mapping[str, str]) -> Any:
     """Starts a process that runs `entry` in its own process group. It dies with this process."""
     child = get_context("spawn").Process(target=_child, args=(entry, config, os.getpid()))
-    with _environment(variables):
+    with _environment(variables), _signals_wait():
         child.start()
     return child
+
+
+@contextmanager
+def _signals_wait() -> Generator[None]:
+    """Holds signals back while a process starts.
+
+    Between fork and exec the child has this process's handlers. A signal that meets them there is noted in memory which
+    the exec throws away: the run would never learn of it. A signal that waits survives the exec, and the child takes it
+    once its own handlers are there.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -137,6 +152,7 @@ def _child(entry: Entry, config: Config, parent: int) -> None:
 
 def _in_child(entry: Entry, config: Config, parent: int) -> int:
     signals.stop_like_ctrl_c()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP)
     # The parent forwards signals: in the parent's group, Ctrl-C on a terminal would reach every process twice.
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL))

@@ -21,15 +21,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import register_implementation
 from safetensors.torch import load_file
 
+from ltx_train import signals
 from ltx_train.config import Config, compose_config
 from ltx_train.contracts import DataError, StoreError
-from ltx_train.jobs import notices, supervisor
+from ltx_train.jobs import notices, processes, supervisor
 from ltx_train.training.checkpoints import commit
 from ltx_train.training.checkpoints.commit import Checkpoint
 from ltx_train.training.checkpoints.mirror import RunStore
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import command
-from tests.faults.entries import hung
+from tests.faults.entries import hung, waiting
 from tests.faults.harness import children, started, steps_done, wait_for
 from tests.faults.test_resume import curve, fit, newest
 
@@ -270,6 +271,17 @@ def test_a_signal_while_the_run_starts_is_a_preemption(
         process.send_signal(number)
         assert process.wait() == 75
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", signals.STOP)
+def test_no_signal_is_lost_while_a_process_starts(number: signal.Signals) -> None:
+    """Sent as soon as there is a process, before it is a program of its own: it ends like a later one."""
+    child = processes.spawn(waiting, compose_config([]), {})
+    os.kill(child.pid, number)
+    child.join(60)
+    assert processes.shell_code(child.exitcode) == 75
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(signals.STOP), "this process takes them again"
 
 
 @pytest.mark.slow
