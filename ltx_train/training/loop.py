@@ -1,12 +1,13 @@
 """The training loop: runs a task to its last step and does the work between two optimizer steps.
 
-Owns the Lightning Trainer and the order log -> evaluate -> save -> stop. The callers pass in all parts of a run.
+Owns the Lightning Trainer and the order log -> evaluate -> save -> page -> stop. The callers pass in all parts of a run.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from ltx_train.training.tracking.console import ConsoleProgress
 from ltx_train.training.tracking.metrics import Metrics
 from ltx_train.training.watchdog import Watchdog
 
+# Seconds between two pages, as a multiple of those that the last one took.
+_PAGE_EVERY = 20.0
 Evaluate = Callable[[int], Mapping[str, float]]
 
 
@@ -67,6 +70,7 @@ class Edge(Callback):
         self._preemption, self._ranks = preemption, ranks
         self._progress: ConsoleProgress | None = None
         self._last_step = state.step.first_step
+        self._page_due = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._outside.writer.begin(self._last_step)
@@ -100,7 +104,7 @@ class Edge(Callback):
         self._close()
 
     def _at_edge(self, step: int) -> bool:
-        """Logs, evaluates and saves after a step, in this order. Returns whether training ends here."""
+        """Logs, evaluates, saves and writes the page after a step, in this order. Returns whether training ends here."""
         cadence, writer = self._cadence, self._outside.writer
         # Measuring and saving have a longer time limit than a step.
         self._outside.watchdog.beat(patient=True)
@@ -118,14 +122,15 @@ class Edge(Callback):
         if step == self._state.step.first_step + 1 and self._outside.prepares_saves:
             writer.prepare(self._state)
         self._report(step, {**row, **heldout})
-        if heldout or cadence.generates(step):
-            with self._state.monitor.paused():
-                self._write_page()
         final = cadence.is_last(step) or stop or ended
         if cadence.saves(step) or better or final:
             writer.save(self._state, must=final, may_wait=self._may_wait)
         if stop:
             self._preemption.saved()
+        elif final or heldout or cadence.generates(step):
+            # Behind the save: a page must not keep a save waiting, and a machine that is taken away has no time for it.
+            with self._state.monitor.paused():
+                self._write_page(must=final)
         if self._outside.profiler is not None:
             self._outside.profiler.step()
         # After the last step, the trackers may take long to send what they hold.
@@ -160,14 +165,18 @@ class Edge(Callback):
             self._outside.metrics.write(step, row)
             self._progress.row(step, self._cadence.steps, row)
 
-    def _write_page(self) -> None:
-        """The page is for people who look in: that it cannot be written is no reason for a run to end."""
-        if self._outside.page is None:
+    def _write_page(self, *, must: bool = False) -> None:
+        """The page is for people who look in: it takes at most a twentieth of the time, and no run ends because it
+        cannot be written."""
+        started = time.monotonic()
+        if self._outside.page is None or (started < self._page_due and not must):
             return
         try:
             self._outside.page()
         except Exception as error:
             print(f"ltx-train: no page: {type(error).__name__}: {error}; the run goes on", file=sys.stderr)
+        ended = time.monotonic()
+        self._page_due = ended + _PAGE_EVERY * (ended - started)
 
     def _close(self) -> None:
         self._outside.writer.close()
