@@ -1,6 +1,6 @@
 """The training loop: runs a task to its last step and does the work between two optimizer steps.
 
-Owns the Lightning Trainer and the order log -> evaluate -> save -> page -> stop. The callers pass in all parts of a run.
+Owns the Lightning Trainer and the order log -> evaluate -> save -> page -> stop. The callers pass in all parts.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Edge(Callback):
         self._close()
 
     def _at_edge(self, step: int) -> bool:
-        """Logs, evaluates, saves and writes the page after a step, in this order. Returns whether training ends here."""
+        """Logs, evaluates, saves and writes the page, in this order. Returns whether training ends here."""
         cadence, writer = self._cadence, self._outside.writer
         # Measuring and saving have a longer time limit than a step.
         self._outside.watchdog.beat(patient=True)
