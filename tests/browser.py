@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-# Inside the page: what is asked of it, reported to the frame around it.
+# A script in the page evaluates an expression and sends its value to the enclosing frame.
 _PROBE = (
     "<script>addEventListener('load',()=>setTimeout(()=>{const q=s=>[...document.querySelectorAll(s)];"
     "parent.postMessage(JSON.stringify(%s),'*')},1000))</script></body>"

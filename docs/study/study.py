@@ -132,30 +132,12 @@ def prepared(case: Case, seed: int, root: Path) -> Index:
             context = who if case.caption else "constant"
             contexts[context] = save({AUDIO_CONTEXT: told, VIDEO_CONTEXT: torch.zeros(TEXT, VIDEO_WIDTH)})
             items[key] = save(tensors)
-            records.append(
-                Record(
-                    key=key,
-                    split="heldout" if number >= IDENTITIES else "train",
-                    speaker=who,
-                    caption=context,
-                    bucket=f"32x32x{frames}",
-                    fps=25.0,
-                    seconds=frames / 25,
-                    context=context,
-                    has_audio=True,
-                    voice=True,
-                    own_reference=case.own,
-                    rms_db=0.0,
-                    recording=key,
-                    start=0.0,
-                    weight=1.0,
-                    source_fps=25.0,
-                    averaged="",
-                    source=key,
-                    source_sha256=key,
-                    item=key,
-                )
-            )
+            records.append(Record(
+                key=key, split="heldout" if number >= IDENTITIES else "train", speaker=who, caption=context,
+                bucket=f"32x32x{frames}", fps=25.0, seconds=frames / 25, context=context, has_audio=True, voice=True,
+                own_reference=case.own, rms_db=0.0, recording=key, start=0.0, weight=1.0, source_fps=25.0, averaged="",
+                source=key, source_sha256=key, item=key,
+            ))  # fmt: skip
     sources = pack.Sources(lambda r: items[r.key], contexts.__getitem__, dropped=records[0].context)
     shards, placed = pack.write_shards(records, sources, root / "shards", 512)
     made = Index(settings={}, encoders={}, shards=tuple(shards), records=Rows.of(placed))

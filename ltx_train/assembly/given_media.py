@@ -1,7 +1,7 @@
 """The files that a clip is given, as the tensors of a batch: target latents, masks, references and the sound.
 
-Owns lengths: how much of a file is used, and what is said of one that is too short. `config.clip_inputs` has decided
-which files take part.
+Owns the lengths: how much of a file is used, and the error for a file that is too short. `config.clip_inputs` decides
+which files are used.
 """
 
 from __future__ import annotations

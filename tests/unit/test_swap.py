@@ -1,4 +1,4 @@
-"""The swap test: outputs that follow a reference, that only change with it, and that ignore it, are told apart."""
+"""The swap test distinguishes outputs that follow a reference, outputs that only change with it, and others."""
 
 from __future__ import annotations
 
