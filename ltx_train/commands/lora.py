@@ -57,7 +57,8 @@ def _made(config: Config) -> tuple[dict[Stream | None, dict[str, Tensor]], Mappi
         return {None: lora_tools.scaled(tensors, streams(chosen.strength_of, *chosen.strengths))}, metadata, ""
     if chosen.do == "plain":
         source = model_source.weights(config)
-        weights = {m: _weight(source, config, m) for m in sorted({lora_file.module_of(name) for name in tensors})}
+        shapes = _shapes(config)
+        weights = {m: _weight(source, m, shapes[m]) for m in sorted({lora_file.module_of(name) for name in tensors})}
         made, lost = lora_tools.plain(tensors, weights, chosen.rank)
     else:
         made, lost = lora_tools.resized(tensors, chosen.rank)
@@ -71,15 +72,17 @@ def streams(strength_of: Mapping[str, float], common: float = 1.0) -> dict[Strea
 
 def _extracted(config: Config) -> tuple[dict[Stream | None, dict[str, Tensor]], Mapping[str, str], str]:
     base, tuned = model_source.weights(config), CheckpointFile.open(config.lora.tuned or "")
-    modules = [n for n, m in model_source.skeleton(config).named_modules() if isinstance(m, nn.Linear)]
-    pairs = ((m, _weight(base, config, m), _weight(tuned, config, m)) for m in modules)
+    pairs = ((m, _weight(base, m, shape), _weight(tuned, m, shape)) for m, shape in _shapes(config).items())
     made, lost = lora_tools.extracted(pairs, config.lora.rank, torch.bfloat16)
     metadata = {"base_fingerprint": base.fingerprint(TRANSFORMER_PREFIX)}
     return {None: made}, metadata, f", {100 * lost:.2g} % of the norm is lost"
 
 
-def _weight(source: TensorSource, config: Config, module: str) -> Tensor:
-    layer = model_source.skeleton(config).get_submodule(module)
-    assert isinstance(layer, nn.Linear)
-    shape = (layer.out_features, layer.in_features)
+def _shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer."""
+    layers = {n: m for n, m in model_source.skeleton(config).named_modules() if isinstance(m, nn.Linear)}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def _weight(source: TensorSource, module: str, shape: tuple[int, int]) -> Tensor:
     return source.read(transformer_original_name(f"{module}.weight"), shape, torch.device("cpu"))

@@ -168,7 +168,6 @@ def test_evaluate_gives_the_numbers_of_fit(trained: tuple[Path, list[str]]) -> N
     assert page.count("data:image/svg") == 7
     for fact in ("started", "learning rate", "6 of 6 steps in", "1 x CPU", "people who are not trained on", "seed"):
         assert fact in page, fact
-    assert "strengths" not in page
     assert "Measured again with other noise" in page
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,4 +153,3 @@ def test_one_display_is_shared_and_gone_afterwards(
     monkeypatch.setattr(terminal, "_silenced", [True])
     with terminal.shown() as silent:
         assert silent is None
-    assert sys.stderr is not None

@@ -123,6 +123,20 @@ def test_a_fine_tune_minus_its_base_is_the_adapter_that_was_merged(tensors: dict
         lora_tools.extracted([(n, m.weight, m.weight) for n, m in names.items()], 3, torch.float32)
 
 
+def test_a_large_difference_is_projected_as_exactly_as_it_needs() -> None:
+    """Against the whole decomposition, of a matrix with a falling spectrum."""
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(400, 400, generator=generator)).Q for _ in range(2))
+    difference = u @ torch.diag(0.9 ** torch.arange(400)) @ v
+    base = torch.zeros(400, 400)
+    made, lost = lora_tools.extracted([("ff.net.2", base, difference)], 8, torch.float32)
+    values = torch.linalg.svdvals(difference.double())
+    best = float(values[8:].square().sum() / values.square().sum()) ** 0.5
+    assert lost == pytest.approx(best, rel=1e-3)
+    error = (difference.double() - products(made)["ff.net.2"]).norm() / difference.double().norm()
+    assert float(error) == pytest.approx(best, rel=1e-3)
+
+
 def test_magnitudes_become_a_plain_file_with_its_error(tensors: dict[str, Tensor]) -> None:
     model = load_transformer(TINY)
     module = next(m for m in products(tensors) if m.endswith("attn1.to_q"))
