@@ -60,7 +60,7 @@ class LiveView:
                 shown = run_page.contents(self._config, self._folder)
                 self._files = _served(shown, self._folder)
                 urls = {path: url for url, path in self._files.items()}
-                clips = report.groups(shown, lambda path: urls[path])
+                clips = report.groups(shown.clips, lambda path: urls[path])
                 self._parts = {
                     "clips": render("players.html.j2", groups=clips),
                     "results": render("results.html.j2", **report.values(shown)),

@@ -71,7 +71,8 @@ class SwapTest:
         if not voices or config.mode.audio is not Role.generate:
             raise ConfigError("the swap test is for modes that generate sound with a voice reference (audio_reference)")
         voice_features.library()
-        self._setup, self._name, self._silence = setup, voices[0].name, _silence(setup, root, index)
+        self._setup, self._name = setup, voices[0].name
+        self._silence = neutral_references.of_heldout(setup, root, index)
         self._negative = planned_clips.negative(setup)
         request = replace(ReadRequest.of([config.mode]), variants=False)
         self._reader = Reader(root, index, seed=config.eval.seed, request=request)
@@ -179,10 +180,6 @@ def _prompts(index: Index) -> list[Record]:
     for record in sorted(index.split(HELDOUT), key=lambda r: r.key):
         found.setdefault(record.caption, record)
     return list(found.values())
-
-
-def _silence(setup: Setup, root: Path, index: Index) -> Neutral:
-    return neutral_references.of_heldout(setup, root, index)
 
 
 def _without_references(request: SampleRequest) -> SampleRequest:

@@ -65,13 +65,13 @@ def write(path: Path, report: Report) -> None:
 
 def page(report: Report) -> str:
     """The page as HTML text, with its clips inside."""
-    return render("run.html.j2", title=report.title, groups=groups(report, embedded), **values(report))
+    return render("run.html.j2", title=report.title, groups=groups(report.clips, embedded), **values(report))
 
 
 def clips_page(report: Report) -> str:
     """The clips alone."""
     empty: dict[str, object] = {"report": report, "sections": []}
-    return render("run.html.j2", title=report.title, groups=groups(report, embedded), **empty)
+    return render("run.html.j2", title=report.title, groups=groups(report.clips, embedded), **empty)
 
 
 def values(report: Report) -> dict[str, object]:
@@ -79,11 +79,11 @@ def values(report: Report) -> dict[str, object]:
     return {"report": report, "sections": [section for section in _sections(report) if section is not None]}
 
 
-def groups(report: Report, url: Callable[[Path], str]) -> list[Group]:
-    """The clips of the page. url: of a file."""
+def groups(titled: Mapping[str, Sequence[Clip]], url: Callable[[Path], str]) -> list[Group]:
+    """The clips of a page by title. url: of a file."""
     return [
         Group(title, [Player(clip.caption, url(clip.path), _poster(clip, url)) for clip in clips])
-        for title, clips in report.clips.items()
+        for title, clips in titled.items()
     ]
 
 
@@ -134,7 +134,7 @@ def _compared(report: Report) -> Section:
     rows: list[Sequence[str]] = []
     for subject in subjects:
         own = main[subject.name]
-        to_best = _to_best(of_rows(0, own), best) if subject is not subjects[0] else "the best"
+        to_best = difference(of_rows(0, own), best).compared if subject is not subjects[0] else "the best"
         minus_base = str(paired(own, CORRECT, BASE)) if has(own, BASE) else ""
         gap = str(gained(own, WRONG)) if has(own, OFF[WRONG]) else ""
         rows.append((subject.name, mean(own, CORRECT).plain, to_best, minus_base, gap))
@@ -147,11 +147,6 @@ def _compared(report: Report) -> Section:
     head = ("adapter", "held-out loss", "minus the best, paired", "minus the base", "gained gap")
     shown = [figure for figure in figures if figure is not None]
     return Section(title="Compared", tables=[Table(head=head, rows=rows)], figures=shown)
-
-
-def _to_best(measured: Measured, best: Measured) -> str:
-    interval = difference(measured, best)
-    return f"{interval}{'' if interval.excludes_zero else ', not distinguishable'}"
 
 
 def _checkpoints(ranking: Ranking, commands: Sequence[str]) -> Section:

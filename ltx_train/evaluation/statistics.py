@@ -27,6 +27,11 @@ class Interval:
         return f"{self.mean:+.4f} ± {self.half:.4f} ({self.identities} identities)"
 
     @property
+    def compared(self) -> str:
+        """As a difference to the best of several."""
+        return f"{self}{'' if self.excludes_zero else ', not distinguishable'}"
+
+    @property
     def plain(self) -> str:
         """As a cell of a table: without a sign, and without what is not known."""
         if math.isnan(self.mean):

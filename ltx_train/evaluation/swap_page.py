@@ -13,11 +13,12 @@ from matplotlib import pyplot
 from ltx_train import durable
 from ltx_train.contracts import Clip
 from ltx_train.evaluation import swap
+from ltx_train.evaluation.report import groups
 from ltx_train.evaluation.swap import OFF, ON, Aspect, Output, SwapVerdict
 from ltx_train.evaluation.voice_features import Voice
 from ltx_train.pages.figures import picture
 from ltx_train.pages.render import embedded, render
-from ltx_train.pages.sections import Group, Player, Section, Table
+from ltx_train.pages.sections import Section, Table
 
 
 def write(
@@ -25,13 +26,11 @@ def write(
     clips: Mapping[str, Sequence[Clip]], verdict: SwapVerdict,
 ) -> None:  # fmt: skip
     """Writes the page atomically."""
-    groups = [
-        Group(name, [Player(clip.caption, embedded(clip.path), _poster(clip)) for clip in some])
-        for name, some in clips.items()
-    ]
     sections = [effects(outputs, references), _matrices(outputs, references), _strengths(outputs, references)]
     report = SimpleNamespace(verdicts=[verdict])
-    page = render("run.html.j2", title=title, groups=groups, report=report, sections=[s for s in sections if s])
+    page = render(
+        "run.html.j2", title=title, groups=groups(clips, embedded), report=report, sections=[s for s in sections if s]
+    )
     durable.write(path, page)
 
 
@@ -97,7 +96,3 @@ def _drawn(voiced: Mapping[float, float], followed: Mapping[float, swap.Effect])
 
 def _share(share: float, chance: float) -> str:
     return "" if np.isnan(share) else f"{100 * share:.0f} % (chance {100 * chance:.0f} %)"
-
-
-def _poster(clip: Clip) -> str:
-    return embedded(clip.poster) if clip.poster.is_file() else ""

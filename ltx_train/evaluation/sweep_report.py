@@ -69,8 +69,7 @@ def _to_best(trial: Trial, best: Trial | None) -> str:
     assert best.measured is not None
     if trial.measured.on != best.measured.on:
         return "measured on something else"
-    interval = difference(trial.measured, best.measured)
-    return f"{interval}{'' if interval.excludes_zero else ', not distinguishable'}"
+    return difference(trial.measured, best.measured).compared
 
 
 def _parallel(ranked: Sequence[Trial]) -> Markup:

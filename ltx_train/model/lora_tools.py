@@ -173,7 +173,7 @@ class _Svd(NamedTuple):
 
 def _largest(matrix: Tensor, rank: int, module: str) -> _Svd:
     """The largest singular values of a matrix, and some more. Of a large matrix by random projection with power
-    iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4), which takes seconds in place of a minute a layer."""
+    iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
     count = min(rank + _SPARE, *matrix.shape)
     if count * 4 > min(matrix.shape):
         return _Svd(*torch.linalg.svd(matrix.double(), full_matrices=False))
