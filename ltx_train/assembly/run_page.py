@@ -3,6 +3,7 @@ that it has measured, `watch` shows it without writing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ltx_train.assembly import run_clips, run_facts
@@ -10,6 +11,7 @@ from ltx_train.assembly.closing import sample_command
 from ltx_train.assembly.heldout_measurement import course
 from ltx_train.config import Config
 from ltx_train.evaluation import history, kept, ranking, report, verdicts
+from ltx_train.evaluation.kept import Evaluated
 from ltx_train.evaluation.ranking import Ranking
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.evaluation.rows import Grid
@@ -38,20 +40,23 @@ def contents(config: Config, folder: Path) -> Report:
     return Report(
         title=f"{folder.parent.name}/{folder.name}", facts=run_facts.facts(config, folder, metrics), metrics=metrics,
         measured=history.read(folder), subjects=subjects, grid=evaluated.grid if evaluated else Grid((), ()),
-        verdicts=conclusions(folder), ranking=listed, commands=_commands(listed, folder),
+        verdicts=_concluded(folder, evaluated, metrics), ranking=listed, commands=_commands(listed, folder),
         clips=run_clips.found(folder / "samples"),
     )  # fmt: skip
 
 
 def conclusions(folder: Path) -> list[Verdict]:
     """Verdicts on the last evaluation, otherwise on the last measurement; and on the run's course."""
-    evaluated = kept.read(folder)
+    return _concluded(folder, kept.read(folder), read_rows(folder / "metrics.jsonl"))
+
+
+def _concluded(folder: Path, evaluated: Evaluated | None, metrics: Sequence[Mapping[str, float]]) -> list[Verdict]:
     if evaluated is not None:
         found = verdicts.of_rows(
             evaluated.rows, evaluated.grid, evaluated.likeness, by_clip=evaluated.by_clip, noise=evaluated.noise
         )
         return [*found, *course(folder)]
-    measured = [row for row in read_rows(folder / "metrics.jsonl") if "val/loss" in row]
+    measured = [row for row in metrics if "val/loss" in row]
     return [*course(folder), *verdicts.of_metrics(measured[-1] if measured else {})]
 
 

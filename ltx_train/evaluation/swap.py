@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ltx_train import rng
+from ltx_train.evaluation.verdicts import Kind, Verdict
 from ltx_train.evaluation.voice_features import Voice
 
 ON, OFF, SILENCE, DROPPED = "adapter on", "adapter off", "silence", "no reference"
@@ -52,24 +53,6 @@ class Effect:
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-class Kind(StrEnum):
-    """The finding behind the verdict."""
-
-    follows = "follows"
-    follows_the_base = "follows_the_base"
-    changes = "changes"
-    ignores = "ignores"
-    too_few = "too_few"
-
-
-@dataclass(frozen=True, slots=True)
-class SwapVerdict:
-    """One sentence. Named as the verdicts of a page are."""
-
-    kind: Kind
-    text: str
 
 
 def distance(outputs: Sequence[Output], arm: str) -> Effect:
@@ -145,11 +128,11 @@ def garbling(outputs: Sequence[Output]) -> tuple[dict[float, float], float | Non
     return means, min(lost, default=None)
 
 
-def verdict(outputs: Sequence[Output], references: Mapping[str, Voice]) -> SwapVerdict:
+def verdict(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Verdict:
     """Whether the output follows the reference, and whether that is the adapter's, in a sentence."""
     if len(references) < 3:
         text = f"{len(references)} references: the swap test needs three held-out speakers or more for an interval."
-        return SwapVerdict(Kind.too_few, text)
+        return Verdict(Kind.too_few_identities, text)
     on = {aspect: followed(outputs, ON, references, aspect) for aspect in Aspect}
     own = {aspect: gained(outputs, references, aspect) for aspect in Aspect}
     apart = distance(outputs, ON)
@@ -159,13 +142,13 @@ def verdict(outputs: Sequence[Output], references: Mapping[str, Voice]) -> SwapV
         f"moves the latents {apart} beyond swapping the seed."
     )
     if any(effect.is_above_zero for effect in own.values()):
-        return SwapVerdict(Kind.follows, f"With the adapter the output follows the reference. {numbers}")
+        return Verdict(Kind.swap_follows, f"With the adapter the output follows the reference. {numbers}")
     if any(effect.is_above_zero for effect in on.values()):
         text = f"The output follows the reference, but not more than the base's does by itself. {numbers}"
-        return SwapVerdict(Kind.follows_the_base, text)
+        return Verdict(Kind.swap_follows_the_base, text)
     if apart.is_above_zero:
-        return SwapVerdict(Kind.changes, f"The reference changes the output, but not towards its voice. {numbers}")
-    return SwapVerdict(Kind.ignores, f"No effect of the reference on the output is shown. {numbers}")
+        return Verdict(Kind.swap_changes, f"The reference changes the output, but not towards its voice. {numbers}")
+    return Verdict(Kind.swap_ignores, f"No effect of the reference on the output is shown. {numbers}")
 
 
 def _same(output: Output) -> tuple[str, int]:

@@ -14,7 +14,8 @@ from ltx_train import durable
 from ltx_train.contracts import Clip
 from ltx_train.evaluation import swap
 from ltx_train.evaluation.report import groups
-from ltx_train.evaluation.swap import OFF, ON, Aspect, Output, SwapVerdict
+from ltx_train.evaluation.swap import OFF, ON, Aspect, Output
+from ltx_train.evaluation.verdicts import Verdict
 from ltx_train.evaluation.voice_features import Voice
 from ltx_train.pages.figures import picture
 from ltx_train.pages.render import embedded, render
@@ -23,7 +24,7 @@ from ltx_train.pages.sections import Section, Table
 
 def write(
     path: Path, title: str, outputs: Sequence[Output], references: Mapping[str, Voice], *,
-    clips: Mapping[str, Sequence[Clip]], verdict: SwapVerdict,
+    clips: Mapping[str, Sequence[Clip]], verdict: Verdict,
 ) -> None:  # fmt: skip
     """Writes the page atomically."""
     sections = [effects(outputs, references), _matrices(outputs, references), _strengths(outputs, references)]

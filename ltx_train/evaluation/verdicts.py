@@ -62,6 +62,10 @@ class Kind(StrEnum):
     plateau = "plateau"
     overfitting = "overfitting"
     improving = "improving"
+    swap_follows = "swap_follows"
+    swap_follows_the_base = "swap_follows_the_base"
+    swap_changes = "swap_changes"
+    swap_ignores = "swap_ignores"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from ltx_train.contracts import Clip, ConfigError
 from ltx_train.data import index
 from ltx_train.data.prepare.sound import read_audio
 from ltx_train.evaluation import swap, swap_page, voice_features
-from ltx_train.evaluation.swap import DROPPED, OFF, ON, Aspect, Kind, Output
+from ltx_train.evaluation.swap import DROPPED, OFF, ON, Aspect, Output
+from ltx_train.evaluation.verdicts import Kind
 from ltx_train.evaluation.voice_features import Voice
 from tests.conftest import REPOSITORY, command, settings
 
@@ -68,7 +69,12 @@ def test_latents_are_compared_with_the_floor_of_the_seed() -> None:
 
 @pytest.mark.parametrize(
     ("follows", "changes", "kind"),
-    [(0.5, 1.0, Kind.follows), (0.0, 3.0, Kind.changes), (0.0, 0.1, Kind.ignores), (-0.5, 0.1, Kind.ignores)],
+    [
+        (0.5, 1.0, Kind.swap_follows),
+        (0.0, 3.0, Kind.swap_changes),
+        (0.0, 0.1, Kind.swap_ignores),
+        (-0.5, 0.1, Kind.swap_ignores),
+    ],
 )
 def test_the_verdict_names_what_is_shown(follows: float, changes: float, kind: Kind) -> None:
     made = [*outputs(follows, changes), *outputs(0.0, changes, OFF)]
@@ -77,16 +83,16 @@ def test_the_verdict_names_what_is_shown(follows: float, changes: float, kind: K
 
 def test_a_base_that_follows_as_well_is_not_the_adapters_doing() -> None:
     made = [*outputs(0.5, 0.1), *outputs(0.5, 0.1, OFF)]
-    assert swap.verdict(made, REFERENCES).kind is Kind.follows_the_base
+    assert swap.verdict(made, REFERENCES).kind is Kind.swap_follows_the_base
     assert swap.gained(made, REFERENCES, Aspect.pitch).mean == 0
     more = [*outputs(0.8, 0.1), *outputs(0.5, 0.1, OFF)]
-    assert swap.verdict(more, REFERENCES).kind is Kind.follows
+    assert swap.verdict(more, REFERENCES).kind is Kind.swap_follows
     assert swap.gained(more, REFERENCES, Aspect.spectrum).mean == pytest.approx(0.3, abs=0.02)
 
 
 def test_few_speakers_give_no_verdict() -> None:
     few = dict(list(REFERENCES.items())[:2])
-    assert swap.verdict([o for o in outputs(1, 1) if o.reference in few], few).kind is Kind.too_few
+    assert swap.verdict([o for o in outputs(1, 1) if o.reference in few], few).kind is Kind.too_few_identities
 
 
 def test_the_diagonal_is_nearest_where_outputs_follow() -> None:
@@ -111,7 +117,7 @@ def test_silent_outputs_are_left_out() -> None:
                voice=Voice(float("nan"), 0.0, (0.0,) * 40)) for who in NAMES
     ]  # fmt: skip
     assert math.isnan(swap.followed(silent, ON, REFERENCES, Aspect.pitch).mean)
-    assert swap.verdict([*silent, *outputs(0, 0.1, OFF)], REFERENCES).kind is Kind.ignores
+    assert swap.verdict([*silent, *outputs(0, 0.1, OFF)], REFERENCES).kind is Kind.swap_ignores
 
 
 def test_the_page_has_clips_effects_and_matrices(tmp_path: Path) -> None:
