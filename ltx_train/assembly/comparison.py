@@ -23,7 +23,6 @@ from ltx_train.evaluation.ranking import BEST
 from ltx_train.evaluation.report import Report, Subject
 from ltx_train.evaluation.rows import CORRECT, OFF, mean
 from ltx_train.model import adapter, export, lora_file
-from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import read_rows
 
@@ -171,8 +170,8 @@ class _Arms:
     def adapter(self, candidate: Candidate, base: Subject, column: str) -> Subject:
         """column: name of the folder of its clips. Raises DataError when the adapter was trained on another base."""
         tensors, metadata = lora_file.read_lora(candidate.path)
-        trained_on, config = metadata.get("base_fingerprint"), self.setup.config
-        if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
+        config = self.setup.config
+        if model_source.is_other_base(config, metadata):
             raise DataError(f"{candidate.path} was trained on another base than {config.model.path}: compare it apart")
         export.bind(self.transformer, tensors)
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from ltx_train.config import Config
 from ltx_train.model.checkpoint import CheckpointFile, RandomWeights, TensorSource
-from ltx_train.model.loaders import EncoderWeights, build_transformer, weights_of_encoders
+from ltx_train.model.loaders import TRANSFORMER_PREFIX, EncoderWeights, build_transformer, weights_of_encoders
 from ltx_train.model.merged import MergedSource
 from ltx_train.model.transformer import Transformer
 
@@ -26,6 +27,12 @@ def weights(config: Config) -> TensorSource:
 def layout(config: Config) -> TensorSource:
     """Where the sizes come from: the checkpoint if there is one, else the preset."""
     return weights(config) if config.model.path else RandomWeights(config.model.preset, config.model.seed)
+
+
+def is_other_base(config: Config, metadata: Mapping[str, str]) -> bool:
+    """Whether a LoRA file names another base than the configuration's; files of other trainers name none."""
+    trained_on = metadata.get("base_fingerprint")
+    return trained_on is not None and trained_on != weights(config).fingerprint(TRANSFORMER_PREFIX)
 
 
 def skeleton(config: Config) -> Transformer:

@@ -17,6 +17,9 @@ from ltx_train.contracts import ConfigError
 from ltx_train.model.export import TRAINER
 from ltx_train.sampling import media
 
+# Bytes of a page in which its generator stands.
+_HEAD = 1000
+
 
 def check_output(config: Config, setting: str, value: str | None) -> None:
     """ConfigError when the setting names a folder, or an existing file that ltx-train did not write.
@@ -58,6 +61,12 @@ def _own_records(path: Path) -> bool:
         return False
 
 
+def _own_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="ltx-train">' in file.read(_HEAD)
+
+
 _OWN: dict[str, Callable[[Path], bool]] = {
     ".safetensors": _own_weights, ".mp4": media.is_own, ".json": _own_records,
+    ".html": _own_page,
 }  # fmt: skip

@@ -36,7 +36,7 @@ def run(config: Config) -> int:
         raise DataError(f"{len(problems)} of {len(tensors)} keys do not bind to the base:\n  {listed}")
     _refuse_absent(config, source, tensors)
     print(f"  every key binds to {config.model.path or 'the random base'}")
-    _refuse_other_base(metadata, source)
+    _refuse_other_base(config, metadata, source)
     for stream, part in lora_tools.split(tensors).items():
         sizes = lora_tools.norms(part)
         largest = max(sizes, key=lambda module: sizes[module])
@@ -82,10 +82,9 @@ def _step_of(metadata: dict[str, str]) -> int | None:
     return int(step) if step.isdigit() else None
 
 
-def _refuse_other_base(metadata: dict[str, str], source: TensorSource) -> None:
-    trained_on = metadata.get("base_fingerprint")
-    now = source.fingerprint(TRANSFORMER_PREFIX)
-    if trained_on is not None and trained_on != now:
+def _refuse_other_base(config: Config, metadata: Mapping[str, str], source: TensorSource) -> None:
+    if model_source.is_other_base(config, metadata):
+        trained_on, now = metadata["base_fingerprint"], source.fingerprint(TRANSFORMER_PREFIX)
         raise DataError(f"the LoRA was trained on another base (fingerprint {trained_on}, this base is {now})")
 
 

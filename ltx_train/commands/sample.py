@@ -22,7 +22,6 @@ from ltx_train.evaluation import report
 from ltx_train.evaluation.report import Report
 from ltx_train.evaluation.rows import Grid
 from ltx_train.model import adapter, export, lora_file, lora_tools
-from ltx_train.model.loaders import TRANSFORMER_PREFIX
 from ltx_train.model.lora_tools import Stream
 from ltx_train.model.transformer import Pair, Transformer
 
@@ -34,6 +33,8 @@ def run(config: Config) -> int:
     for made in clips:
         outputs.check_output(made, "sample.out", made.sample.out)
         _check_adapter(made)
+    if len(clips) > 1:
+        outputs.check_output(config, "sample.out", str(_page_path(config)))
     bucket = max((sample_bucket(made) for made in clips), key=lambda b: b.video_tokens)
     encoders = encoder_builder.encoders(config, bucket=bucket)
     texts = [requests.contexts(made, encoders) for made in clips]
@@ -64,10 +65,14 @@ def _page(config: Config, clips: Sequence[Config]) -> Path:
     for made in clips:
         shown = Clip(f"seed {made.sample.seed}", Path(made.sample.out))
         by_prompt.setdefault(made.sample.prompt or "no prompt", []).append(shown)
-    path = Path(config.sample.out).with_suffix(".html")
+    path = _page_path(config)
     content = Report(title=path.stem, facts={}, metrics=[], subjects=[], grid=Grid((), ()), clips=by_prompt)
     durable.write(path, report.clips_page(content))
     return path
+
+
+def _page_path(config: Config) -> Path:
+    return Path(config.sample.out).with_suffix(".html")
 
 
 def _check_adapter(config: Config) -> None:
@@ -76,8 +81,7 @@ def _check_adapter(config: Config) -> None:
     if file is None:
         return
     _, metadata = lora_file.read_lora(file)
-    trained_on = metadata.get("base_fingerprint")
-    if trained_on is not None and trained_on != model_source.weights(config).fingerprint(TRANSFORMER_PREFIX):
+    if model_source.is_other_base(config, metadata):
         raise DataError(f"{file} was trained on another base than {config.model.path}: set model.path to that base")
     trigger = metadata.get("trigger", "")
     if trigger and trigger.lower() not in config.sample.prompt.lower():

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from ltx_train import config
+from ltx_train.assembly.outputs import check_output
 from ltx_train.contracts import Condition, ConditionKind, Mode, Role
 from ltx_train.data.prepare.sound import read_audio
 from ltx_train.diffusion import conditions, references, sigma
+from ltx_train.evaluation import report
+from ltx_train.evaluation.report import Report
+from ltx_train.evaluation.rows import Grid
 from ltx_train.model import load_transformer
 from ltx_train.sampling import sampler
 from ltx_train.sampling.guidance import Guidance, Guider, combine
@@ -170,6 +175,17 @@ def test_several_clips_are_those_of_single_calls(tmp_path: Path, capsys: pytest.
     pictures = [decoded(path)[0] for path in (single, tmp_path / "a-04.mp4", tmp_path / "a-03.mp4")]
     same, other = (np.abs(pictures[0] - p).mean() for p in pictures[1:])
     assert same < 0.1 * other, "equal up to rounding; another seed is another clip"
+
+
+def test_a_page_of_others_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.html").write_text("<p>mine</p>")
+    words = (*BASE, "mode=t2av", "sample.seeds=[1,2]", f"sample.out={tmp_path / 'a.mp4'}")
+    assert command("sample", *words) == 77
+    assert "a.html exists and ltx-train did not write it" in capsys.readouterr().err
+    assert (tmp_path / "a.html").read_text() == "<p>mine</p>"
+    own = Report(title="t", facts={}, metrics=[], subjects=[], grid=Grid((), ()))
+    (tmp_path / "own.html").write_text(report.page(own))
+    check_output(config.compose_config([]), "sample.out", str(tmp_path / "own.html"))
 
 
 def test_prompts_of_sample_are_checked_like_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
