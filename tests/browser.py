@@ -23,10 +23,10 @@ _FRAME = (
 )
 
 
-def look(page: Path, scratch: Path, asked: str, *, width: int = 1200, dark: bool = False) -> Any:
+def look(page: Path, scratch: Path, expression: str, *, width: int = 1200, dark: bool = False) -> Any:
     """The JSON value of a JavaScript expression in the page; `q(selector)` lists elements. Skips without a browser."""
     probe, frame = scratch / "probe.html", scratch / "frame.html"
-    probe.write_text(page.read_text().replace("</body>", _PROBE % asked))
+    probe.write_text(page.read_text().replace("</body>", _PROBE % expression))
     frame.write_text(_FRAME % (width, probe.as_uri()))
     shown = dump(frame.as_uri(), scratch, size=(max(width, 500), 3000), dark=dark)
     return json.loads(shown.partition("<pre>")[2].partition("</pre>")[0])

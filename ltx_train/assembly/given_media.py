@@ -143,8 +143,8 @@ class _Reading:
         return self._encode(extras.control(path, self._part(path), scale, stride))[0]
 
     def sound(self, seconds: float, *, at_end: bool = False) -> Sound:
-        """sample.audio from sample.audio_start on. One that is shorter than `seconds` is handled as
-        sample.audio_short says."""
+        """sample.audio from sample.audio_start on. sample.audio_short decides about one that is shorter than
+        `seconds`."""
         s = self._sample
         path, available = Path(s.audio or ""), self._audio_seconds()
         used = seconds if s.audio_short == "silence" or available + _TOLERANCE_S >= seconds else available

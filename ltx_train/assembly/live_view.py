@@ -48,7 +48,7 @@ class LiveView:
         self._files: dict[str, Path] = {}
 
     def page(self) -> str:
-        """The whole page. Its script asks for the parts again and again."""
+        """The whole page. Its script fetches the parts every three seconds."""
         parts = self.parts()
         return render("watch.html.j2", title=f"{self._folder.parent.name}/{self._folder.name}", parts=parts)
 

@@ -69,8 +69,8 @@ def commit() -> str:
     if not (root / ".git").exists():
         return ""
     with suppress(OSError, subprocess.SubprocessError):
-        asked = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        call = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return ""
 
 

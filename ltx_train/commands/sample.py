@@ -39,14 +39,14 @@ def run(config: Config) -> int:
     encoders = encoder_builder.encoders(config, bucket=bucket)
     texts = [requests.contexts(made, encoders) for made in clips]
     encoders.release_text()
-    asked = [requests.request(made, encoders, text) for made, text in zip(clips, texts, strict=True)]
+    inputs = [requests.request(made, encoders, text) for made, text in zip(clips, texts, strict=True)]
     del encoders
     device = resolve.device(config)
     transformer = _transformer(config, bucket)
-    latents = [_generated(transformer, made, one, device) for made, one in zip(clips, asked, strict=True)]
+    latents = [_generated(transformer, made, one, device) for made, one in zip(clips, inputs, strict=True)]
     del transformer
     decoder = encoder_builder.decoder(config, device, bucket)
-    for made, one, pair in zip(clips, asked, latents, strict=True):
+    for made, one, pair in zip(clips, inputs, latents, strict=True):
         requests.write(decoder, one, pair, Path(made.sample.out))
         print(f"made {made.sample.out}")
     following = sample_command(config.sample.adapter, f"sample.seed={clips[-1].sample.seed + 1}")

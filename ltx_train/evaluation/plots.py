@@ -1,7 +1,7 @@
 """Figures of the report.
 
-Owns how numbers are drawn. Intervals are of differences between pairs, at 95 % over identities: how much people differ
-from each other says nothing about an adapter.
+Owns how numbers are drawn. Intervals are of differences between pairs, at 95 % over identities. The spread between
+people is no measure of an adapter.
 """
 
 from __future__ import annotations

@@ -168,11 +168,11 @@ def _shares(
     for a, b in _pairs(own, _same, lambda o: o.reference):
         if a.voice is None or b.voice is None:
             continue
-        wanted = _of(references[a.reference], aspect) - _of(references[b.reference], aspect)
-        got = _of(a.voice, aspect) - _of(b.voice, aspect)
-        if np.isfinite(wanted).all() and np.isfinite(got).all():
-            products[a.reference, b.reference, a.prompt, a.seed] = float(got @ wanted)
-            squares.append(float(wanted @ wanted))
+        target = _of(references[a.reference], aspect) - _of(references[b.reference], aspect)
+        moved = _of(a.voice, aspect) - _of(b.voice, aspect)
+        if np.isfinite(target).all() and np.isfinite(moved).all():
+            products[a.reference, b.reference, a.prompt, a.seed] = float(moved @ target)
+            squares.append(float(target @ target))
     scale = max(1e-12, float(np.mean(squares))) if squares else 1.0
     return {pair: product / scale for pair, product in products.items()}
 

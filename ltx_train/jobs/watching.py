@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _send_file(self, path: Path) -> None:
-        """A file or the part of it that a player asks for."""
+        """A file, or the range of its bytes that the request names."""
         try:
             data = path.read_bytes()
         except OSError:
