@@ -48,13 +48,14 @@ def prompted(setup: Setup) -> list[PlannedClip]:
             config=made, request=request, given={},
         )
         for number, (made, request) in enumerate(
-            zip(configs, setup.ranks.lead(lambda: _encoded(setup, configs)), strict=False), 1
+            zip(configs, setup.ranks.lead(lambda: _encoded(setup, configs)), strict=True), 1
         )
     ]  # fmt: skip
 
 
 def of_heldout(setup: Setup, root: Path, index: Index) -> list[PlannedClip]:
-    """The first `eval.samples` held-out clips: their captions, references and conditions, and the measurement's noise.
+    """The first `eval.samples` held-out clips: their captions, references and conditions, and the noise of
+    sample.seed.
 
     The text encoder is needed only where guidance moves away from a negative prompt.
     """
