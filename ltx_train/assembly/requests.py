@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ltx_train import durable
 from ltx_train.assembly import given_media
 from ltx_train.config import Config, clip_inputs, counted_fps
-from ltx_train.contracts import Batch, Clip, Mode, Role
+from ltx_train.contracts import Batch, Clip, Modality, Mode, Role
 from ltx_train.data.prepare.encode import Encoders
 from ltx_train.data.reader import AUDIO_CONTEXT, VIDEO_CONTEXT
 from ltx_train.diffusion import conditions, references, sigma, transfer
@@ -72,15 +72,38 @@ def of_batch(mode: Mode, batch: Batch, negative: Mapping[str, Tensor] | None, fp
 def generate(transformer: Transformer, config: Config, made: SampleRequest, device: torch.device) -> Pair:
     """The latents of the clip, (C, F, H, W) of the video and (c, T, f) of the sound; None for what is not generated or
     given."""
+    how = Denoising(
+        seed=config.sample.seed, sigmas=schedule(config), guidance=guidance(config), solver=Solver(config.sample.solver)
+    )
+    return denoise(transformer, made, how, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denoising:
+    """seed: of the noise. sigmas: noise levels, the first of which the clip begins at, down to 0."""
+
+    seed: int
+    sigmas: Tensor
+    guidance: Guidance
+    solver: Solver
+
+
+def denoise(
+    transformer: Transformer, made: SampleRequest, how: Denoising, device: torch.device, begun: Pair = (None, None)
+) -> Pair:
+    """As `generate`. begun: latents (C, F, H, W) and (c, T, f) that the noise of the first level is added to, in the
+    place of what is generated."""
     batch = transfer.batch_to(made.batch, device)
-    draws = conditions.draw(batch, made.mode, sigma.SigmaDistribution(), config.sample.seed, sigma=1.0)
+    level = float(how.sigmas[0])
+    draws = conditions.draw(batch, made.mode, sigma.SigmaDistribution(), how.seed, sigma=level)
     inputs = conditions.assemble(batch, references.always_open(made.mode), draws)
     start = sampler.SamplerInputs(
-        video=inputs.video, audio=inputs.audio, negative_video=made.negative[VIDEO_CONTEXT].to(device),
+        video=_begun(inputs.video, batch.video_latent, begun[0], level),
+        audio=_begun(inputs.audio, batch.audio_latent, begun[1], level),
+        negative_video=made.negative[VIDEO_CONTEXT].to(device),
         negative_audio=made.negative[AUDIO_CONTEXT].to(device), gates=references.gates(made.mode, batch),
     )  # fmt: skip
-    solver = Solver(config.sample.solver)
-    video, audio = sampler.sample(transformer, start, schedule(config), guidance(config), solver)
+    video, audio = sampler.sample(transformer, start, how.sigmas, how.guidance, how.solver)
     clip = sound = None
     if video is not None and batch.video_latent is not None:
         target = batch.video_latent[0, 0].numel()
@@ -88,6 +111,20 @@ def generate(transformer: Transformer, config: Config, made: SampleRequest, devi
     if audio is not None and batch.audio_latent is not None and made.sound is None:
         sound = codecs.audio_grid(audio[:, : batch.audio_latent.shape[2]], batch.audio_latent.shape[1])[0]
     return clip, sound
+
+
+def _begun(modality: Modality | None, requested: Tensor | None, begun: Tensor | None, level: float) -> Modality | None:
+    """The sampler's input: noised tokens at timestep 1, with what was begun beneath their noise. Tokens that are given
+    clean stay as requested."""
+    if modality is None or requested is None:
+        return None
+    noised = (modality.timesteps > 0).float()
+    latent = modality.latent
+    if begun is not None:
+        beneath = references.tokens(begun[None].to(latent.device)) - references.tokens(requested)
+        change = torch.nn.functional.pad(beneath, (0, 0, 0, latent.shape[1] - beneath.shape[1]))
+        latent = latent + (1 - level) * change * noised[..., None]
+    return replace(modality, latent=latent, timesteps=noised)
 
 
 def write(decoder: Decoder, made: SampleRequest, latents: Pair, path: Path) -> None:

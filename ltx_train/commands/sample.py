@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ltx_train import config as configuration
 from ltx_train import durable
-from ltx_train.assembly import encoder_builder, model_builder, model_source, outputs, requests, resolve
+from ltx_train.assembly import encoder_builder, model_builder, model_source, outputs, requests, resolve, second_stage
 from ltx_train.assembly.closing import close, sample_command
 from ltx_train.assembly.requests import SampleRequest
 from ltx_train.assembly.setup import forward_only
-from ltx_train.config import Config, sample_bucket
+from ltx_train.config import Config, sample_bucket, two_stages
 from ltx_train.contracts import Clip, DataError, Exit
 from ltx_train.diffusion.grid import Bucket
 from ltx_train.evaluation import report
@@ -35,28 +33,55 @@ def run(config: Config) -> int:
         _check_adapter(made)
     if len(clips) > 1:
         outputs.check_output(config, "sample.out", str(_page_path(config)))
-    bucket = max((sample_bucket(made) for made in clips), key=lambda b: b.video_tokens)
-    encoders = encoder_builder.encoders(config, bucket=bucket)
-    texts = [requests.contexts(made, encoders) for made in clips]
-    encoders.release_text()
-    inputs = [requests.request(made, encoders, text) for made, text in zip(clips, texts, strict=True)]
-    del encoders
-    device = resolve.device(config)
-    transformer = _transformer(config, bucket)
-    latents = [_generated(transformer, made, one, device) for made, one in zip(clips, inputs, strict=True)]
-    del transformer
-    decoder = encoder_builder.decoder(config, device, bucket)
-    for made, one, pair in zip(clips, inputs, latents, strict=True):
-        requests.write(decoder, one, pair, Path(made.sample.out))
+    stages = _requests(config, clips)
+    latents = _generated(config, clips, stages)
+    decoder = encoder_builder.decoder(config, resolve.device(config), _largest(clips))
+    for made, (_, last), pair in zip(clips, stages, latents, strict=True):
+        requests.write(decoder, last, pair, Path(made.sample.out))
         print(f"made {made.sample.out}")
     following = sample_command(config.sample.adapter, f"sample.seed={clips[-1].sample.seed + 1}")
     close(_page(config, clips) if len(clips) > 1 else None, following)
     return Exit.DONE
 
 
-def _generated(transformer: Transformer, config: Config, request: SampleRequest, device: torch.device) -> Pair:
-    with adapter.at_strength(transformer, config.sample.strength):
-        return requests.generate(transformer, config, request, device)
+def _requests(config: Config, clips: Sequence[Config]) -> list[tuple[SampleRequest, SampleRequest]]:
+    """Of each clip's first and last stage, which are the same where it has one. The text encoder goes before the others
+    come."""
+    encoders = encoder_builder.encoders(config, bucket=_largest(clips))
+    texts = [requests.contexts(made, encoders) for made in clips]
+    encoders.release_text()
+    found: list[tuple[SampleRequest, SampleRequest]] = []
+    for made, text in zip(clips, texts, strict=True):
+        first = requests.request(two_stages.first_stage(made), encoders, text)
+        staged = made.sample.upsampler is not None
+        found.append((first, requests.request(made, encoders, text) if staged else first))
+    return found
+
+
+def _generated(
+    config: Config, clips: Sequence[Config], stages: Sequence[tuple[SampleRequest, SampleRequest]]
+) -> list[Pair]:
+    """The latents of all clips. Each stage has its transformer to itself, and so has the upsampler between them."""
+    device = resolve.device(config)
+    latents: list[Pair] = []
+    transformer = _transformer(config, _largest([two_stages.first_stage(made) for made in clips]))
+    for made, (first, _) in zip(clips, stages, strict=True):
+        with adapter.at_strength(transformer, made.sample.strength):
+            latents.append(requests.generate(transformer, made, first, device))
+    del transformer
+    if config.sample.upsampler is None:
+        return latents
+    begun = second_stage.doubled(config, latents, device)
+    transformer = _transformer(two_stages.second_stage(config), _largest(clips))
+    refined: list[Pair] = []
+    for made, (_, last), pair in zip(clips, stages, begun, strict=True):
+        with adapter.at_strength(transformer, made.sample.strength):
+            refined.append(second_stage.refine(transformer, made, last, pair, device))
+    return refined
+
+
+def _largest(clips: Sequence[Config]) -> Bucket:
+    return max((sample_bucket(made) for made in clips), key=lambda b: b.video_tokens)
 
 
 def _page(config: Config, clips: Sequence[Config]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ltx_train.config import clip_inputs, prompts
+from ltx_train.config import clip_inputs, prompts, two_stages
 from ltx_train.config.command_table import COMMANDS, CommandKind
 from ltx_train.config.schema import Config
 from ltx_train.contracts import ConfigError, DataError
@@ -34,6 +34,9 @@ def require(config: Config, command: str) -> None:
     if kind.name == "sample":
         for made in prompts.sampled(config):
             clip_inputs.of_clip(made)
+            two_stages.check(made)
+    elif config.sample.upsampler is not None:
+        raise ConfigError(f"sample.upsampler: `{kind.name}` generates clips in one stage: leave it out")
     unset = [f"{name} is not set: {_MENDS[name]}" for name in _needed(config, kind) if not _is_set(config, name)]
     absent = list(_absent_files(config, kind)) if kind.checks_paths else []
     if unset:
@@ -109,7 +112,8 @@ def _inputs(config: Config, name: str) -> dict[str, str | None]:
     if name == "sample":
         files = [prompts.files(made) for made in prompts.sampled(config)]
         given = {f"sample.{field}": path for some in files for field, path in some.items()}
-        return {"sample.adapter": config.sample.adapter, **given}
+        own = {name: getattr(config.sample, name) for name in ("adapter", "upsampler", "distilled_lora")}
+        return {**{f"sample.{name}": path for name, path in own.items()}, **given}
     return {}
 
 

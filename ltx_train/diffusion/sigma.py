@@ -22,6 +22,7 @@ _LOW_QUANTILE, _HIGH_QUANTILE = 2.5758, 3.0902
 _TERMINAL_SIGMA = 0.1
 _QUANTILE_DRAWS = 1 << 18
 INFERENCE_TOKENS = 4096
+_REFINING_STEPS = 3
 
 
 class SigmaKind(StrEnum):
@@ -128,6 +129,12 @@ def distilled_schedule() -> Tensor:
     """(9,) float32: the eight levels that the distilled model was trained on, and 0. Public in diffusers as
     DISTILLED_SIGMA_VALUES."""
     return torch.tensor([1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0])
+
+
+def refining_schedule() -> Tensor:
+    """(4,) float32: the last levels of the distilled model, at which a second stage begins, and 0. Public in diffusers
+    as STAGE_2_DISTILLED_SIGMA_VALUES."""
+    return distilled_schedule()[-_REFINING_STEPS - 1 :]
 
 
 def _sigmoid(value: float) -> float:

@@ -31,7 +31,8 @@ class Solver(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerInputs:
-    """Both modalities at sigma 1: noised tokens hold noise at timestep 1, condition tokens their values at timestep 0.
+    """Both modalities at the first noise level. Noised tokens have timestep 1 at any level, and condition tokens their
+    values at timestep 0.
 
     negative_*: contexts of the negative prompt, (1, S, D), if guidance needs them. gates: references that are visible
     only within a range of noise levels.
@@ -50,7 +51,7 @@ def sample(
 ) -> Pair:
     """Clean tokens (B, T, C) of both modalities, references included; None for an absent one.
 
-    sigmas: steps + 1 noise levels from 1 to 0.
+    sigmas: steps + 1 noise levels, from the one that the tokens have to 0.
     """
     loop = _Loop(transformer, start, _neutral_where_frozen(start, guidance))
     state: _State = (start.video, start.audio)

@@ -105,6 +105,9 @@ class SampleConfig:
         choices=("dev", "distilled"),
     )  # fmt: skip
     solver: str = setting("euler", "heun: second order, two predictions a step", choices=("euler", "heun"))
+    upsampler: str | None = setting(None, "a latent upsampler x2: two stages, the first at half width and height")
+    distilled_lora: str | None = setting(None, "the distilled LoRA, merged into the base for the second stage")
+    distilled_strength: float = setting(1.0, "strength of the distilled LoRA", least=0, most=2)
     out: str = setting("sample.mp4", "the file to write")
 
 
