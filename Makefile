@@ -10,7 +10,7 @@ PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test computing waiting lint format unit golden faults docs gpu aio tools wheel sample settings clean
+.PHONY: help setup demo study test computing waiting lint format unit golden faults docs gpu aio tools wheel sample settings site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ wheel: setup ## dist/*.whl with the configuration inside
 
 settings: setup ## write docs/settings.md from the schema
 	$(BIN)/python -c 'from ltx_train.config.help import settings_page; print(settings_page(), end="")' > docs/settings.md
+
+site: setup ## all documents as a site with a search: build/site/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/site -d build/doctrees . build/site
 
 sample: setup ## generate data/sample again
 	$(BIN)/python data/make_sample.py

@@ -71,7 +71,7 @@ def _originals(config: Config, recordings: set[str]) -> dict[str, Window]:
         return {}
     found: dict[str, Window] = {}
     try:
-        clips = [clip for clip in read_source(config.data.source) if clip.key in recordings]
+        clips = [clip for clip in read_source(config.data.source, config.data.caption) if clip.key in recordings]
     except DataError:
         return {}
     cutting = from_config.recipe(config).cutting

@@ -21,6 +21,8 @@ from ltx_train.training.tracking.metrics import read_rows
 # Facts of the card that name places of this machine.
 _PRIVATE = ("folder", "data", "on")
 _CLIPS = 4
+# Settings of `sample` that may name files, beside the inputs of a clip.
+_OTHER_FILES = ("adapter", "prompts", "frames", "upsampler", "distilled_lora")
 # Groups of settings that a model card is about, beside those whose paths are shortened.
 _KEPT = ("mode", "mixture", "modes", "sigma", "loss", "optim", "memory", "checkpoint")
 
@@ -68,8 +70,7 @@ def redacted(config: Config) -> Config:
         "eval": replace(config.eval, prompts=None),
         "run": replace(config.run, root="runs"),
         "sample": replace(
-            sample, **dict.fromkeys((*clip_inputs.FILES, "adapter", "prompts", "frames")), references={},
-            out=Path(sample.out).name,
+            sample, **dict.fromkeys((*clip_inputs.FILES, *_OTHER_FILES)), references={}, out=Path(sample.out).name
         ),
     }  # fmt: skip
     return replace(Config(), **kept)

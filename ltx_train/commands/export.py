@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ltx_train.assembly import from_config, hub_folder, model_source, outputs, publishing, resolve
+from ltx_train.assembly import from_config, hub_folder, hub_upload, model_source, outputs, publishing, resolve
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
@@ -16,6 +16,8 @@ from ltx_train.model.loaders import TRANSFORMER_PREFIX
 def run(config: Config) -> int:
     """Writes a LoRA that ComfyUI loads, or for a full fine-tune a single-file checkpoint in the original layout."""
     outputs.check_output(config, "export.out", config.export.out)
+    if config.export.hub_repo is not None:
+        hub_upload.check(config.export.hub_repo)
     folder = Path(config.export.run) if config.export.run else from_config.run_dir(config)
     trained_with, checkpoint = open_run(folder, config.export.step)
     source, kind = model_source.weights(trained_with), resolve.trained_kind(trained_with)
@@ -40,7 +42,13 @@ def run(config: Config) -> int:
         print("the file has DoRA's magnitudes: ComfyUI reads them, diffusers and the reference implementation do not")
         print(f"for those: ltx-train lora lora.do=plain lora.files=[{out}]")
     if config.export.hub_folder is not None:
-        print(f"made {hub_folder.write(trained_with, folder, out, Path(config.export.hub_folder))}")
+        _publish(config, hub_folder.write(trained_with, folder, out, Path(config.export.hub_folder)))
     print(f"{kind} weights of step {checkpoint.step}")
     close(out, next_command)
     return Exit.DONE
+
+
+def _publish(config: Config, folder: Path) -> None:
+    print(f"made {folder}")
+    if config.export.hub_repo is not None:
+        print(f"uploaded to {hub_upload.upload(folder, config.export.hub_repo, private=config.export.hub_private)}")

@@ -37,7 +37,7 @@ def run(config: Config) -> int:
     with ExitStack() as stack:
         stack.enter_context(process_group(ranks, torch.device("cpu"), _LONGEST_WAIT_S))
         ranks.lead(lambda: _enter(stack, FolderLock(root)))
-        clips = ranks.lead(lambda: read_source(source))
+        clips = ranks.lead(lambda: read_source(source, config.data.caption))
         recipe, encoders = from_config.recipe(config), encoder_builder.encoders(config, ranks)
         outcome = build.prepare(clips, recipe, encoders, root, _progress if ranks.leads else _silent, ranks=ranks)
         ranks.lead(lambda: _keep_settings(config, root))

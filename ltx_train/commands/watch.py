@@ -15,8 +15,8 @@ def run(config: Config) -> int:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is no run's folder: give one, as ltx-train watch runs/<experiment>/<id>")
     with watching.open_server(LiveView(config, folder), config.watch.port) as server:
-        print(f"{folder}: http://{watching.HOST}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
         try:
+            print(f"{folder}: http://{watching.HOST}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print("")

@@ -26,6 +26,8 @@ _MENDS: Mapping[str, str] = {
     "lora.tuned": "give the full fine-tune's checkpoint, and its base with model.path",
     "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
 }
+# What `lora` does with weights of the base.
+_LORA_OF_BASE = ("extract", "plain")
 
 
 def require(config: Config, command: str) -> None:
@@ -47,7 +49,7 @@ def require(config: Config, command: str) -> None:
 
 def _needed(config: Config, kind: CommandKind) -> Iterator[str]:
     only_transcripts = config.caption.speech is not None and config.caption.url is None
-    if kind.name == "lora" and config.lora.do in ("extract", "plain"):
+    if kind.name == "lora" and config.lora.do in _LORA_OF_BASE:
         yield from ("model.path", *(["lora.tuned"] if config.lora.do == "extract" else []))
     for name in kind.needs:
         if name == "lora.files" and config.lora.do == "extract":
@@ -83,10 +85,10 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
     model, name = config.model, kind.name
     if name == "evaluate" and config.checkpoints is not None:
         return  # adapters that are compared bring the model of their run along
-    if model.path is not None and model.weights == "file" and "model" in (*kind.groups, *_fit_groups(kind)):
-        yield from _file("model.path", model.path, f"no checkpoint at {model.path}: set model.path to the single-file "
-                         ".safetensors")  # fmt: skip
-    if "model" in (*kind.groups, *_fit_groups(kind)):
+    if _reads_model(config, kind):
+        if model.weights == "file":
+            yield from _file("model.path", model.path, f"no checkpoint at {model.path}: set model.path to the "
+                             "single-file .safetensors")  # fmt: skip
         yield from _file("model.merge", model.merge)
     if name in ("prepare", "sample") and model.text_encoder is not None and not Path(model.text_encoder).is_dir():
         yield f"model.text_encoder={model.text_encoder}: there is no such folder"
@@ -101,6 +103,13 @@ def _absent_files(config: Config, kind: CommandKind) -> Iterator[str]:
         yield from _file(field, path)
     if name == "lora":
         yield from (f"lora.files: there is no {path}" for path in config.lora.files if not Path(path).exists())
+
+
+def _reads_model(config: Config, kind: CommandKind) -> bool:
+    """Whether the command opens the base. `lora` needs it for some of its work alone."""
+    if kind.name == "lora":
+        return config.lora.do in _LORA_OF_BASE
+    return "model" in (*kind.groups, *_fit_groups(kind))
 
 
 def _inputs(config: Config, name: str) -> dict[str, str | None]:

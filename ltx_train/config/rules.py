@@ -38,6 +38,8 @@ def validate(config: Config) -> None:
     if not isinstance(config.eval.prompts, str):  # a file is read by the command that needs it
         prompts.prompted(config)
     _validate_strengths(config)
+    if config.export.hub_repo is not None and config.export.hub_folder is None:
+        raise ConfigError("export.hub_repo uploads a folder: set export.hub_folder, too")
     _validate_noise(config)
     _validate_optimizer(config)
 

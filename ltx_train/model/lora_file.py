@@ -28,6 +28,17 @@ _HALVES = {
     ".lora_A.default.weight": ".lora_A.weight", ".lora_B.default.weight": ".lora_B.weight",
 }  # fmt: skip
 _KOHYA = "lora_unet_"
+# Layers outside the blocks have other names in diffusers.
+_IN_DIFFUSERS = {
+    "patchify_proj": "proj_in", "audio_patchify_proj": "audio_proj_in", "adaln_single": "time_embed",
+    "audio_adaln_single": "audio_time_embed", "prompt_adaln_single": "prompt_adaln",
+    "audio_prompt_adaln_single": "audio_prompt_adaln",
+    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+}  # fmt: skip
+_FROM_DIFFUSERS = {theirs: ours for ours, theirs in _IN_DIFFUSERS.items()}
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -74,6 +85,12 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {n: (t.float() * scale).to(t.dtype) if ".lora_B." in n else t for n, t in tensors.items()}, metadata
 
 
+def diffusers_name(name: str) -> str:
+    """The name of a tensor in diffusers, without the prefix."""
+    first, dot, rest = name.partition(".")
+    return _IN_DIFFUSERS.get(first, first) + dot + rest
+
+
 def _plain_name(name: str) -> str:
     """The name of a tensor without what other programs add to it."""
     for theirs, ours in _HALVES.items():
@@ -82,7 +99,10 @@ def _plain_name(name: str) -> str:
         module, dot, part = name.removeprefix(_KOHYA).partition(".")
         return _dotted(module) + dot + part
     prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
-    return _plain_name(name.removeprefix(prefix)) if prefix else name
+    if prefix:
+        return _plain_name(name.removeprefix(prefix))
+    first, dot, rest = name.partition(".")
+    return _FROM_DIFFUSERS.get(first, first) + dot + rest
 
 
 def _dotted(module: str) -> str:

@@ -1,7 +1,8 @@
 """How LoRA files name their tensors for other programs.
 
 Owns the names; `lora_file` reads them all. comfyui: `diffusion_model.<module>.lora_A.weight`, which the reference
-implementation reads too. diffusers: `transformer.<module>`. peft: a folder with its configuration.
+implementation reads too. diffusers: `transformer.<module>`, with its names of layers outside the blocks. peft: a folder
+with its configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ltx_train import durable
 from ltx_train.contracts import DataError
-from ltx_train.model import export
+from ltx_train.model import export, lora_file
 from ltx_train.model.lora_file import DORA, LORA_PREFIX, module_of
 
 PREFIXES = {"comfyui": LORA_PREFIX, "diffusers": "transformer.", "peft": "base_model.model."}
@@ -24,7 +25,8 @@ _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], kind: str) -> Path:
     """Writes a file, or with peft a folder of the path's name. Returns it. DataError where a format cannot hold the
     tensors."""
-    named = {PREFIXES[kind] + name: tensor for name, tensor in tensors.items()}
+    theirs = lora_file.diffusers_name if kind == "diffusers" else str
+    named = {PREFIXES[kind] + theirs(name): tensor for name, tensor in tensors.items()}
     if kind != "comfyui" and any(name.endswith(DORA) for name in tensors):
         raise DataError(f"{kind} does not read DoRA's magnitudes from such a file: lora.do=plain makes a plain LoRA")
     if kind != "peft":

@@ -8,10 +8,8 @@ import io
 import json
 import shutil
 import string
-import threading
 import wave
 from collections.abc import Generator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,47 +31,16 @@ from ltx_train.diffusion.grid import Bucket
 from ltx_train.model import mel
 from ltx_train.sampling.media import write_mp4
 from tests.conftest import REPOSITORY, command
+from tests.endpoint import Model, serving
 
 CLIP = REPOSITORY / "data/sample/speaker00_0.mp4"
-
-
-class Model:
-    """An endpoint: `answers` are status codes, or texts of the model, taken one after the other; then it describes."""
-
-    def __init__(self) -> None:
-        self.answers: list[Any] = []
-        self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
-        model = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                model.requests.append((dict(self.headers), body))
-                answer = model.answers.pop(0) if model.answers else f"clip {len(model.requests)}"
-                code, content = (answer, {"error": "no"}) if isinstance(answer, int) else (200, answer)
-                if isinstance(content, str):
-                    content = {"choices": [{"message": {"content": content}}]}
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
-
-            def log_message(self, *_: Any) -> None:
-                """Nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Generator[Model]:
     monkeypatch.setattr(captioner, "_FIRST_PAUSE_S", 0.01)
-    served = Model()
-    thread = threading.Thread(target=served.server.serve_forever)
-    thread.start()
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
-    thread.join()
+    with serving() as served:
+        yield served
 
 
 def folder_of(path: Path, *names: str) -> Path:

@@ -70,7 +70,7 @@ class _Counting(SimpleHTTPRequestHandler):
 def web(source: Path) -> Generator[str]:
     _Counting.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Counting, directory=str(source))) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -73,7 +73,7 @@ class Cloud:
 @pytest.fixture
 def cloud() -> Generator[Cloud]:
     made = Cloud()
-    thread = threading.Thread(target=made.server.serve_forever)
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,))
     thread.start()
     yield made
     made.server.shutdown()

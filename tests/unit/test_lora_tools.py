@@ -204,6 +204,8 @@ def test_the_command_makes_files_of_files(
     assert {p.name for p in tmp_path.glob("b-*")} == {f"b-{stream.value}.safetensors" for stream in Stream}
     assert command("lora", *given, "lora.do=resize", "lora.rank=1") == 0
     assert "% of the norm is lost" in capsys.readouterr().out
+    assert command("lora", *given, "lora.do=resize", "model.path=absent") == 0, "it needs no base"
+    assert command("lora", *given, "lora.do=plain", "model.path=absent") == 78
     assert lora_file.read_lora(out)[1].keys() >= {"trigger", "trainer"}
     assert "step" not in lora_file.read_lora(out)[1], "it is no step of that run any more"
     assert command("lora", *given, "lora.do=scale", "lora.strength_of={bridge: 0}") == 0

@@ -39,6 +39,17 @@ def test_a_table_of_a_windows_program_is_answered_with_the_mend(tmp_path: Path) 
         read_source(tmp_path / "rows.csv")
 
 
+def test_a_common_caption_replaces_the_column_and_no_caption_of_a_row(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "bare.csv").write_text("video,speaker\na.mp4,anna\n")
+    (clip,) = read_source(tmp_path / "bare.csv", "a person is speaking")
+    assert clip.caption == "a person is speaking"
+    with pytest.raises(DataError, match="needs the columns"):
+        read_source(tmp_path / "bare.csv")
+    (tmp_path / "own.csv").write_text("video,caption\na.mp4,a man\nb.mp4,\n")
+    assert [clip.caption for clip in read_source(tmp_path / "own.csv", "all")] == ["a man", "all"]
+
+
 @pytest.mark.parametrize("name", ["CAPTIONS.json", "captions.jsonl", "dataset.json", "metadata.csv"])
 def test_a_folder_has_its_table_under_a_usual_name(tmp_path: Path, name: str) -> None:
     """With the column names of other trainers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 import threading
@@ -22,6 +23,7 @@ from ltx_train.config import Config
 from ltx_train.contracts import ConfigError
 from ltx_train.jobs import watching
 from ltx_train.sampling.media import write_mp4
+from ltx_train.signals import StopSignal
 from tests.browser import dump
 from tests.conftest import command
 
@@ -52,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(folder: Path) -> Iterator[ThreadingHTTPServer]:
     with watching.open_server(LiveView(settings(), folder), 0) as opened:
-        thread = threading.Thread(target=opened.serve_forever)
+        thread = threading.Thread(target=opened.serve_forever, args=(0.02,))
         thread.start()
         yield opened
         opened.shutdown()
@@ -132,6 +134,23 @@ def test_a_run_without_anything_has_a_page(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("watch", f"run.root={tmp_path}") == 77
     assert "is no run's folder" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_from_its_first_line_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal that comes with the first line, and one while it serves."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise StopSignal
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", stopped)
+    assert command("watch", str(folder), "watch.port=0") == 0
+    assert "127.0.0.1" in capsys.readouterr().out
+    shown: list[str] = []
+    monkeypatch.setattr(builtins, "print", lambda *words, **_: shown.append(words[0]) or len(shown) > 1 or stopped())
+    assert command("watch", str(folder), "watch.port=0") == 0
+    assert len(shown) == 2
 
 
 def test_a_browser_keeps_the_page_up_to_date(

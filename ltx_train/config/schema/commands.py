@@ -121,6 +121,8 @@ class ExportConfig:
     strength_of: dict[str, float] = setting(dict[str, float](), "strength by stream, as {audio: 1, bridge: 0}")
     format: str = setting("comfyui", "names in a LoRA file", choices=("comfyui", "diffusers", "peft"))
     hub_folder: str | None = setting(None, "also a folder to publish: LoRA, model card, settings without paths, clips")
+    hub_repo: str | None = setting(None, "uploads that folder to this repository of the hub, as anna/voice-lora")
+    hub_private: bool = setting(True, "a new repository of the hub is private")
 
 
 @dataclass(kw_only=True)

@@ -68,15 +68,18 @@ class Clip:
         return self.video or self.files["audio"]
 
 
-def read_source(source: str | Path) -> list[Clip]:
-    """Reads all clips, sorted by key. DataError lists every missing file, unknown column, duplicate or empty entry."""
+def read_source(source: str | Path, caption: str | None = None) -> list[Clip]:
+    """Reads all clips, sorted by key. DataError lists every missing file, unknown column, duplicate or empty entry.
+
+    caption: of all clips; rows need none of their own then.
+    """
     table = read_table(source)
     faults = _unknown_columns(table)
     clips: list[Clip] = []
     base = _base(table)
     for number, row in enumerate(table.rows, start=1):
         try:
-            clips.append(_clip(row, table, base))
+            clips.append(_clip(row, table, base, caption))
         except (DataError, ValueError) as error:
             faults.append(f"entry {number}: {error}")
     faults += _duplicates(clips) + _missing(clips)
@@ -109,12 +112,12 @@ def _missing(clips: list[Clip]) -> list[str]:
     return [f"{len(missing)} files do not exist: {', '.join(missing[:_SHOWN])}"] if missing else []
 
 
-def _clip(row: Any, table: Table, base: Path) -> Clip:
+def _clip(row: Any, table: Table, base: Path, caption: str | None) -> Clip:
     if not isinstance(row, Mapping):
         raise DataError(f"an object with the columns video and caption is expected, not {row!r}")
     if None in row:
         raise DataError("more cells than columns: put quotes around a caption that contains a comma")
-    texts = captions(row)
+    texts = captions(row) or ([] if caption is None else [caption])
     values = {_column(name): str(value).strip() for name, value in row.items() if value not in (None, "")}
     medium = values.get("video") or values.get("audio")
     if medium is None or not texts:
