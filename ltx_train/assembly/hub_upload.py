@@ -73,7 +73,7 @@ def _explained(repository: str) -> Generator[None]:
     except OfflineModeIsEnabled as error:
         raise ConfigError("export.hub_repo: HF_HUB_OFFLINE is set, which forbids uploads: unset it") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
+        status = error.response.status_code
         if status in (401, 403):
             raise ConfigError(f"export.hub_repo={repository}: the hub refuses ({status}): {_TOKEN}") from error
         raise StoreError(f"the hub answered {status} for {repository}: the same command tries again") from error

@@ -24,10 +24,11 @@ from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.order import Address
 from ltx_train.data.reader import Reader, ReadRequest
 from ltx_train.data.record import Record
-from ltx_train.evaluation import heldout, voice_features
+from ltx_train.evaluation import heldout, traits
+from ltx_train.evaluation.embeddings import FaceModel, SpeakerModel
 from ltx_train.evaluation.heldout import Neutral
 from ltx_train.evaluation.swap import DROPPED, OFF, ON, SILENCE, Output
-from ltx_train.evaluation.voice_features import Voice
+from ltx_train.evaluation.traits import Traits
 from ltx_train.model import adapter
 from ltx_train.model.transformer import Pair, Transformer
 from ltx_train.sampling import media
@@ -36,7 +37,8 @@ from ltx_train.sampling.media import Decoder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """One clip to generate: what it is called in the comparison, and its inputs. strength: of the adapter."""
+    """One clip to generate: what it is called in the comparison, and its inputs. strength: of the adapter. variant: of
+    the reference's recording."""
 
     arm: str
     reference: str
@@ -44,6 +46,7 @@ class _Job:
     config: Config
     request: SampleRequest
     strength: float
+    variant: str = ""
 
     @property
     def seed(self) -> int:
@@ -55,7 +58,7 @@ class Swapped:
     """outputs: what was measured. references: the voices by speaker. clips: to listen to, by title."""
 
     outputs: Sequence[Output]
-    references: Mapping[str, Voice]
+    references: Mapping[str, Traits]
     clips: Mapping[str, Sequence[Clip]]
 
 
@@ -70,12 +73,13 @@ class SwapTest:
         voices = [c for c in config.mode.references if c.stream is ModalityName.audio]
         if not voices or config.mode.audio is not Role.generate:
             raise ConfigError("the swap test is for modes that generate sound with a voice reference (audio_reference)")
-        voice_features.library()
+        traits.library()
         self._setup, self._name = setup, voices[0].name
         self._silence = neutral_references.of_heldout(setup, root, index)
         self._negative = planned_clips.negative(setup)
-        request = replace(ReadRequest.of([config.mode]), variants=False)
-        self._reader = Reader(root, index, seed=config.eval.seed, request=request)
+        self._measure = _Measure(config)
+        self._variants = config.data.voice_variants if config.swap.variants else []
+        self._readers = {v: _reader(root, index, config, v) for v in ("", *self._variants)}
         self._speakers = _one_clip_each(index)[: config.swap.speakers]
         self._prompts = _prompts(index)[: config.swap.prompts]
         if len(self._speakers) < 2:
@@ -92,12 +96,12 @@ class SwapTest:
                     latents = requests.generate(transformer, job.config, job.request, self._setup.device)
                 made.append((job, latents))
         decoder = encoder_builder.decoder(self._setup.config, self._setup.device)
-        outputs = [_measured(decoder, job, latents) for job, latents in terminal.each("decoding", made)]
-        references = {r.speaker: self._voice_of(decoder, r) for r in self._speakers}
+        outputs = [self._measure.output(decoder, job, latents) for job, latents in terminal.each("decoding", made)]
+        references = {r.speaker: self._traits_of(decoder, r) for r in self._speakers}
         return Swapped(outputs=outputs, references=references, clips=self._written(decoder, made, folder))
 
     def _jobs(self) -> Iterator[_Job]:
-        """All arms at strength 1, then the references once more at the strengths of the sweep."""
+        """All arms at strength 1, then the references once more at the strengths of the sweep and in all variants."""
         config = self._setup.config
         seeds = [config.sample.seed + number for number in range(config.swap.seeds)]
         for prompt in self._prompts:
@@ -115,6 +119,11 @@ class SwapTest:
                 request = self._request(self._prompts[0], speaker)
                 who = speaker.speaker
                 yield self._job(ON, self._prompts[0], request, seeds[0], reference=who, strength=strength)
+        for variant in self._variants:
+            for speaker in self._speakers:
+                request = self._request(self._prompts[0], speaker, variant)
+                job = self._job(ON, self._prompts[0], request, seeds[0], reference=speaker.speaker)
+                yield replace(job, variant=variant)
 
     def _job(
         self, arm: str, prompt: Record, request: SampleRequest, seed: int, *, reference: str = "", strength: float = 1.0
@@ -123,17 +132,16 @@ class SwapTest:
         config = replace(config, sample=replace(config.sample, seed=seed))
         return _Job(arm=arm, reference=reference, prompt=prompt.key, config=config, request=request, strength=strength)
 
-    def _request(self, prompt: Record, speaker: Record) -> SampleRequest:
+    def _request(self, prompt: Record, speaker: Record, variant: str = "") -> SampleRequest:
         """The prompt's clip with the voice of a speaker."""
-        sample = self._reader.with_references_of(Address(prompt.key, 0), speaker.key)
+        sample = self._readers[variant].with_references_of(Address(prompt.key, 0), speaker.key)
         return requests.of_batch(self._setup.config.mode, collate([sample]), self._negative, prompt.fps)
 
-    def _voice_of(self, decoder: Decoder, speaker: Record) -> Voice:
-        """Of the reference as the model gets it."""
+    def _traits_of(self, decoder: Decoder, speaker: Record) -> Traits:
+        """Of the reference's sound as the model gets it, and of the face in the speaker's own clip."""
         latent = self._request(self._prompts[0], speaker).batch.references[self._name][0]
-        _, sound = media.decode(decoder, None, latent)
-        assert sound is not None
-        return voice_features.of_sound(sound.waveform, sound.rate)
+        own = self._readers[""].sample(Address(speaker.key, 0))
+        return self._measure.traits(decoder, (own.video_latent, latent))
 
     def _written(self, decoder: Decoder, made: Sequence[tuple[_Job, Pair]], folder: Path) -> dict[str, list[Clip]]:
         """Clips of the first prompt and seed: of each speaker the reference, and the output without and with the
@@ -146,7 +154,7 @@ class SwapTest:
             requests.write(decoder, request, (None, request.batch.references[self._name][0]), path)
             groups[speaker.speaker] = [Clip("reference", path)]
         for job, latents in made:
-            if (job.prompt, job.seed) == first and job.strength == 1:
+            if (job.prompt, job.seed) == first and job.strength == 1 and not job.variant:
                 title = job.reference or "none of them"
                 path = folder / f"{title}-{job.arm}.mp4".replace(" ", "-").replace("/", "-")
                 requests.write(decoder, job.request, latents, path)
@@ -154,15 +162,37 @@ class SwapTest:
         return groups
 
 
-def _measured(decoder: Decoder, job: _Job, latents: Pair) -> Output:
-    _, sound = media.decode(decoder, None, latents[1])
-    voice = None if sound is None else voice_features.of_sound(sound.waveform, sound.rate)
-    generated = [latents[1]] if job.request.mode.video is not Role.generate else list(latents)
-    flat = np.concatenate([latent.float().cpu().numpy().ravel() for latent in generated if latent is not None])
-    return Output(
-        arm=job.arm, reference=job.reference, prompt=job.prompt, seed=job.seed, latent=flat, voice=voice,
-        strength=job.strength,
-    )  # fmt: skip
+class _Measure:
+    """Traits of clips, with the models of identities that are configured. The pictures are decoded for a face alone."""
+
+    def __init__(self, config: Config) -> None:
+        s = config.swap
+        self._speaker = None if s.speaker_model is None else SpeakerModel(s.speaker_model)
+        self._face = None if s.face_model is None else FaceModel(s.face_model)
+
+    def traits(self, decoder: Decoder, latents: Pair) -> Traits:
+        pixels, sound = media.decode(decoder, latents[0] if self._face else None, latents[1])
+        assert sound is not None
+        found = traits.of_sound(sound.waveform, sound.rate)
+        speaker = self._speaker.of_sound(sound.waveform, sound.rate) if self._speaker else ()
+        face = self._face.of_pictures(pixels) if self._face and pixels is not None else ()
+        return replace(found, speaker=speaker, face=face)
+
+    def output(self, decoder: Decoder, job: _Job, latents: Pair) -> Output:
+        generated = [latents[1]] if job.request.mode.video is not Role.generate else list(latents)
+        flat = np.concatenate([latent.float().cpu().numpy().ravel() for latent in generated if latent is not None])
+        return Output(
+            arm=job.arm, reference=job.reference, prompt=job.prompt, seed=job.seed, latent=flat,
+            traits=self.traits(decoder, latents), strength=job.strength, variant=job.variant,
+        )  # fmt: skip
+
+
+def _reader(root: Path, index: Index, config: Config, variant: str) -> Reader:
+    """Of references in one variant, or as recorded."""
+    request = replace(ReadRequest.of([config.mode]), variants=False)
+    if variant:
+        request = replace(request, voice_variants=(variant,), voice_variant_share=1.0)
+    return Reader(root, index, seed=config.eval.seed, request=request)
 
 
 def _one_clip_each(index: Index) -> list[Record]:

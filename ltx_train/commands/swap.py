@@ -12,7 +12,7 @@ from ltx_train.assembly.swap_test import SwapTest
 from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit
 from ltx_train.evaluation import swap, swap_page
-from ltx_train.evaluation.swap import OFF, ON, Aspect
+from ltx_train.evaluation.swap import OFF, ON
 from ltx_train.model import adapter
 
 _PAGE = "swap.html"
@@ -37,7 +37,10 @@ def run(config: Config) -> int:
         folder / _PAGE, title, swapped.outputs, swapped.references, clips=swapped.clips, verdict=verdict
     )  # fmt: skip
     for arm in (ON, OFF):
-        shares = (f"{a.value} {swap.followed(swapped.outputs, arm, swapped.references, a)}" for a in Aspect)
+        shares = (
+            f"{a.value} {swap.followed(swapped.outputs, arm, swapped.references, a)}"
+            for a in swap.aspects(swapped.references)
+        )
         print(f"{arm}: {', '.join(shares)}, latents {swap.distance(swapped.outputs, arm)}")
     print(verdict.text)
     close(folder / _PAGE, f"ltx-train export {folder}")

@@ -118,6 +118,8 @@ def _inputs(config: Config, name: str) -> dict[str, str | None]:
         return {"inspect.file": config.inspect.file, "inspect.compare": config.inspect.compare}
     if name == "lora":
         return {"lora.tuned": config.lora.tuned}
+    if name == "swap":
+        return {"swap.face_model": config.swap.face_model}
     if name == "sample":
         files = [prompts.files(made) for made in prompts.sampled(config)]
         given = {f"sample.{field}": path for some in files for field, path in some.items()}

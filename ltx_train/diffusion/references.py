@@ -78,7 +78,8 @@ def closed(modality: Modality, name: ModalityName, token_gates: Sequence[Gate], 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:
     """Appends clean reference tokens after the target tokens, with timestep 0 and no loss.
 
-    The order of the references has no influence. target: the target's latent, for the scale between the two grids.
+    References of strength 1 may come in any order. With fractional ones, two references see each other only if both come
+    before the first of these, as in the reference implementation. target: the target's latent, for the scale between the two grids.
     fps: (B,). A reference that is visible in no sample of the batch is left out. In samples where it is not visible,
     its attention weight is 0.
 

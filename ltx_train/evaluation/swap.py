@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ltx_train import rng
+from ltx_train.evaluation.traits import Traits
 from ltx_train.evaluation.verdicts import Kind, Verdict
-from ltx_train.evaluation.voice_features import Voice
 
 ON, OFF, SILENCE, DROPPED = "adapter on", "adapter off", "silence", "no reference"
 _DRAWS = 2000
@@ -27,16 +27,18 @@ _GARBLED = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """A generated clip. reference: the speaker whose voice it was given, empty for none. latent: flat, of what was
-    generated. voice: None where there is no sound. strength: of the adapter."""
+    """A generated clip. reference: the speaker whose voice it was given, empty for none. variant: the change of that
+    recording, empty for none. latent: flat, of what was generated. traits: None where there is no sound. strength: of
+    the adapter."""
 
     arm: str
     reference: str
     prompt: str
     seed: int
     latent: np.ndarray
-    voice: Voice | None
+    traits: Traits | None
     strength: float = 1.0
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,43 +57,63 @@ class Effect:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def distance(outputs: Sequence[Output], arm: str) -> Effect:
+class Measure(StrEnum):
+    """What the distance of two outputs is measured in."""
+
+    latents = "latents"
+    mel = "log-mel"
+
+
+def distance(outputs: Sequence[Output], arm: str, measure: Measure = Measure.latents) -> Effect:
     """How much farther apart outputs are when the reference is swapped than when the seed is, as a share of the latter:
-    0 is the floor. Distances are root mean squares of latents."""
-    own = [o for o in outputs if o.arm == arm and o.strength == 1]
+    0 is the floor. Distances are root mean squares."""
+    own = [o for o in _plain(outputs, arm) if len(_measured(o, measure))]
     swapped = _pairs(own, lambda o: (o.prompt, o.seed), lambda o: o.reference)
     reseeded = _pairs(own, lambda o: (o.prompt, o.reference), lambda o: o.seed)
     if not swapped or not reseeded:
         return Effect(math.nan, math.nan, math.nan)
-    floor = float(np.mean([_rms(a, b) for a, b in reseeded]))
-    return _bootstrapped({(a.reference, b.reference, a.prompt, a.seed): _rms(a, b) / floor - 1 for a, b in swapped})
+    floor = float(np.mean([_rms(a, b, measure) for a, b in reseeded]))
+    if not floor:
+        return Effect(math.nan, math.nan, math.nan)
+    return _bootstrapped(
+        {(a.reference, b.reference, a.prompt, a.seed): _rms(a, b, measure) / floor - 1 for a, b in swapped}
+    )
 
 
 class Aspect(StrEnum):
-    """What of a voice the output may take over."""
+    """What of a person the output may take over."""
 
     pitch = "pitch"
     spectrum = "spectrum"
+    speaker = "speaker embedding"
+    face = "face embedding"
+
+
+def aspects(references: Mapping[str, Traits]) -> list[Aspect]:
+    """Those that two references differ in."""
+    return [a for a in Aspect if sum(len(_of(traits, a)) > 0 for traits in references.values()) > 1]
 
 
 def followed(
-    outputs: Sequence[Output], arm: str, references: Mapping[str, Voice], aspect: Aspect, strength: float = 1.0
-) -> Effect:
+    outputs: Sequence[Output], arm: str, references: Mapping[str, Traits], aspect: Aspect, *, strength: float = 1.0,
+    variant: str = "",
+) -> Effect:  # fmt: skip
     """Share of the difference between two references that the outputs take over: 0 for a model that ignores them, 1 for
-    one that becomes them. For the pitch, semitones per semitone; for the spectrum, along the difference of the two.
+    one that becomes them. For the pitch, semitones per semitone; for spectrum and embeddings, along the difference of
+    the two.
 
     Pairs share prompt and seed, so what these do by themselves cancels.
     """
-    return _bootstrapped(_shares(outputs, arm, references, aspect, strength=strength))
+    return _bootstrapped(_shares(outputs, arm, references, aspect, strength=strength, variant=variant))
 
 
-def gained(outputs: Sequence[Output], references: Mapping[str, Voice], aspect: Aspect) -> Effect:
+def gained(outputs: Sequence[Output], references: Mapping[str, Traits], aspect: Aspect) -> Effect:
     """The same with the adapter minus without it, pair by pair: what the base does by itself is not the adapter's."""
     on, off = (_shares(outputs, arm, references, aspect) for arm in (ON, OFF))
     return _bootstrapped({pair: value - off[pair] for pair, value in on.items() if pair in off})
 
 
-def matrix(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice]) -> np.ndarray:
+def matrix(outputs: Sequence[Output], arm: str, references: Mapping[str, Traits]) -> np.ndarray:
     """(references, references): mean distance of the outputs with a row's reference to each column's, in z-scores of
     pitch and spectrum together. A small diagonal is what following looks like."""
     names = sorted(references)
@@ -99,8 +121,8 @@ def matrix(outputs: Sequence[Output], arm: str, references: Mapping[str, Voice])
     spread = np.nanstd(np.stack(list(targets.values())), axis=0) + 1e-9
     found = np.full((len(names), len(names)), np.nan)
     for row, who in enumerate(names):
-        own = [o.voice for o in outputs if o.arm == arm and o.reference == who and o.strength == 1 and o.voice]
-        points = [point for voice in own if np.isfinite(point := _point(voice)).all()]
+        own = [o.traits for o in _plain(outputs, arm) if o.reference == who and o.traits]
+        points = [point for traits in own if np.isfinite(point := _point(traits)).all()]
         if points:
             mean = np.mean(np.stack(points), axis=0)
             for column, other in enumerate(names):
@@ -120,23 +142,23 @@ def garbling(outputs: Sequence[Output]) -> tuple[dict[float, float], float | Non
     """Voiced share by strength, and the lowest strength at which less than half of the base's is left."""
     shares: dict[float, list[float]] = {}
     for o in outputs:
-        if o.arm == ON and o.voice is not None:
-            shares.setdefault(o.strength, []).append(o.voice.voiced)
+        if o.arm == ON and o.traits is not None and not o.variant:
+            shares.setdefault(o.strength, []).append(o.traits.voiced)
     means = {strength: float(np.mean(values)) for strength, values in sorted(shares.items())}
     base = means.get(0.0)
     lost = [s for s, share in means.items() if base is not None and share < _GARBLED * base]
     return means, min(lost, default=None)
 
 
-def verdict(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Verdict:
+def verdict(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Verdict:
     """Whether the output follows the reference, and whether that is the adapter's, in a sentence."""
     if len(references) < 3:
         text = f"{len(references)} references: the swap test needs three held-out speakers or more for an interval."
         return Verdict(Kind.too_few_identities, text)
-    on = {aspect: followed(outputs, ON, references, aspect) for aspect in Aspect}
-    own = {aspect: gained(outputs, references, aspect) for aspect in Aspect}
+    on = {aspect: followed(outputs, ON, references, aspect) for aspect in aspects(references)}
+    own = {aspect: gained(outputs, references, aspect) for aspect in on}
     apart = distance(outputs, ON)
-    shares = "; ".join(f"{aspect.value} {on[aspect]}, gained {own[aspect]}" for aspect in Aspect)
+    shares = "; ".join(f"{aspect.value} {on[aspect]}, gained {own[aspect]}" for aspect in on)
     numbers = (
         f"Share of the difference between two references that the output takes over: {shares}. Swapping the reference "
         f"moves the latents {apart} beyond swapping the seed."
@@ -159,17 +181,21 @@ _Pair = tuple[str, str, str, int]  # both references, the prompt, the seed
 
 
 def _shares(
-    outputs: Sequence[Output], arm: str, references: Mapping[str, Voice], aspect: Aspect, *, strength: float = 1.0
+    outputs: Sequence[Output], arm: str, references: Mapping[str, Traits], aspect: Aspect, *, strength: float = 1.0,
+    variant: str = "",
 ) -> dict[_Pair, float]:  # fmt: skip
     """Each pair's part of the slope through zero: its product of differences over the references' mean square."""
     products: dict[_Pair, float] = {}
     squares: list[float] = []
-    own = sorted((o for o in outputs if o.arm == arm and o.strength == strength), key=lambda o: o.reference)
+    alike = (o for o in outputs if (o.arm, o.strength, o.variant) == (arm, strength, variant))
+    own = sorted(alike, key=lambda o: o.reference)
     for a, b in _pairs(own, _same, lambda o: o.reference):
-        if a.voice is None or b.voice is None:
+        if a.traits is None or b.traits is None:
             continue
-        target = _of(references[a.reference], aspect) - _of(references[b.reference], aspect)
-        moved = _of(a.voice, aspect) - _of(b.voice, aspect)
+        vectors = [_of(t, aspect) for t in (references[a.reference], references[b.reference], a.traits, b.traits)]
+        if not all(len(vector) for vector in vectors):
+            continue
+        target, moved = vectors[0] - vectors[1], vectors[2] - vectors[3]
         if np.isfinite(target).all() and np.isfinite(moved).all():
             products[a.reference, b.reference, a.prompt, a.seed] = float(moved @ target)
             squares.append(float(target @ target))
@@ -177,8 +203,18 @@ def _shares(
     return {pair: product / scale for pair, product in products.items()}
 
 
-def _of(voice: Voice, aspect: Aspect) -> np.ndarray:
-    return np.array([voice.semitones]) if aspect is Aspect.pitch else np.asarray(voice.spectrum)
+def _of(traits: Traits, aspect: Aspect) -> np.ndarray:
+    """Empty for what was not measured."""
+    by_aspect: dict[Aspect, Sequence[float]] = {
+        Aspect.pitch: [traits.semitones], Aspect.spectrum: traits.spectrum, Aspect.speaker: traits.speaker,
+        Aspect.face: traits.face,
+    }  # fmt: skip
+    return np.asarray(by_aspect[aspect])
+
+
+def _plain(outputs: Iterable[Output], arm: str) -> list[Output]:
+    """Outputs of an arm at the adapter's own strength and with the references as recorded."""
+    return [o for o in outputs if o.arm == arm and o.strength == 1 and not o.variant]
 
 
 def _pairs(
@@ -210,11 +246,17 @@ def _bootstrapped(values: Mapping[_Pair, float]) -> Effect:
     return Effect(float(numbers.mean()), float(low), float(high))
 
 
-def _rms(a: Output, b: Output) -> float:
-    return float(np.sqrt(np.mean((a.latent - b.latent) ** 2)))
+def _measured(output: Output, measure: Measure) -> np.ndarray:
+    if measure is Measure.latents:
+        return output.latent
+    return np.asarray(output.traits.mel if output.traits else ())
 
 
-def _point(voice: Voice) -> np.ndarray:
+def _rms(a: Output, b: Output, measure: Measure) -> float:
+    return float(np.sqrt(np.mean((_measured(a, measure) - _measured(b, measure)) ** 2)))
+
+
+def _point(traits: Traits) -> np.ndarray:
     """Pitch and spectrum with equal weight."""
-    spectrum = np.asarray(voice.spectrum)
-    return np.concatenate([np.full(len(spectrum), voice.semitones), spectrum])
+    spectrum = np.asarray(traits.spectrum)
+    return np.concatenate([np.full(len(spectrum), traits.semitones), spectrum])

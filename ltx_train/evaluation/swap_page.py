@@ -14,20 +14,23 @@ from ltx_train import durable
 from ltx_train.contracts import Clip
 from ltx_train.evaluation import swap
 from ltx_train.evaluation.report import groups
-from ltx_train.evaluation.swap import OFF, ON, Aspect, Output
+from ltx_train.evaluation.swap import OFF, ON, Aspect, Measure, Output
+from ltx_train.evaluation.traits import Traits
 from ltx_train.evaluation.verdicts import Verdict
-from ltx_train.evaluation.voice_features import Voice
 from ltx_train.pages.figures import picture
 from ltx_train.pages.render import embedded, render
 from ltx_train.pages.sections import Section, Table
 
 
 def write(
-    path: Path, title: str, outputs: Sequence[Output], references: Mapping[str, Voice], *,
+    path: Path, title: str, outputs: Sequence[Output], references: Mapping[str, Traits], *,
     clips: Mapping[str, Sequence[Clip]], verdict: Verdict,
 ) -> None:  # fmt: skip
     """Writes the page atomically."""
-    sections = [effects(outputs, references), _matrices(outputs, references), _strengths(outputs, references)]
+    sections = [
+        effects(outputs, references), _matrices(outputs, references), _variants(outputs, references),
+        _strengths(outputs, references),
+    ]  # fmt: skip
     report = SimpleNamespace(verdicts=[verdict])
     page = render(
         "run.html.j2", title=title, groups=groups(clips, embedded), report=report, sections=[s for s in sections if s]
@@ -35,22 +38,25 @@ def write(
     durable.write(path, page)
 
 
-def effects(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section:
+def effects(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Section:
     """The effects with the adapter on and off."""
     rows: list[list[str]] = []
+    found = swap.aspects(references)
     for arm in (ON, OFF):
         share, chance = swap.hits(swap.matrix(outputs, arm, references))
-        shares = [str(swap.followed(outputs, arm, references, aspect)) for aspect in Aspect]
-        rows.append([arm, *shares, str(swap.distance(outputs, arm)), _share(share, chance)])
-    rows.append(["gained", *(str(swap.gained(outputs, references, aspect)) for aspect in Aspect), "", ""])
-    head = ("arm", "pitch followed", "spectrum followed", "latents beyond the seed", "nearest to the own reference")
+        shares = [str(swap.followed(outputs, arm, references, aspect)) for aspect in found]
+        apart = [str(swap.distance(outputs, arm, measure)) for measure in Measure]
+        rows.append([arm, *shares, *apart, _share(share, chance)])
+    rows.append(["gained", *(str(swap.gained(outputs, references, aspect)) for aspect in found), "", "", ""])
+    head = ("arm", *(f"{aspect.value} followed" for aspect in found),
+            *(f"{measure.value} beyond the seed" for measure in Measure), "nearest to the own reference")  # fmt: skip
     note = (
         "1 means that the output takes over all of the difference between two references; 95 % intervals over speakers."
     )
     return Section(title="Effects", note=note, tables=[Table(head=head, rows=rows)])
 
 
-def _matrices(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section:
+def _matrices(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Section:
     names = sorted(references)
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
     for axis, arm in zip(axes, (ON, OFF), strict=True):
@@ -67,12 +73,27 @@ def _matrices(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Sec
     return Section(title="Which reference an output is nearest to", figures=[drawn])
 
 
-def _strengths(outputs: Sequence[Output], references: Mapping[str, Voice]) -> Section | None:
+def _variants(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Section | None:
+    """What is followed of references whose recordings were changed; none without such."""
+    names = sorted({o.variant for o in outputs if o.variant})
+    if not names:
+        return None
+    found = swap.aspects(references)
+    rows = [
+        [variant or "as recorded", *(str(swap.followed(outputs, ON, references, a, variant=variant)) for a in found)]
+        for variant in ("", *names)
+    ]
+    note = "Each output is compared with the voice as recorded, not with the changed recording that it was given."
+    table = Table(head=("recording of the reference", *(f"{aspect.value} followed" for aspect in found)), rows=rows)
+    return Section(title="By recording of the reference", note=note, tables=[table])
+
+
+def _strengths(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Section | None:
     """What the adapter's strength does to pitch and to speech; none with a single strength."""
     voiced, garbled = swap.garbling(outputs)
     if len(voiced) < 2:
         return None
-    followed = {s: swap.followed(outputs, ON, references, Aspect.pitch, s) for s in voiced}
+    followed = {s: swap.followed(outputs, ON, references, Aspect.pitch, strength=s) for s in voiced}
     note = "The sound keeps its voice at all strengths." if garbled is None else (
         f"From strength {garbled:g} on less than half of the voiced sound is left."
     )  # fmt: skip

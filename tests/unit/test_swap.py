@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,15 @@ from ltx_train.assembly.swap_test import SwapTest
 from ltx_train.contracts import Clip, ConfigError
 from ltx_train.data import index
 from ltx_train.data.prepare.sound import read_audio
-from ltx_train.evaluation import swap, swap_page, voice_features
-from ltx_train.evaluation.swap import DROPPED, OFF, ON, Aspect, Output
+from ltx_train.evaluation import swap, swap_page, traits
+from ltx_train.evaluation.swap import DROPPED, OFF, ON, Aspect, Measure, Output
+from ltx_train.evaluation.traits import Traits
 from ltx_train.evaluation.verdicts import Kind
-from ltx_train.evaluation.voice_features import Voice
 from tests.conftest import REPOSITORY, command, settings
 
 NAMES = [f"speaker{n}" for n in range(6)]
 REFERENCES = {
-    who: Voice(40.0 + 4 * n, 0.9, tuple(np.random.default_rng(n).normal(size=40))) for n, who in enumerate(NAMES)
+    who: Traits(40.0 + 4 * n, 0.9, tuple(np.random.default_rng(n).normal(size=40))) for n, who in enumerate(NAMES)
 }
 
 
@@ -40,12 +41,14 @@ def outputs(follows: float, changes: float, arm: str = ON, strengths: tuple[floa
                 jitter = np.random.default_rng([seed, number]).normal(size=41) * 0.2
                 target = REFERENCES[who]
                 spectrum = follows * strength * np.asarray(target.spectrum) + jitter[1:]
-                voice = Voice(
+                voice = Traits(
                     50 + follows * strength * (target.semitones - 50) + jitter[0], 0.9 if strength <= 1 else 0.2,
                     tuple(spectrum),
                 )  # fmt: skip
                 made.append(
-                    Output(arm=arm, reference=who, prompt="p", seed=seed, latent=latent, voice=voice, strength=strength)
+                    Output(
+                        arm=arm, reference=who, prompt="p", seed=seed, latent=latent, traits=voice, strength=strength
+                    )
                 )
     return made
 
@@ -53,7 +56,7 @@ def outputs(follows: float, changes: float, arm: str = ON, strengths: tuple[floa
 def test_the_share_of_a_voice_that_is_taken_over_is_measured() -> None:
     for share in (0.0, 0.4, 1.0):
         made = outputs(share, 1.0)
-        moved, shape = (swap.followed(made, ON, REFERENCES, aspect) for aspect in Aspect)
+        moved, shape = (swap.followed(made, ON, REFERENCES, aspect) for aspect in (Aspect.pitch, Aspect.spectrum))
         assert moved.mean == pytest.approx(share, abs=0.05)
         assert shape.mean == pytest.approx(share, abs=0.05)
         assert moved.low <= moved.mean <= moved.high
@@ -107,14 +110,59 @@ def test_the_strength_at_which_a_voice_is_garbled() -> None:
     assert list(means) == [0, 0.5, 1, 1.5]
     assert lost == 1.5
     assert swap.garbling(outputs(0.5, 1.0, strengths=(0.0, 1.0)))[1] is None
-    moved = [swap.followed(outputs(0.5, 1.0, strengths=(s,)), ON, REFERENCES, Aspect.pitch, s).mean for s in (0.5, 1.0)]
+    moved = [
+        swap.followed(outputs(0.5, 1.0, strengths=(s,)), ON, REFERENCES, Aspect.pitch, strength=s).mean
+        for s in (0.5, 1.0)
+    ]
     assert moved == [pytest.approx(0.25, abs=0.05), pytest.approx(0.5, abs=0.05)]
+
+
+def test_every_measured_aspect_is_compared_and_others_are_not() -> None:
+    """Embeddings count where both references and outputs have one."""
+    assert swap.aspects(REFERENCES) == [Aspect.pitch, Aspect.spectrum]
+    spoken = {who: replace(t, speaker=tuple(np.eye(6)[n])) for n, (who, t) in enumerate(REFERENCES.items())}
+    assert swap.aspects(spoken) == [Aspect.pitch, Aspect.spectrum, Aspect.speaker]
+    made = [
+        replace(o, traits=replace(o.traits, speaker=spoken[o.reference].speaker)) for o in outputs(0.0, 1.0) if o.traits
+    ]
+    assert swap.followed(made, ON, spoken, Aspect.speaker).mean == pytest.approx(1.0)
+    assert swap.followed(outputs(1.0, 1.0), ON, spoken, Aspect.speaker).mean != 0, "nothing was measured"
+    base = [*made, *(replace(o, arm=OFF, traits=replace(o.traits, speaker=(1.0,) + (0.0,) * 5)) for o in made)]
+    assert swap.gained(base, spoken, Aspect.speaker).is_above_zero
+    assert swap.verdict(base, spoken).kind is Kind.swap_follows
+    assert "speaker embedding" in swap.verdict(base, spoken).text
+
+
+def test_log_mels_have_a_floor_of_their_own() -> None:
+    made = [
+        replace(o, traits=replace(o.traits, mel=tuple(o.latent[:50] * (3 if o.seed == 2 else 1))))
+        for o in outputs(0.0, 1.0) if o.traits
+    ]  # fmt: skip
+    apart = swap.distance(made, ON, Measure.mel)
+    assert np.isfinite(apart.mean)
+    assert apart != swap.distance(made, ON)
+    assert math.isnan(swap.distance(outputs(0.0, 1.0), ON, Measure.mel).mean), "none were measured"
+
+
+def test_changed_recordings_are_apart_from_the_others() -> None:
+    plain, noisy = outputs(0.8, 1.0), [replace(o, variant="noise") for o in outputs(0.3, 1.0)]
+    both = [*plain, *noisy]
+    for aspect in (Aspect.pitch, Aspect.spectrum):
+        assert swap.followed(both, ON, REFERENCES, aspect) == swap.followed(plain, ON, REFERENCES, aspect)
+        assert swap.followed(both, ON, REFERENCES, aspect, variant="noise").mean == pytest.approx(0.3, abs=0.05)
+    assert swap.distance(both, ON) == swap.distance(plain, ON)
+    assert swap.garbling(both) == swap.garbling(plain)
+    assert np.array_equal(swap.matrix(both, ON, REFERENCES), swap.matrix(plain, ON, REFERENCES))
+    section = swap_page._variants(both, REFERENCES)
+    assert section is not None
+    assert [row[0] for row in section.tables[0].rows] == ["as recorded", "noise"]
+    assert swap_page._variants(plain, REFERENCES) is None
 
 
 def test_silent_outputs_are_left_out() -> None:
     silent = [
         Output(arm=ON, reference=who, prompt="p", seed=1, latent=np.zeros(3),
-               voice=Voice(float("nan"), 0.0, (0.0,) * 40)) for who in NAMES
+               traits=Traits(float("nan"), 0.0, (0.0,) * 40)) for who in NAMES
     ]  # fmt: skip
     assert math.isnan(swap.followed(silent, ON, REFERENCES, Aspect.pitch).mean)
     assert swap.verdict([*silent, *outputs(0, 0.1, OFF)], REFERENCES).kind is Kind.swap_ignores
@@ -148,17 +196,17 @@ def test_pitches_of_drawn_speakers_are_measured() -> None:
     for number in (1, 2, 7):
         waveform, rate = read_audio(REPOSITORY / f"data/sample/speaker{number:02d}_0.mp4")
         assert waveform is not None
-        voice = voice_features.of_sound(waveform, rate)
+        voice = traits.of_sound(waveform, rate)
         drawn = 90 * 3.3 ** np.random.default_rng([7, number]).uniform()
         assert voice.semitones == pytest.approx(12 * np.log2(drawn), abs=0.7)
         assert voice.voiced > 0.8
-    silent = voice_features.of_sound(torch.zeros(2, 48000), 48000)
+    silent = traits.of_sound(torch.zeros(2, 48000), 48000)
     assert math.isnan(silent.semitones)
 
 
 def test_no_outputs_of_the_dropped_arm_count_as_references() -> None:
     made = outputs(0.5, 1.0)
-    dropped = [Output(arm=DROPPED, reference="", prompt="p", seed=1, latent=np.zeros(400), voice=made[0].voice)]
+    dropped = [Output(arm=DROPPED, reference="", prompt="p", seed=1, latent=np.zeros(400), traits=made[0].traits)]
     both = [swap.followed(some, ON, REFERENCES, Aspect.pitch) for some in (made, [*made, *dropped])]
     assert both[0] == both[1]
 

@@ -206,6 +206,9 @@ class SwapConfig:
     prompts: int = setting(1, "held-out captions that clips are generated with", least=1)
     seeds: int = setting(2, "seeds; the floor is what another seed changes", least=2)
     strengths: list[float] = setting([0.0, 0.25, 0.5, 0.75], "further strengths of the adapter", least=0, most=2)
+    variants: bool = setting(True, "the voices in data.voice_variants are references, too")
+    speaker_model: str | None = setting(None, "also embeddings of voices, by this x-vector model of transformers")
+    face_model: str | None = setting(None, "also embeddings of faces, by this ArcFace network (ONNX file)")
 
 
 @dataclass

@@ -54,11 +54,11 @@ def look(path: Path) -> Looks:
     """DataError when the clip cannot be decoded."""
     small, large = _pictures(path)
     measured = measure.pictures(torch.from_numpy(np.stack(small)))
-    boxes = [box for picture in large if (box := _face(picture)) is not None]
-    face = tuple(median(edge) for edge in zip(*boxes, strict=True)) if 2 * len(boxes) >= len(large) else None
+    boxes = [box for picture in large if (box := face(picture)) is not None]
+    where = tuple(median(edge) for edge in zip(*boxes, strict=True)) if 2 * len(boxes) >= len(large) else None
     return Looks(
         black=measured["dark"], still=measured.get("still", 0.0), faces=len(boxes) / len(large),
-        texts=sum(_has_text(picture) for picture in large) / len(large), face=face,
+        texts=sum(_has_text(picture) for picture in large) / len(large), face=where,
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _reduced(frame: Any, side: int) -> Picture:
     return frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=round(frame.height * scale))
 
 
-def _face(picture: Picture) -> Box | None:
+def face(picture: Picture) -> Box | None:
     """The largest face, in shares of the picture."""
     grey = picture.mean(axis=-1).astype(np.uint8)
     height, width = grey.shape

@@ -1,7 +1,7 @@
-"""What a generated sound has of a voice: pitch, voiced share, and the mean spectrum.
+"""What a generated clip has of a person: pitch, voiced share, spectrum, and embeddings of voice and face.
 
-Owns the measuring of one waveform. librosa does the work (probabilistic YIN, Mauch and Dixon 2014); it is an extra,
-because nothing else needs it.
+Owns the measuring of one sound. librosa does the work (probabilistic YIN, Mauch and Dixon 2014); it is an extra,
+because nothing else needs it. Embeddings are made in `embeddings`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ _BANDS, _FLOOR = 40, 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
+class Traits:
     """semitones: median pitch over voiced frames, above 1 Hz; nan without any. voiced: their share. spectrum: mean
-    log-mel energies (40,), without their common level."""
+    log-mel energies (40,), without their common level. mel: those of all frames, flat. speaker, face: embeddings of
+    length 1; empty where there is no model, or no face."""
 
     semitones: float
     voiced: float
     spectrum: tuple[float, ...]
+    mel: tuple[float, ...] = ()
+    speaker: tuple[float, ...] = ()
+    face: tuple[float, ...] = ()
 
 
-def of_sound(waveform: Tensor, rate: int) -> Voice:
+def of_sound(waveform: Tensor, rate: int) -> Traits:
     """waveform (channels, samples). UserError without librosa."""
     librosa: Any = library()
     mono = waveform.float().mean(dim=0).cpu().numpy()
@@ -40,7 +44,8 @@ def of_sound(waveform: Tensor, rate: int) -> Voice:
     spectrum = np.log(energies.mean(axis=1) + _FLOOR)
     spectrum = spectrum - spectrum.mean()
     semitones = float(12 * np.log2(np.median(known))) if len(known) else float("nan")
-    return Voice(semitones, float(flags.mean()), tuple(float(value) for value in spectrum))
+    mel = np.log(energies + _FLOOR).ravel()
+    return Traits(semitones, float(flags.mean()), tuple(spectrum.tolist()), mel=tuple(mel.tolist()))
 
 
 def library() -> Any:
