@@ -78,10 +78,10 @@ def closed(modality: Modality, name: ModalityName, token_gates: Sequence[Gate], 
 def attached(modality: Modality, references: Sequence[Reference], target: Tensor, fps: Tensor) -> Modality:
     """Appends clean reference tokens after the target tokens, with timestep 0 and no loss.
 
-    References of strength 1 may come in any order. With fractional ones, two references see each other only if both come
-    before the first of these, as in the reference implementation. target: the target's latent, for the scale between the two grids.
-    fps: (B,). A reference that is visible in no sample of the batch is left out. In samples where it is not visible,
-    its attention weight is 0.
+    References of strength 1 may come in any order. With fractional ones, two references see each other only if both
+    come before the first of these, as in the reference implementation. target: the target's latent, for the scale
+    between the two grids. fps: (B,). A reference that is visible in no sample of the batch is left out. In samples
+    where it is not visible, its attention weight is 0.
 
     A strength between 0 and 1 means what it does in the reference implementation: the weight between target and
     reference in both directions, while the reference attends to itself with weight 1, and to other references not at
