@@ -16,11 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+import study_page
+import swapped
 import torch
-from matplotlib import pyplot
 from safetensors.torch import save
 from torch import Tensor
 
@@ -50,7 +48,6 @@ HERE = Path(__file__).parent
 SEEDS = (11, 12, 13)
 IDENTITIES, HELDOUT, CLIPS = 640, 48, 2
 DIM, TEXT, TEXT_WIDTH, VIDEO_WIDTH = 32, 4, 32, 64
-_MARKS = ("<!-- results: written by make study -->", "<!-- end -->")
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -80,6 +77,7 @@ CASES = (
 # A base that uses references already: it reads half of an identity. Adapters on it are trained on all of it (CARRIER).
 CARRIER = CASES[0]
 HALF = Case("half carrier", Kind.reference_used, 1, known=DIM // 2)
+HIGH = "target leaks, high noise levels"
 UNTRAINED, TRAINED = "base reads references, adapter untrained", "base reads references, adapter trained"
 LORA = ("adapter=audio_only", "adapter.dropout=0", "model.weights=file")
 
@@ -94,9 +92,13 @@ def latent(tokens: Tensor) -> Tensor:
     return tokens.unflatten(1, (2, 16)).transpose(0, 1).contiguous()
 
 
+def identity_of(who: str, seed: int) -> Tensor:
+    return rng.normal((DIM,), seed, "study/identity", who)
+
+
 def clip(case: Case, who: str, number: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Tensors of a clip, and its caption's context (4, 32)."""
-    identity = rng.normal((DIM,), seed, "study/identity", who)
+    identity = identity_of(who, seed)
     other = identity if case.carries else rng.normal((DIM,), seed, "study/other", who)
 
     def noise(what: str, shape: tuple[int, ...]) -> Tensor:
@@ -183,6 +185,9 @@ def trained(case: Case, seed: int, place: Path, *more: str, name: str = "") -> t
         own |= {"gained": asdict(gained(rows, WRONG)), "base_gap": asdict(paired(rows, BASE, OFF[WRONG]))}
         by_strength = measurement.by_strength(transformer, rows)
         own["gained_by_strength"] = {s: asdict(gained(some, WRONG)) for s, some in by_strength.items()}
+        identities = {who: identity_of(who, seed) for who in swapped.speakers(made)}
+        clips = swapped.SwappedClips(run=run, root=root, index=made, identities=identities)
+        own["swap"] = clips.measured(transformer)
     by_level: dict[float, object] = {}
     for s in LEVELS:
         some = [r for r in rows if r.sigma == s]
@@ -207,7 +212,7 @@ def high_levels(place: Path, seed: int, plain: list[Row]) -> dict[str, object]:
         pair = [differences([r for r in some if r.sigma == s], CORRECT, WRONG) for some in (rows, plain)]
         by_level[s] = asdict(by_identity({w: [sum(pair[0][w]) / len(pair[0][w]) - sum(pair[1][w]) / len(pair[1][w])]
                                           for w in pair[0]}))  # fmt: skip
-    return {**record, "case": "target leaks, high noise levels", "change_of_gap": asdict(change), "by_level": by_level}
+    return {**record, "case": HIGH, "change_of_gap": asdict(change), "by_level": by_level}
 
 
 def on_a_base(place: Path, seed: int) -> list[dict[str, object]]:
@@ -223,15 +228,19 @@ def on_a_base(place: Path, seed: int) -> list[dict[str, object]]:
     export.write_full(weights, source, made.weights, torch.float32)
     on_base = (*LORA, f"model.path={weights}")
     records: list[dict[str, object]] = []
-    for name, expected, more in (
-        (UNTRAINED, Kind.reference_is_the_bases, ("optim.lr=0", "optim.final_lr=0", "optim.steps=1", "optim.warmup=0")),
-        (TRAINED, Kind.reference_used, ()),
+    still = ("optim.lr=0", "optim.final_lr=0", "optim.steps=1", "optim.warmup=0")
+    for name, expected, expected_swap, more in (
+        (UNTRAINED, Kind.reference_is_the_bases, Kind.swap_follows_the_base, still),
+        (TRAINED, Kind.reference_used, Kind.swap_follows, ()),
     ):
         _, record = trained(CARRIER, seed, folder, *on_base, *more, name=name)
         run = folder / "runs" / name.replace(" ", "_").replace(",", "") / "main"
         lora = max((run / "adapters").glob("step-*.safetensors"))
         alone = [gap_alone(folder, seed, *on_base), gap_alone(folder, seed, *on_base, f"model.merge={lora}")]
-        records.append({**record, "case": name, "expected": expected.value, "alone": [asdict(gap) for gap in alone]})
+        records.append({
+            **record, "case": name, "expected": expected.value, "expected_swap": expected_swap.value,
+            "alone": [asdict(gap) for gap in alone],
+        })  # fmt: skip
     return records
 
 
@@ -242,80 +251,12 @@ def gap_alone(place: Path, seed: int, *more: str) -> Interval:
 
 
 def is_right(record: dict[str, Any]) -> bool:
-    """The expected verdict, and what the adapter gained is what the models differ by."""
+    """The expected verdicts, and what the adapter gained is what the models differ by."""
     if "alone" not in record:
         return record["expected"] == record["found"]
     base, merged = (gap["mean"] for gap in record["alone"])
-    return record["expected"] == record["found"] and abs(merged - base - record["gained"]["mean"]) < 1e-3
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    names = [c.name for c in CASES] + ["target leaks, high noise levels", UNTRAINED, TRAINED]
-    figure, axes = pyplot.subplots(2, len(names) // 2, figsize=(14, 6), sharex=True)
-    for axis, name in zip(axes.flat, names, strict=True):
-        for record in (r for r in results if r["case"] == name):
-            levels: dict[float, dict[str, float]] = record["gap_by_level"]  # type: ignore[assignment]
-            means, halves = ([v[k] for v in levels.values()] for k in ("mean", "half"))
-            axis.errorbar(list(levels), means, halves, capsize=2, marker=".", label=f"seed {record['seed']}")
-        axis.axhline(0, color="black", lw=0.7)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("noise level")
-    for row in axes:
-        row[0].set_ylabel("loss(correct) - loss(wrong)")
-    axes[1][-1].set_ylabel("the same, gained by the adapter")
-    axes[0][0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def _cell(interval: dict[str, float]) -> str:
-    return f"{interval['mean']:+.4f} ± {interval['half']:.4f}"
-
-
-def page(results: list[dict[str, Any]], seconds: int, path: Path) -> None:
-    """Writes the table into the page, between its marks."""
-    lines = [
-        f"{len(results)} trainings in {seconds} s on one core.", "",
-        "| data | seed | verdict | gap, 95 % | against none | against a neutral one | likeness |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    changes: list[str] = []
-    gains: list[str] = []
-    sweeps: list[str] = []
-    for record in results:
-        likeness = record["likeness"]
-        cells = [_cell(record[name]) for name in ("gap", "gap_dropped", "gap_neutral")]
-        lines.append(
-            f"| {record['case']} | {record['seed']} | `{record['found']}` | {' | '.join(cells)} | {likeness:+.2f} |"
-        )
-        if "change_of_gap" in record:
-            change: dict[str, float] = record["change_of_gap"]  # type: ignore[assignment]
-            changes.append(f"| {record['seed']} | {change['mean']:+.4f} ± {change['half']:.4f} |")
-        if "gained" in record:
-            own, base = record["gained"], record["base_gap"]
-            numbers = [f"{v['mean']:+.4f} ± {v['half']:.4f}" for v in (own, base)]
-            alone = record["alone"][1]["mean"] - record["alone"][0]["mean"]
-            gains.append(f"| {record['case']} | {record['seed']} | {' | '.join(numbers)} | {alone:+.4f} |")
-            swept = " | ".join(_cell(interval) for interval in record["gained_by_strength"].values())
-            sweeps.append(f"| {record['case']} | {record['seed']} | {swept} |")
-    lines += ["", "Change of the gap by training at higher noise levels, paired by identity:", ""]
-    lines += ["| seed | change, 95 % |", "|---|---|", *changes, ""]
-    lines += ["What adapters gained on a base that reads half of an identity:", ""]
-    lines += [
-        "| data | seed | gained gap, 95 % | the base's own gap | gained share |",
-        "|---|---|---|---|---|",
-        *gains,
-        "",
-        "The gained gap by the adapter's strength:",
-        "",
-        "| data | seed | 0 | 0.5 | 1 | 1.5 |",
-        "|---|---|---|---|---|---|",
-        *sweeps,
-        "",
-    ]
-    before, _, rest = path.read_text().partition(_MARKS[0])
-    after = rest.partition(_MARKS[1])[2]
-    path.write_text("\n".join([before + _MARKS[0], "", *lines, _MARKS[1] + after]))
+    agrees = abs(merged - base - record["gained"]["mean"]) < 1e-3
+    return record["expected"] == record["found"] and record["expected_swap"] == record["swap"]["found"] and agrees
 
 
 def main(write: Callable[[str], object] = print) -> int:
@@ -338,8 +279,9 @@ def main(write: Callable[[str], object] = print) -> int:
     seconds = round(time.perf_counter() - started)
     wrong = [r for r in results if "change_of_gap" not in r and not is_right(r)]
     (HERE / "results.json").write_text(json.dumps({"seconds": seconds, "results": results}, indent=1) + "\n")
-    plot(results, HERE / "gaps.png")
-    page(results, seconds, HERE.parent / "study.md")
+    names = [*(c.name for c in CASES), HIGH, UNTRAINED, TRAINED]
+    study_page.plot(results, names, HERE / "gaps.png")
+    study_page.page(results, seconds, HERE.parent / "study.md")
     write(f"{len(results) - len(SEEDS) - len(wrong)} of {len(results) - len(SEEDS)} verdicts are right; {seconds} s")
     return 1 if wrong else 0
 

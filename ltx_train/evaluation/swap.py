@@ -206,8 +206,8 @@ def _shares(
 def _of(traits: Traits, aspect: Aspect) -> np.ndarray:
     """Empty for what was not measured."""
     by_aspect: dict[Aspect, Sequence[float]] = {
-        Aspect.pitch: [traits.semitones], Aspect.spectrum: traits.spectrum, Aspect.speaker: traits.speaker,
-        Aspect.face: traits.face,
+        Aspect.pitch: [traits.semitones] if math.isfinite(traits.semitones) else (),
+        Aspect.spectrum: traits.spectrum, Aspect.speaker: traits.speaker, Aspect.face: traits.face,
     }  # fmt: skip
     return np.asarray(by_aspect[aspect])
 

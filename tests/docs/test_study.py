@@ -18,6 +18,7 @@ STUDY = REPOSITORY / "docs/study"
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
+    sys.path.insert(0, str(STUDY))  # as for a script, whose own folder is searched first
     spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,6 +32,7 @@ def study() -> ModuleType:
 def _few_people(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "IDENTITIES", 24)
     monkeypatch.setattr(study, "HELDOUT", 6)
+    monkeypatch.setattr(study.swapped, "SEEDS", 2)
 
 
 @pytest.mark.slow
@@ -63,13 +65,15 @@ def test_what_an_adapter_gained_is_what_the_models_differ_by(
         base, merged = (gap["mean"] for gap in record["alone"])
         assert merged - base == pytest.approx(record["gained"]["mean"], abs=1e-4)
         assert base == pytest.approx(record["base_gap"]["mean"], abs=1e-4)
+    assert untrained["swap"]["gained"] == {"mean": 0, "low": 0, "high": 0}
+    assert trained["swap"]["gained"]["mean"] != 0
 
 
 def test_the_page_shows_the_committed_results(study: ModuleType, tmp_path: Path) -> None:
     made = json.loads((STUDY / "results.json").read_text())
     copy = tmp_path / "study.md"
     shutil.copy(REPOSITORY / "docs/study.md", copy)
-    study.page(made["results"], made["seconds"], copy)
+    study.study_page.page(made["results"], made["seconds"], copy)
     assert copy.read_text() == (REPOSITORY / "docs/study.md").read_text()
 
 
