@@ -153,7 +153,7 @@ def switch(blocks: Any, compiled: bool) -> None:
 
 def timed(steps: Mapping[str, Step]) -> list[dict[str, object]]:
     times: dict[tuple[str, bool], list[float]] = {}
-    peaks: dict[str, float] = {}
+    peaks: dict[tuple[str, bool], float] = {}
     for number in range(ROUNDS + 1):  # the first compiles
         for name, step in steps.items():
             for guided in (False, True):
@@ -165,13 +165,13 @@ def timed(steps: Mapping[str, Step]) -> list[dict[str, object]]:
                     step(guided)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                    peaks[name] = (torch.cuda.max_memory_allocated() - held) / GIB
+                    peaks[name, guided] = (torch.cuda.max_memory_allocated() - held) / GIB
                 if number:
                     times.setdefault((name, guided), []).append(time.perf_counter() - begun)
     return [
         {"case": name, "rounds": ROUNDS, "positive_s": round(statistics.median(times[name, False]), 4),
          "cfg_s": round(statistics.median(times[name, True]), 4),
-         "beside_the_weights_gib": round(peaks.get(name, 0), 2)}
+         "beside_the_weights_gib": [round(peaks.get((name, guided), 0.0), 2) for guided in (False, True)]}
         for name in steps
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shlex
@@ -17,13 +18,15 @@ from ltx_train.config.command_table import COMMANDS
 from tests.conftest import REPOSITORY, command
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), REPOSITORY / "data" / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
+# test_contributing and test_guides run the commands of these.
+RUN = {"CONTRIBUTING.md", "character.md", "voice-identity.md", "talking-avatar.md"}
 LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
 
 def lines(prefix: str) -> list[str]:
     """Every command line in the documents and in the Makefile's recipes that starts with `prefix`."""
-    texts = [page.read_text() for page in PAGES if page.name != "CONTRIBUTING.md"]  # test_contributing runs those
+    texts = [page.read_text() for page in PAGES if page.name not in RUN]
     texts += [path.read_text() for path in (REPOSITORY / "conf").glob("*/*.yaml")]
     found = [m for text in texts for m in re.findall(rf"^(?:# )?({prefix} [^\n`]*)", text, re.MULTILINE)]
     return sorted({re.sub(r"\s+#.*$", "", line) for line in found})
@@ -66,6 +69,18 @@ def test_links_lead_to_files(page: Path) -> None:
 def headings(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("line", lines("hf download"))
+def test_the_download_lines_are_ones_of_the_hubs_client(line: str, tmp_path: Path) -> None:
+    """Without a network its answer is that the file is not in the cache; a wrong option would be exit code 2."""
+    program = Path(sys.executable).with_name("hf")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [program, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "offline" in done.stderr
 
 
 def test_the_tests_that_documents_name_exist() -> None:
