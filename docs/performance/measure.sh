@@ -21,12 +21,18 @@ declare -A cases=(
   [A_int4]="$A memory=int8 memory.quantize=int4 memory.keep=inputs $RESIDENT"
   [A_fp8]="$A memory=fp8 memory.keep=inputs $RESIDENT"
   [A_fp8_140gib]="$A memory=fp8 memory.budget_gib=138"
+  [A_fp8_22gib]="$A memory=fp8 memory.budget_gib=22"
+  [A_fp8_12gib]="$A memory=fp8 memory.budget_gib=12"
+  [A_fp8_8gib]="$A memory=fp8 memory.budget_gib=8"
+  [A_int8mm_22gib]="$A memory=int8 memory.compute=int8 memory.budget_gib=22"
   [A_dropout]="$A adapter.dropout=0.05 memory=recompute"
   [B_bf16]="$B memory=auto memory.budget_gib=54.7 bench.baseline=true"
   [B_bf16_recompute]="$B memory=recompute"
   [B_bf16_attention]="$B memory=auto memory.keep=attention $RESIDENT"
   [B_int8_30gib]="$B memory=int8 memory.budget_gib=30"
   [B_int8_20gib]="$B memory=int8 memory.budget_gib=20"
+  [B_fp8_22gib]="$B memory=fp8 memory.budget_gib=22"
+  [B_fp8_16gib]="$B memory=fp8 memory.budget_gib=16"
   [B_int8_16gib]="$B memory=int8 memory.budget_gib=16"
 )
 # shellcheck disable=SC2046  # names of cases are single words

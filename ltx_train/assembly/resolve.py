@@ -284,7 +284,7 @@ def plan_constraints(config: Config, host_gib: float | None) -> PlanConstraints:
     memory = config.memory
     quantize = (memory.quantize,)
     if memory.quantize == "auto":
-        quantize = ("none",) if memory.compute == "fp8" else ("none", "int8")
+        quantize = ("none", "float8" if memory.compute == "fp8" else "int8")
     return PlanConstraints(
         quantize=quantize, compute=memory.compute, keep=None if memory.keep is None else Keep(memory.keep),
         keep_everything=memory.keep_everything, stream_blocks=memory.stream_blocks, stream_slots=memory.stream_slots,

@@ -262,9 +262,11 @@ def _validate_sliced_updates(config: Config) -> None:
 
 def _validate_memory(config: Config) -> None:
     memory = config.memory
-    if memory.compute == "fp8" and memory.quantize not in ("none", "float8"):
+    stored = {"fp8": "float8", "int8": "int8"}.get(memory.compute)
+    if stored and memory.quantize not in ("auto", "none", stored):
         raise ConfigError(
-            f"memory.compute=fp8 holds its weights in float8, not {memory.quantize}: set memory.quantize=none or float8"
+            f"memory.compute={memory.compute} holds its weights in {stored}, not {memory.quantize}: set "
+            f"memory.quantize=none or {stored}"
         )
     if config.adapter.kind != "full":
         return

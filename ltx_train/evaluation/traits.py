@@ -19,7 +19,7 @@ _LOWEST_HZ, _HIGHEST_HZ, _FRAME_S = 60.0, 600.0, 0.064
 _BANDS, _FLOOR = 40, 1e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
     """semitones: median pitch over voiced frames, above 1 Hz; nan without any. voiced: their share. spectrum: mean
     log-mel energies (40,), without their common level. mel: those of all frames, flat. speaker, face: embeddings of
@@ -45,7 +45,9 @@ def of_sound(waveform: Tensor, rate: int) -> Traits:
     spectrum = spectrum - spectrum.mean()
     semitones = float(12 * np.log2(np.median(known))) if len(known) else float("nan")
     mel = np.log(energies + _FLOOR).ravel()
-    return Traits(semitones, float(flags.mean()), tuple(spectrum.tolist()), mel=tuple(mel.tolist()))
+    return Traits(
+        semitones=semitones, voiced=float(flags.mean()), spectrum=tuple(spectrum.tolist()), mel=tuple(mel.tolist())
+    )  # fmt: skip
 
 
 def library() -> Any:

@@ -34,7 +34,8 @@ SHORT = {
         "eval.quantiles=1", "eval.sigmas=[0.5]", "memory.keep=everything", "eval.max_samples=2",
     ),
     "evaluate": ("eval.max_samples=2",),
-    "evaluate swap": ("swap.speakers=2", "swap.strengths=[]"),
+    "evaluate swap": ("swap.speakers=2", "swap.strengths=[]", "sample.steps=2"),
+    "check": ("check.previews=1",),
 }  # fmt: skip
 LEFT_OUT = ("model.text_encoder",)
 # The tiny clips last 1.3 seconds, and there are few of them.
@@ -66,7 +67,7 @@ def workplace(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """What the guides assume to lie in the working directory."""
     monkeypatch.chdir(tmp_path)
     sample = REPOSITORY / "data/sample"
-    talk(tmp_path / "talk.mp4", [f"speaker0{n}_{k}" for n in range(3) for k in range(2)])
+    talk(tmp_path / "talk.mp4", [f"speaker0{n}_{k}" for n in range(2) for k in range(2)])
     rows = "".join(f"{path},{path.stem.rpartition('_')[0]}\n" for path in sorted(clips.glob("*.mp4")))
     (tmp_path / "speakers.csv").write_text(f"video,speaker\n{rows}")
     sound, rate = read_audio(sample / "speaker01_0.mp4", 0.0, 1.3)

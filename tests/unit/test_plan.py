@@ -56,7 +56,7 @@ def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str,
 
 
 def test_nearly_all_predicted_peaks_are_within_5_percent(size: ModelSizes) -> None:
-    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (41, 43)
+    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (43, 45)
 
 
 def test_sizes_of_the_real_model(size: ModelSizes) -> None:
@@ -421,12 +421,26 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)
 
 
+@pytest.mark.parametrize(("case", "within"), [("A_fp8_22gib", 0.05), ("A_fp8_12gib", 0.05), ("A_fp8_8gib", 0.06)])
+def test_a_pass_waits_for_the_weights_that_it_streams(case: str, within: float, size: ModelSizes) -> None:
+    """Forward is the shorter pass, so that it waits while backward has time to spare."""
+    rows = json.loads((REPOSITORY / "docs/performance/h200.json").read_text())
+    row = next(r for r in rows if r["case"] == case)
+    streamed = {"A_fp8_22gib": 21, "A_fp8_12gib": 38, "A_fp8_8gib": 48}[case]
+    keep = Keep.attention if case == "A_fp8_22gib" else Keep.inputs
+    choice = MemoryChoice(quantize="float8", compute="fp8", keep=keep, stream_blocks=streamed, graphs=True)
+    found = predict(size, WORK_A, TRAINED_A, choice, card=H200)
+    assert found.step_s == pytest.approx(row["step_s_median"], rel=within)
+    endless = predict(size, WORK_A, TRAINED_A, choice, card=replace(H200, host_gbs=1e6))
+    assert found.step_s - endless.step_s == pytest.approx(row["stall_s"], abs=0.05)
+
+
 SAMPLED = json.loads((REPOSITORY / "docs/performance/sampling.json").read_text())
 
 
 @pytest.mark.parametrize("row", [row for row in SAMPLED if row["what"] == "sample"], ids=lambda row: row["case"])
 def test_sampling_peaks_are_within_5_percent_of_measured_ones(row: dict[str, Any]) -> None:
-    """A pass without backward keeps nothing: float8 products once counted what training keeps of them."""
+    """A pass without backward keeps nothing."""
     words = ("mode=t2av", "adapter=attention", f"data.buckets=[{row['bucket']}]", "data.fps=25", *row["overrides"])
     made = config.continued(config.compose_config([*REAL, *words]), None, 1)
     room = Room(card=card_by_name("H200"), budget_gib=made.memory.budget_gib or 139.0, host_gib=None)

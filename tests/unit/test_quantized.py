@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from ltx_train.memory.weights import quantize
 from ltx_train.memory.weights.quantize import block_quantizer
 from ltx_train.model import load_transformer
 from ltx_train.model.linear import dense_weight
-from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, QuantizedLinear
+from ltx_train.model.quantized import ByteLinear, CodedLinear, NibbleLinear, QuantizedLinear
 from tests.conftest import TINY
 from tests.golden.support import modality, read, relative_rms
 
@@ -58,8 +60,10 @@ def test_weights_are_those_that_quanto_makes(
         ("int8", "bf16", {ByteLinear: 84}, 5e-2),
         ("float8", "bf16", {ByteLinear: 84}, 1e-1),
         ("int4", "bf16", {NibbleLinear: 84}, 5e-1),
-        ("none", "fp8", {Fp8Linear: 42}, 1e-1),
-        ("float8", "fp8", {Fp8Linear: 42, ByteLinear: 42}, 1e-1),
+        ("none", "fp8", {CodedLinear: 42}, 1e-1),
+        ("float8", "fp8", {CodedLinear: 42, ByteLinear: 42}, 1e-1),
+        ("none", "int8", {CodedLinear: 42}, 5e-2),
+        ("int8", "int8", {CodedLinear: 42, ByteLinear: 42}, 5e-2),
     ],
 )
 def test_blocks_alone_are_quantized_and_close(
@@ -78,11 +82,14 @@ def test_blocks_alone_are_quantized_and_close(
         assert 1e-6 < relative_rms(velocity, case[f"out.{name}_velocity"]) < error
 
 
-def test_float8_products_and_their_input_gradients() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_8_bit_products_and_their_input_gradients(dtype: torch.dtype, compiled: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(128, 64)
-    layer = quantize._fp8(plain)
-    assert layer is not None
+    coded = quantize.coded_layer(plain, dtype)
+    assert coded is not None
+    layer: Any = torch.compile(coded, fullgraph=True, backend="aot_eager") if compiled else coded
     x = torch.randn(2, 5, 128, requires_grad=True)
     exact = x.detach().clone().requires_grad_()
     upstream = torch.randn(2, 5, 64)
@@ -98,12 +105,41 @@ def test_float8_products_and_their_input_gradients() -> None:
     with torch.no_grad():
         rows = (layer(x * scales) - plain.bias) / scales
         assert relative_rms(rows, plain(x) - plain.bias) < 6e-2
-    assert torch.equal(layer.transposed.t().float(), layer.weight.float())
-    assert relative_rms(dense_weight(layer), plain.weight.detach()) < 4e-2
+    assert relative_rms(dense_weight(coded), plain.weight.detach()) < 4e-2
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8", "fp8", "int8"])
+def test_a_weight_row_of_zeros_stays_one(kind: str) -> None:
+    plain = nn.Linear(32, 32, bias=False)
+    with torch.no_grad():
+        plain.weight[3] = 0
+    layer = quantize._bytes(plain, kind) if kind.startswith("q") else quantize.coded_layer(plain, quantize.CODES[kind])
+    assert layer is not None
+    output = layer(torch.randn(2, 32))
+    assert bool(torch.isfinite(output).all())
+    assert bool((output[:, 3] == 0).all())
+    assert bool(torch.isfinite(layer(torch.zeros(2, 32))).all())
+
+
+def test_the_compiler_makes_the_codes_of_an_input_once() -> None:
+    """Three layers that read the same tokens, as to_q, to_k and to_v do."""
+    layers = [quantize.coded_layer(nn.Linear(32, 32), torch.int8) for _ in range(3)]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def remembered(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=remembered, partition_fn=min_cut_rematerialization_partition)
+    call = torch.compile(lambda x: [layer(x) for layer in layers if layer is not None], backend=backend)
+    sum(y.sum() for y in call(torch.randn(4, 32, requires_grad=True))).backward()
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("byte_product" in t for t in targets) == 3
+    assert sum("amax" in t for t in targets) == 1
 
 
 def test_tiles_and_pairs_that_do_not_fit_stay_as_they_are() -> None:
-    assert quantize._fp8(nn.Linear(24, 64)) is None
+    assert quantize.coded_layer(nn.Linear(24, 64), torch.int8) is None
     assert quantize._int4(nn.Linear(64, 33)) is None
     assert quantize._group_size(4096) == 128
     assert quantize._group_size(96) == 96

@@ -24,7 +24,8 @@ from tests.conftest import REPOSITORY, command, settings
 
 NAMES = [f"speaker{n}" for n in range(6)]
 REFERENCES = {
-    who: Traits(40.0 + 4 * n, 0.9, tuple(np.random.default_rng(n).normal(size=40))) for n, who in enumerate(NAMES)
+    who: Traits(semitones=40.0 + 4 * n, voiced=0.9, spectrum=tuple(np.random.default_rng(n).normal(size=40)))
+    for n, who in enumerate(NAMES)
 }
 
 
@@ -42,8 +43,8 @@ def outputs(follows: float, changes: float, arm: str = ON, strengths: tuple[floa
                 target = REFERENCES[who]
                 spectrum = follows * strength * np.asarray(target.spectrum) + jitter[1:]
                 voice = Traits(
-                    50 + follows * strength * (target.semitones - 50) + jitter[0], 0.9 if strength <= 1 else 0.2,
-                    tuple(spectrum),
+                    semitones=50 + follows * strength * (target.semitones - 50) + jitter[0],
+                    voiced=0.9 if strength <= 1 else 0.2, spectrum=tuple(spectrum),
                 )  # fmt: skip
                 made.append(
                     Output(
@@ -162,7 +163,7 @@ def test_changed_recordings_are_apart_from_the_others() -> None:
 def test_silent_outputs_are_left_out() -> None:
     silent = [
         Output(arm=ON, reference=who, prompt="p", seed=1, latent=np.zeros(3),
-               traits=Traits(float("nan"), 0.0, (0.0,) * 40)) for who in NAMES
+               traits=Traits(semitones=float("nan"), voiced=0.0, spectrum=(0.0,) * 40)) for who in NAMES
     ]  # fmt: skip
     assert math.isnan(swap.followed(silent, ON, REFERENCES, Aspect.pitch).mean)
     assert swap.verdict([*silent, *outputs(0, 0.1, OFF)], REFERENCES).kind is Kind.swap_ignores

@@ -18,7 +18,7 @@ class MemoryConfig:
         "none", "dtype of frozen block weights; auto: none, or int8 where that is faster",
         choices=("none", "int8", "int4", "float8", "auto"),
     )  # fmt: skip
-    compute: str = setting("bf16", "fp8: large products in float8, whose outputs are kept", choices=("bf16", "fp8"))
+    compute: str = setting("bf16", "large products in float8 (fp8) or int8", choices=("bf16", "fp8", "int8"))
     keep: str | None = setting(
         None, "what a block keeps for backward; the rest is recomputed",
         choices=(None, "everything", "attention", "inputs"),

@@ -13,8 +13,8 @@ _OVERHEAD_GIB = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """A GPU by its datasheet: nominal memory; dense bfloat16 and float8 TFLOP/s; GB/s of memory, from the host, and
-    from another device of the machine.
+    """A GPU by its datasheet: nominal memory; dense bfloat16 and float8 TFLOP/s and int8 TOPS; GB/s of memory, from the
+    host, and from another device of the machine.
 
     fp8_tflops is 0 when the card has no float8 products.
     """
@@ -23,6 +23,7 @@ class Card:
     memory_gib: float
     bf16_tflops: float
     fp8_tflops: float
+    int8_tops: float
     memory_gbs: float
     host_gbs: float
     peer_gbs: float
@@ -36,20 +37,135 @@ class Card:
 # Vendors' datasheets: dense rates with float32 accumulation; PCIe 4 x16 moves about 25 GB/s, PCIe 5 about 55.
 # Between devices: one direction of NVLink, otherwise through the host.
 CARDS = (
-    Card(name="RTX 3060", memory_gib=12, bf16_tflops=25.6, fp8_tflops=0, memory_gbs=360, host_gbs=25, peer_gbs=12),
-    Card(name="RTX 4070", memory_gib=12, bf16_tflops=58, fp8_tflops=117, memory_gbs=504, host_gbs=25, peer_gbs=12),
-    Card(name="RTX 4080", memory_gib=16, bf16_tflops=97, fp8_tflops=195, memory_gbs=717, host_gbs=25, peer_gbs=12),
-    Card(name="RTX 5080", memory_gib=16, bf16_tflops=113, fp8_tflops=225, memory_gbs=960, host_gbs=55, peer_gbs=27),
-    Card(name="RTX 3090", memory_gib=24, bf16_tflops=71, fp8_tflops=0, memory_gbs=936, host_gbs=25, peer_gbs=12),
-    Card(name="RTX 4090", memory_gib=24, bf16_tflops=165, fp8_tflops=330, memory_gbs=1008, host_gbs=25, peer_gbs=12),
-    Card(name="RTX 5090", memory_gib=32, bf16_tflops=209, fp8_tflops=419, memory_gbs=1792, host_gbs=55, peer_gbs=27),
-    Card(name="L40S", memory_gib=48, bf16_tflops=362, fp8_tflops=733, memory_gbs=864, host_gbs=25, peer_gbs=12),
-    Card(name="A100 40GB", memory_gib=40, bf16_tflops=312, fp8_tflops=0, memory_gbs=1555, host_gbs=25, peer_gbs=300),
-    Card(name="A100 80GB", memory_gib=80, bf16_tflops=312, fp8_tflops=0, memory_gbs=2039, host_gbs=25, peer_gbs=300),
-    Card(name="H100", memory_gib=80, bf16_tflops=989, fp8_tflops=1979, memory_gbs=3350, host_gbs=55, peer_gbs=450),
-    Card(name="H200", memory_gib=140, bf16_tflops=989, fp8_tflops=1979, memory_gbs=4800, host_gbs=55, peer_gbs=450),
     Card(
-        name="RTX PRO 6000", memory_gib=96, bf16_tflops=504, fp8_tflops=1007, memory_gbs=1792, host_gbs=55, peer_gbs=27
+        name="RTX 3060",
+        memory_gib=12,
+        bf16_tflops=25.6,
+        fp8_tflops=0,
+        int8_tops=102,
+        memory_gbs=360,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="RTX 4070",
+        memory_gib=12,
+        bf16_tflops=58,
+        fp8_tflops=117,
+        int8_tops=233,
+        memory_gbs=504,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="RTX 4080",
+        memory_gib=16,
+        bf16_tflops=97,
+        fp8_tflops=195,
+        int8_tops=390,
+        memory_gbs=717,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="RTX 5080",
+        memory_gib=16,
+        bf16_tflops=113,
+        fp8_tflops=225,
+        int8_tops=450,
+        memory_gbs=960,
+        host_gbs=55,
+        peer_gbs=27,
+    ),
+    Card(
+        name="RTX 3090",
+        memory_gib=24,
+        bf16_tflops=71,
+        fp8_tflops=0,
+        int8_tops=284,
+        memory_gbs=936,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="RTX 4090",
+        memory_gib=24,
+        bf16_tflops=165,
+        fp8_tflops=330,
+        int8_tops=660,
+        memory_gbs=1008,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="RTX 5090",
+        memory_gib=32,
+        bf16_tflops=209,
+        fp8_tflops=419,
+        int8_tops=838,
+        memory_gbs=1792,
+        host_gbs=55,
+        peer_gbs=27,
+    ),
+    Card(
+        name="L40S",
+        memory_gib=48,
+        bf16_tflops=362,
+        fp8_tflops=733,
+        int8_tops=733,
+        memory_gbs=864,
+        host_gbs=25,
+        peer_gbs=12,
+    ),
+    Card(
+        name="A100 40GB",
+        memory_gib=40,
+        bf16_tflops=312,
+        fp8_tflops=0,
+        int8_tops=624,
+        memory_gbs=1555,
+        host_gbs=25,
+        peer_gbs=300,
+    ),
+    Card(
+        name="A100 80GB",
+        memory_gib=80,
+        bf16_tflops=312,
+        fp8_tflops=0,
+        int8_tops=624,
+        memory_gbs=2039,
+        host_gbs=25,
+        peer_gbs=300,
+    ),
+    Card(
+        name="H100",
+        memory_gib=80,
+        bf16_tflops=989,
+        fp8_tflops=1979,
+        int8_tops=1979,
+        memory_gbs=3350,
+        host_gbs=55,
+        peer_gbs=450,
+    ),
+    Card(
+        name="H200",
+        memory_gib=140,
+        bf16_tflops=989,
+        fp8_tflops=1979,
+        int8_tops=1979,
+        memory_gbs=4800,
+        host_gbs=55,
+        peer_gbs=450,
+    ),
+    Card(
+        name="RTX PRO 6000",
+        memory_gib=96,
+        bf16_tflops=504,
+        fp8_tflops=1007,
+        int8_tops=1007,
+        memory_gbs=1792,
+        host_gbs=55,
+        peer_gbs=27,
     ),
 )
 

@@ -23,9 +23,13 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
+# The int8 kernel: 1.63 times the rate of bf16 in performance/byte_products.json, where both have codes of 4096 tokens.
+_INT8 = 0.6
 # Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 _STREAM_OVERHEAD = 0.05
+# Share of a step that its forward pass takes. Streamed weights travel once in each pass, and a pass waits for its own.
+_FORWARD = 0.29
 # Share of the link between devices that copies reach, and bytes that the update of one weight moves in a full
 # fine-tune. From docs/performance/several.json.
 _PEER, _UPDATE_BYTES = 0.8, 80.0
@@ -65,7 +69,9 @@ def seconds(
         travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
         return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
     link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
-    return max(compute, 2 * streamed_bytes / link) + update_s
+    forward_s = compute * _FORWARD
+    stall_s = sum(max(0.0, streamed_bytes / link - pass_s) for pass_s in (forward_s, compute - forward_s))
+    return compute + stall_s + update_s
 
 
 def _offloaded_update_s(trained: TrainedWeights) -> float:
@@ -101,10 +107,15 @@ def _linear_seconds(
         flops = 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
         again = 0.0 if layer.name.endswith("ff.net.2") else 1 - everything
         times = 1 + again + (0 if layer.rows == "text" else 1) + full
-        fp8 = choice.compute == "fp8" and card.fp8_tflops > 0 and re.fullmatch(MANY_ROWS, layer.name)
-        rate = card.fp8_tflops if fp8 else card.bf16_tflops
-        total += times * flops / (rate * 1e12 * _LINEAR)
+        coded = re.fullmatch(MANY_ROWS, layer.name) is not None
+        total += times * flops / _rate(card, choice.compute if coded else "bf16")
     return total
+
+
+def _rate(card: Card, compute: str) -> float:
+    """Operations a second of products."""
+    by_compute = {"bf16": card.bf16_tflops * _LINEAR, "fp8": card.fp8_tflops * _LINEAR, "int8": card.int8_tops * _INT8}
+    return by_compute[compute] * 1e12
 
 
 def _attention_flops(size: ModelSizes, work: Workload) -> float:

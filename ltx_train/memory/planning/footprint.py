@@ -31,6 +31,8 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
 _KEPT_EVERYTHING, _KEPT_EVERYTHING_FULL = 26.6, 38.0
 _WORKING = 35.0
+# The same for the codes of 8-bit products, and for the inputs and gradients that they are made of.
+_WORKING_CODES = 11.0
 # The running block of a command that trains nothing, its dequantized weights included, compiled and not: the rows of
 # `sample` in docs/performance/encoders.json.
 _WORKING_FORWARD, _WORKING_FORWARD_EAGER = 8.8, 24.8
@@ -83,11 +85,12 @@ def predict(
     # A block that keeps everything also keeps its dequantized weights.
     everything = _KEPT_EVERYTHING_FULL if trained.full else _KEPT_EVERYTHING
     kept = choice.keep_everything * (everything * unit + 2.0 * dequantized_elements(size, choice))
-    kept_per_block = _kept_attention(size, work, choice) + _kept_products(size, work, choice)
-    kept += (size.layers - choice.keep_everything) * kept_per_block
+    kept += (size.layers - choice.keep_everything) * _kept_attention(size, work, choice)
     if is_forward:
         kept = 0.0  # nothing waits for a backward pass
-    backward = _WORKING * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
+    working_units = _WORKING + (_WORKING_CODES if choice.compute != "bf16" else 0.0)
+    backward = working_units * unit + _DEQUANTIZED * 2.0 * dequantized_elements(size, choice)
+    backward += _transposed(size, choice)
     forward = (_WORKING_FORWARD if choice.compiled else _WORKING_FORWARD_EAGER) * unit
     working = forward if is_forward else backward
     always = trained.accumulate > 1 or choice.graphs or trained.stage > 0
@@ -148,8 +151,8 @@ def _block_bytes(size: ModelSizes, choice: MemoryChoice, dtype_bytes: int) -> fl
     total = float(size.block_rest * dtype_bytes)
     for layer in size.linears:
         elements = layer.inputs * layer.outputs
-        if choice.compute == "fp8" and re.fullmatch(MANY_ROWS, layer.name):
-            total += 2 * elements + 4 * layer.outputs
+        if choice.compute != "bf16" and re.fullmatch(MANY_ROWS, layer.name):
+            total += elements + 4 * layer.outputs
         elif choice.quantize == "none":
             total += dtype_bytes * elements
         else:
@@ -169,13 +172,11 @@ def _kept_attention(size: ModelSizes, work: Workload, choice: MemoryChoice) -> f
     return _KEPT_ATTENTION * work.batch * (outputs + sums)
 
 
-def _kept_products(size: ModelSizes, work: Workload, choice: MemoryChoice) -> float:
-    """Bytes of a block's float8 outputs, which the compiler never recomputes. The last output is not needed."""
-    if choice.compute != "fp8":
+def _transposed(size: ModelSizes, choice: MemoryChoice) -> float:
+    """Bytes of the largest weight of an 8-bit product, which the input gradient copies in the other layout."""
+    if choice.compute == "bf16":
         return 0.0
-    rows = {"video": work.video, "audio": work.audio, "text": work.text}
-    layers = [c for c in size.linears if re.fullmatch(MANY_ROWS, c.name) and not c.name.endswith("ff.net.2")]
-    return float(sum(rows[layer.rows] * layer.outputs for layer in layers)) * work.batch * work.dtype_bytes
+    return float(max((c.inputs * c.outputs for c in size.linears if re.fullmatch(MANY_ROWS, c.name)), default=0))
 
 
 def _fixed(size: ModelSizes, work: Workload) -> float:

@@ -139,7 +139,9 @@ def _with_kept_blocks(
     elif constraints.keep_everything is not None:
         if first:
             yield replace(choice, keep_everything=min(constraints.keep_everything, layers))
-    elif choice.keep_everything <= (layers if choice.slices > 1 else layers - choice.stream_blocks):
+    elif choice.keep_everything <= (
+        layers if choice.slices > 1 or choice.compute != "bf16" else layers - choice.stream_blocks
+    ):
         yield choice
 
 

@@ -127,5 +127,5 @@ def dequantized_elements(size: ModelSizes, choice: MemoryChoice) -> int:
     """Weights of a block that are dequantized to be computed with."""
     if choice.quantize == "none":
         return 0
-    layers = [c for c in size.linears if choice.compute != "fp8" or not re.fullmatch(MANY_ROWS, c.name)]
+    layers = [c for c in size.linears if choice.compute == "bf16" or not re.fullmatch(MANY_ROWS, c.name)]
     return sum(layer.inputs * layer.outputs for layer in layers)

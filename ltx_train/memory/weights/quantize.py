@@ -13,35 +13,42 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from ltx_train.model.byte_products import FLOAT8, TILE, row_codes
 from ltx_train.model.loaders import BlockQuantizer
-from ltx_train.model.quantized import ByteLinear, Fp8Linear, NibbleLinear, QuantizedLinear, float8_rows
+from ltx_train.model.quantized import ByteLinear, CodedLinear, NibbleLinear, QuantizedLinear
 
 Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
 
-# The layers that process every video or text token. The others have too few rows for float8 products to pay off.
+# The layers that process every video or text token. The others have too few rows for 8-bit products to pay off.
 MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
+
+
+# The codes of 8-bit products, by `memory.compute`.
+CODES = {"fp8": FLOAT8, "int8": torch.int8}
 
 
 def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | None:
     """Returns a function that quantizes a block in place, or None when nothing is quantized.
 
-    weights: none, int8, int4 or float8. compute: bf16, or fp8 for float8 products in layers with many rows.
+    weights: none, int8, int4 or float8. compute: bf16, or fp8 or int8 for 8-bit products in layers with many rows.
     """
     quantizer = QUANTIZERS[weights]
     if quantizer is None and compute == "bf16":
         return None
-    return partial(_quantize, weights=quantizer, fp8=compute == "fp8")
+    return partial(_quantize, weights=quantizer, codes=CODES.get(compute))
 
 
-def _quantize(block: nn.Module, *, weights: Quantizer | None, fp8: bool) -> None:
+def _quantize(block: nn.Module, *, weights: Quantizer | None, codes: torch.dtype | None) -> None:
     for parent_name, parent in list(block.named_modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear) or name == "to_gate_logits":
                 continue
             many_rows = re.fullmatch(MANY_ROWS, f"{parent_name}.{name}") is not None
-            quantized = _fp8(layer) if fp8 and many_rows else weights(layer) if weights else None
+            coded = coded_layer(layer, codes) if codes is not None and many_rows else None
+            quantized = coded or (weights(layer) if weights else None)
             if quantized is not None:
                 setattr(parent, name, quantized)
     block.requires_grad_(False)
@@ -53,6 +60,7 @@ def _bytes(layer: nn.Linear, kind: str) -> ByteLinear:
     quanto = _quanto()
     weight, qtype = layer.weight.detach(), getattr(quanto, kind)
     scale = quanto.AbsmaxOptimizer()(weight, qtype, 0)
+    scale = torch.where(scale == 0, 1, scale)  # a row of zeros: its codes would be 0 / 0
     quantized = quanto.quantize_weight(weight, qtype, 0, scale, optimized=False)
     return ByteLinear(quantized._data, quantized._scale, layer.bias)
 
@@ -72,12 +80,12 @@ def _int4(layer: nn.Linear) -> NibbleLinear | None:
     return NibbleLinear(packed, scale.view(outputs, groups, 1), shift.view(outputs, groups, 1), layer.bias)
 
 
-def _fp8(layer: nn.Linear) -> Fp8Linear | None:
-    """Returns None when a size is not a multiple of 16, the hardware's tile size."""
-    if layer.in_features % 16 or layer.out_features % 16:
+def coded_layer(layer: nn.Linear, dtype: torch.dtype) -> CodedLinear | None:
+    """The layer with 8-bit products. None when a size is not a multiple of the hardware's tile."""
+    if layer.in_features % TILE or layer.out_features % TILE:
         return None
-    codes, scale = float8_rows(layer.weight.detach())
-    return Fp8Linear(codes, scale, layer.bias)
+    codes, scale = row_codes(layer.weight.detach(), dtype)
+    return CodedLinear(codes, scale, layer.bias)
 
 
 QUANTIZERS: dict[str, Quantizer | None] = {

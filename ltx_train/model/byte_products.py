@@ -1,0 +1,102 @@
+"""Products of matrices of 8-bit codes, with a scale per row of either side.
+
+Owns the two operators and the codes of activations. Each operator is one node of a compiled graph, so that a checkpoint
+recomputes it like any other, and the codes are computed by the compiler, once for all layers with the same input.
+
+The hardware multiplies 8-bit matrices only along contiguous rows. The output needs the weight as it is stored, (out,
+in); the input gradient needs it as (in, out), and makes that copy for the time of one product: a second stored layout
+would double the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+_LARGEST = {FLOAT8: 448.0, torch.int8: 127.0}
+# The hardware's tile: both sizes of a weight are multiples of it.
+TILE = 16
+
+
+def row_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """8-bit codes (rows, n) in `dtype`, float8 or int8, and float32 scales (rows, 1) of a matrix. The largest magnitude
+    of each row is mapped to the largest code. A row of zeros has codes of zero."""
+    values = x.float()
+    scale = (values.abs().amax(dim=1, keepdim=True) / _LARGEST[dtype]).clamp_min(1e-12)
+    codes = values / scale
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (..., in) and codes weight (out, in) with float32 scale (out, 1) -> x W^T (..., out) in the dtype of x."""
+    rows = x.flatten(0, -2)
+    codes, scales = row_codes(rows.detach(), weight.dtype)
+    output: Tensor = _product(rows, codes, scales, weight, scale)
+    return output.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("ltx_train::byte_product", mutates_args=())
+def _product(x: Tensor, codes: Tensor, rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x is not read: the operator's gradient flows to it instead of to its codes."""
+    return _multiplied(codes, rows, weight, scale.t(), x.dtype)
+
+
+@torch.library.custom_op("ltx_train::byte_input_gradient", mutates_args=())
+def _input_gradient(codes: Tensor, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient's codes (M, out) with scales (M, 1) and the weight's codes (out, in) -> (M, in)."""
+    ones = torch.ones(1, weight.shape[1], device=weight.device)
+    return _multiplied(codes, rows, transposed(weight), ones, dtype)
+
+
+@_product.register_fake
+def _(x: Tensor, codes: Tensor, rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    del codes, rows, scale
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_input_gradient.register_fake
+def _(codes: Tensor, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    del rows
+    return codes.new_empty(codes.shape[0], weight.shape[1], dtype=dtype)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale = ctx.saved_tensors
+    # This product sums over the axis of the weight's scales, so the gradient is scaled before its codes are made.
+    codes, rows = row_codes(gradient.float() * scale.t(), weight.dtype)
+    return _input_gradient(codes, rows, weight, gradient.dtype), None, None, None, None
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[3], inputs[4])
+
+
+_product.register_autograd(_backward, setup_context=_save)
+
+
+def transposed(codes: Tensor) -> Tensor:
+    """(rows, columns) -> a contiguous (columns, rows). torch's own copy of 8-bit elements reaches a tenth of a GPU's
+    memory bandwidth."""
+    if not codes.is_cuda:
+        return codes.t().contiguous()
+    from ltx_train.model import byte_kernels
+
+    return byte_kernels.transposed(codes)
+
+
+def _multiplied(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) and b (N, K) of codes -> (a b^T) * rows (M, 1) * columns (1, N), (M, N) in `dtype`."""
+    if a.dtype == FLOAT8:
+        # The kernel with a scale per row can only write bfloat16.
+        return torch._scaled_mm(
+            a, b.t(), scale_a=rows, scale_b=columns.contiguous(), out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda
+        ).to(dtype)
+    if not a.is_cuda:
+        return (torch._int_mm(a, b.t()) * rows * columns).to(dtype)
+    from ltx_train.model import byte_kernels
+
+    return byte_kernels.multiplied(a, rows, b, columns, dtype)
