@@ -61,15 +61,14 @@ def _matrices(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Se
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
     for axis, arm in zip(axes, (ON, OFF), strict=True):
         found = swap.matrix(outputs, arm, references)
-        worst = float(np.nanmax(found)) if np.isfinite(found).any() else 0.0
-        axis.imshow(np.nan_to_num(found, nan=worst), cmap="viridis_r")
+        axis.imshow(np.ma.masked_invalid(found), cmap="viridis")
         axis.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(arm, fontsize=9)
         axis.set_xlabel("reference's voice")
     axes[0].set_ylabel("output generated with")
     figure.tight_layout()
-    drawn = picture(figure, "distance of outputs to references, in pitch and spectrum; dark is near")
+    drawn = picture(figure, "distance of outputs to references, in pitch and spectrum; dark is near, blank has no pitch")
     return Section(title="Which reference an output is nearest to", figures=[drawn])
 
 
