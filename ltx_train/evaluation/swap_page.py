@@ -68,7 +68,9 @@ def _matrices(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Se
         axis.set_xlabel("reference's voice")
     axes[0].set_ylabel("output generated with")
     figure.tight_layout()
-    drawn = picture(figure, "distance of outputs to references, in pitch and spectrum; dark is near, blank has no pitch")
+    drawn = picture(
+        figure, "distance of outputs to references, in pitch and spectrum; dark is near, blank has no pitch"
+    )
     return Section(title="Which reference an output is nearest to", figures=[drawn])
 
 
