@@ -30,6 +30,22 @@ def row_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
+def rotated(x: Tensor, group: int) -> Tensor:
+    """x (..., n) times a Hadamard matrix of +-1 in groups of `group` numbers, a power of two up to 256; twice gives
+    group * x.
+
+    Spreads an outlier over its group (ConvRot, arXiv:2512.03673). The entries are exact in bfloat16; who rotates both
+    sides of a product divides by `group`, which is exact, too. The matrix is made where it is used, so that no layer
+    holds one: entry (i, j) is the parity of the common bits of i and j.
+    """
+    index = torch.arange(group, device=x.device)
+    common = index[:, None] & index[None, :]
+    for shift in (4, 2, 1):
+        common = common ^ (common >> shift)
+    signs = (1 - 2 * (common & 1)).to(x.dtype)
+    return (x.unflatten(-1, (-1, group)) @ signs).flatten(-2)
+
+
 def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x (..., in) and codes weight (out, in) with float32 scale (out, 1) -> x W^T (..., out) in the dtype of x."""
     rows = x.flatten(0, -2)

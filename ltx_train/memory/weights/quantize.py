@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltx_train.model.byte_products import FLOAT8, TILE, row_codes
+from ltx_train.model.byte_products import FLOAT8, TILE, rotated, row_codes
 from ltx_train.model.loaders import BlockQuantizer
 from ltx_train.model.quantized import ByteLinear, CodedLinear, NibbleLinear, QuantizedLinear
 
@@ -81,11 +81,19 @@ def _int4(layer: nn.Linear) -> NibbleLinear | None:
 
 
 def coded_layer(layer: nn.Linear, dtype: torch.dtype) -> CodedLinear | None:
-    """The layer with 8-bit products. None when a size is not a multiple of the hardware's tile."""
+    """The layer with 8-bit products. None when a size is not a multiple of the hardware's tile.
+
+    int8 codes are evenly spaced, so that one outlier of a token takes the precision of all its others: their products
+    are rotated. float8 codes have an exponent each and are more precise as they are.
+    """
     if layer.in_features % TILE or layer.out_features % TILE:
         return None
-    codes, scale = row_codes(layer.weight.detach(), dtype)
-    return CodedLinear(codes, scale, layer.bias)
+    weight = layer.weight.detach()
+    group = _rotated_group(layer.in_features) if dtype == torch.int8 else 0
+    if not group:
+        return CodedLinear(*row_codes(weight, dtype), layer.bias)
+    codes, scale = row_codes(rotated(weight.float(), group), dtype)
+    return CodedLinear(codes, scale / group, layer.bias, group)
 
 
 QUANTIZERS: dict[str, Quantizer | None] = {
@@ -99,6 +107,11 @@ QUANTIZERS: dict[str, Quantizer | None] = {
 def _group_size(inputs: int) -> int:
     """The largest multiple of 32 up to 128 that divides `inputs`, otherwise `inputs` itself."""
     return next((size for size in (128, 96, 64, 32) if inputs % size == 0), inputs)
+
+
+def _rotated_group(inputs: int) -> int:
+    """The largest power of two up to 128 that divides `inputs`, a multiple of the tile."""
+    return next(size for size in (128, 64, 32, 16) if inputs % size == 0)
 
 
 def _quanto() -> Any:
