@@ -7,8 +7,8 @@ DEMO ?= runs/demo
 LTX := $(BIN)/ltx-train
 VOICE := data/sample/speaker03_0.mp4
 PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio: $(VOICE)}, {prompt: a person is speaking, seed: 2, without_references: true}]
-# More layers, a higher rate and more steps than the recipe: a tiny model takes a voice over only then.
-LEARNS := adapter=all optim.lr=3e-3 optim.steps=2000
+# A higher rate and more steps than the recipe: a tiny model takes a voice over only then.
+LEARNS := optim.lr=3e-3 optim.steps=2000
 REFERENCE := experiment=audio_reference run.root=$(DEMO) data.root=$(DEMO)/data model.path=$(DEMO)/base.safetensors $(LEARNS)
 
 .DEFAULT_GOAL := help

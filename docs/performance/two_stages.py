@@ -78,7 +78,8 @@ def measured(folder: Path, name: str, words: Sequence[str]) -> dict[str, object]
     command = [sys.executable, "-c", _RUN, str(peak), "sample", *words, f"sample.out={folder}/{name}.mp4"]
     done = subprocess.run(command, check=False)
     record = {"what": "sample", "case": name, "rc": done.returncode, "wall_s": round(time.perf_counter() - begun, 1)}
-    return {**record, "reserved_gib": round(float(peak.read_text()), 2), "words": " ".join(words[2:])}
+    shown = " ".join(words[2:]).replace(str(folder), "FOLDER")
+    return {**record, "reserved_gib": round(float(peak.read_text()), 2), "words": shown}
 
 
 def main(out: Path, folder: Path, tiny: bool) -> None:

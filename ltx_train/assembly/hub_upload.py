@@ -18,6 +18,8 @@ _MARK = "trained with ltx-train"
 _CARD = "README.md"
 # What the hub itself puts into a new repository.
 _EMPTY = {".gitattributes"}
+# Refusals that may not last: a timeout, and too many requests.
+_AGAIN = {408, 429}
 _TOKEN = "give a token that may write: `hf auth login`, or the environment variable HF_TOKEN"
 
 
@@ -76,6 +78,11 @@ def _explained(repository: str) -> Generator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise ConfigError(f"export.hub_repo={repository}: the hub refuses ({status}): {_TOKEN}") from error
-        raise StoreError(f"the hub answered {status} for {repository}: the same command tries again") from error
+        reason = f"{status}, {error.server_message}" if error.server_message else str(status)
+        if 400 <= status < 500 and status not in _AGAIN:
+            raise ConfigError(f"export.hub_repo={repository}: the hub refuses ({reason})") from error
+        raise StoreError(f"the hub answered {reason} for {repository}: the same command tries again") from error
+    except ValueError as error:  # a model card that the hub does not take
+        raise ConfigError(f"export.hub_repo={repository}: the hub refuses ({error})") from error
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a large file did not arrive
         raise StoreError(f"{repository}: the transfer failed ({error}): the same command tries again") from error

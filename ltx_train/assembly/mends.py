@@ -14,6 +14,7 @@ from typing import Any
 from ltx_train import config as configuration
 from ltx_train.assembly import resolve
 from ltx_train.config import Config, ConfigError
+from ltx_train.config.rules import STORED_AS
 from ltx_train.config.settings import shown
 from ltx_train.memory.planning.search import MemoryPlan
 from ltx_train.updates.kinds import OPTIMIZERS
@@ -91,6 +92,8 @@ def _changes_of_the_model(config: Config) -> Iterator[Change]:
         yield Change({"memory.graphs": False})
     if compute == "bf16" and quantize in ("none", "auto"):
         yield Change({"memory.quantize": "int8"})
+    if compute != "bf16" and quantize == "none":
+        yield Change({"memory.quantize": STORED_AS[compute]})
     if compute == "bf16" and quantize != "int4":
         yield Change({"memory.quantize": "int4"}, 1.2)
     for share in _SHORTER:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ltx_train import config as configuration
 from ltx_train.config import Config, counted_fps, parse_bucket
+from ltx_train.config.rules import STORED_AS
 from ltx_train.contracts import ConfigError, ModalityName, Mode, Role, UserError
 from ltx_train.diffusion.grid import Bucket, audio_latents
 from ltx_train.distributed.strategies import DEEPSPEED, STRATEGIES
@@ -284,7 +285,7 @@ def plan_constraints(config: Config, host_gib: float | None) -> PlanConstraints:
     memory = config.memory
     quantize = (memory.quantize,)
     if memory.quantize == "auto":
-        quantize = ("none", "float8" if memory.compute == "fp8" else "int8")
+        quantize = ("none", STORED_AS.get(memory.compute, "int8"))
     return PlanConstraints(
         quantize=quantize, compute=memory.compute, keep=None if memory.keep is None else Keep(memory.keep),
         keep_everything=memory.keep_everything, stream_blocks=memory.stream_blocks, stream_slots=memory.stream_slots,

@@ -22,7 +22,7 @@ from ltx_train.contracts import Batch, Clip, ConfigError, DataError, ModalityNam
 from ltx_train.data.collate import collate
 from ltx_train.data.index import HELDOUT, Index
 from ltx_train.data.order import Address
-from ltx_train.data.reader import Reader, ReadRequest
+from ltx_train.data.reader import VIDEO, Reader, ReadRequest
 from ltx_train.data.record import Record
 from ltx_train.evaluation import heldout, traits
 from ltx_train.evaluation.embeddings import FaceModel, SpeakerModel
@@ -55,7 +55,8 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swapped:
-    """outputs: what was measured. references: the voices by speaker. clips: to listen to, by title."""
+    """outputs: what was measured. references: of each speaker's voice, and face with a model of faces. clips: to listen
+    to, by title."""
 
     outputs: Sequence[Output]
     references: Mapping[str, Traits]
@@ -140,8 +141,8 @@ class SwapTest:
     def _traits_of(self, decoder: Decoder, speaker: Record) -> Traits:
         """Of the reference's sound as the model gets it, and of the face in the speaker's own clip."""
         latent = self._request(self._prompts[0], speaker).batch.references[self._name][0]
-        own = self._readers[""].sample(Address(speaker.key, 0))
-        return self._measure.traits(decoder, (own.video_latent, latent))
+        own = self._readers[""].tensors(speaker).get(VIDEO) if self._measure.has_face else None
+        return self._measure.traits(decoder, (own, latent))
 
     def _written(self, decoder: Decoder, made: Sequence[tuple[_Job, Pair]], folder: Path) -> dict[str, list[Clip]]:
         """Clips of the first prompt and seed: of each speaker the reference, and the output without and with the
@@ -169,6 +170,10 @@ class _Measure:
         s = config.swap
         self._speaker = None if s.speaker_model is None else SpeakerModel(s.speaker_model)
         self._face = None if s.face_model is None else FaceModel(s.face_model)
+
+    @property
+    def has_face(self) -> bool:
+        return self._face is not None
 
     def traits(self, decoder: Decoder, latents: Pair) -> Traits:
         pixels, sound = media.decode(decoder, latents[0] if self._face else None, latents[1])

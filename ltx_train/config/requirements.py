@@ -26,6 +26,8 @@ _MENDS: Mapping[str, str] = {
     "lora.tuned": "give the full fine-tune's checkpoint, and its base with model.path",
     "sample.bucket": "give WIDTHxHEIGHTxFRAMES, or data.buckets",
 }
+# Commands besides `sample` that generate clips.
+_GENERATING = ("fit", "evaluate", "swap")
 # What `lora` does with weights of the base.
 _LORA_OF_BASE = ("extract", "plain")
 
@@ -37,7 +39,7 @@ def require(config: Config, command: str) -> None:
         for made in prompts.sampled(config):
             clip_inputs.of_clip(made)
             two_stages.check(made)
-    elif config.sample.upsampler is not None:
+    elif config.sample.upsampler is not None and kind.name in _GENERATING:
         raise ConfigError(f"sample.upsampler: `{kind.name}` generates clips in one stage: leave it out")
     unset = [f"{name} is not set: {_MENDS[name]}" for name in _needed(config, kind) if not _is_set(config, name)]
     absent = list(_absent_files(config, kind)) if kind.checks_paths else []

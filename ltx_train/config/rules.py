@@ -10,6 +10,9 @@ from ltx_train.contracts import SPEAKER, ConfigError, ModalityName
 from ltx_train.distributed.strategies import AUTO, DEEPSPEED, STRATEGIES, StrategyKind
 from ltx_train.updates.kinds import OPTIMIZERS
 
+# The dtype that 8-bit products (`memory.compute`) hold their weights in, as a value of `memory.quantize`.
+STORED_AS = {"fp8": "float8", "int8": "int8"}
+
 # Names get prefixes and endings; a file name may have 255 bytes.
 _LONGEST_NAME = 200
 _STREAMS = ("video", "audio", "bridge")
@@ -262,7 +265,7 @@ def _validate_sliced_updates(config: Config) -> None:
 
 def _validate_memory(config: Config) -> None:
     memory = config.memory
-    stored = {"fp8": "float8", "int8": "int8"}.get(memory.compute)
+    stored = STORED_AS.get(memory.compute)
     if stored and memory.quantize not in ("auto", "none", stored):
         raise ConfigError(
             f"memory.compute={memory.compute} holds its weights in {stored}, not {memory.quantize}: set "

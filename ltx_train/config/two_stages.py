@@ -9,11 +9,8 @@ from dataclasses import replace
 
 from ltx_train.config.buckets import sample_bucket
 from ltx_train.config.schema import Config
-from ltx_train.contracts import ConfigError, Role
-from ltx_train.diffusion.grid import Bucket
-
-# Pixels of a latent at half the size.
-_STEP = 64
+from ltx_train.contracts import ConfigError, ModalityName, Role
+from ltx_train.diffusion.grid import PIXELS_PER_LATENT, Bucket
 
 
 def first_stage(config: Config) -> Config:
@@ -43,9 +40,11 @@ def check(config: Config) -> None:
     if config.mode.video is not Role.generate or s.video is not None:
         raise ConfigError("sample.upsampler: two stages are for a video that is generated whole: leave it out")
     bucket = sample_bucket(config)
-    if bucket.width % _STEP or bucket.height % _STEP:
+    controlled = any(c.stream is ModalityName.video for c in config.mode.references)
+    step = 2 * PIXELS_PER_LATENT * (config.data.reference_scale if controlled else 1)
+    if bucket.width % step or bucket.height % step:
         raise ConfigError(
-            f"sample.bucket={bucket}: width and height of two stages are multiples of {_STEP}, because the first has "
+            f"sample.bucket={bucket}: width and height of two stages are multiples of {step}, because the first has "
             "half of them"
         )
     if s.distilled_lora is None and s.schedule != "distilled":

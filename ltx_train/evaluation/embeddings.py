@@ -19,7 +19,7 @@ from ltx_train.data.footage.listening import library
 from ltx_train.model import mel
 
 Vector = tuple[float, ...]
-# Pictures of a clip that are searched for a face, and the side of what an ArcFace network sees.
+# Pictures of a clip that are searched for a face, and the side of an ArcFace network's input.
 _PICTURES, _SIDE = 5, 112
 
 
@@ -31,9 +31,16 @@ class SpeakerModel:
 
         try:
             self._extractor: Any = AutoFeatureExtractor.from_pretrained(name)
-            self._model: Any = AutoModelForAudioXVector.from_pretrained(name).eval()
+            loaded: Any = AutoModelForAudioXVector.from_pretrained(name, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"swap.speaker_model={name} is no speaker model of transformers ({error})") from error
+        self._model: Any = loaded[0].eval()
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:
+            raise ConfigError(
+                f"swap.speaker_model={name} has no x-vector head ({missing[0]} is missing): take a model for speaker "
+                "verification, such as WavLM's"
+            )
 
     @torch.no_grad()
     def of_sound(self, waveform: Tensor, rate: int) -> Vector:

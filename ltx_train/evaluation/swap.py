@@ -90,7 +90,7 @@ class Aspect(StrEnum):
 
 
 def aspects(references: Mapping[str, Traits]) -> list[Aspect]:
-    """Those that two references differ in."""
+    """Those that are measured in two references."""
     return [a for a in Aspect if sum(len(_of(traits, a)) > 0 for traits in references.values()) > 1]
 
 

@@ -80,6 +80,9 @@ def _variants(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Se
     if not names:
         return None
     found = swap.aspects(references)
+    # Variants are generated for one prompt and seed; the plain recording counts with the same.
+    same = {(o.prompt, o.seed) for o in outputs if o.variant}
+    outputs = [o for o in outputs if (o.prompt, o.seed) in same]
     rows = [
         [variant or "as recorded", *(str(swap.followed(outputs, ON, references, a, variant=variant)) for a in found)]
         for variant in ("", *names)

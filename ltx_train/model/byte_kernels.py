@@ -92,7 +92,7 @@ def _multiply(  # noqa: PLR0917
     column = ((program % (GROUP * across)) // height) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     # Rows beyond the edge read valid memory from the start; their results are not stored.
-    left = a + (row % m)[:, None] * k + inner[None, :]
+    left = a + (row % m).to(tl.int64)[:, None] * k + inner[None, :]
     right = b + (column % n)[None, :] * k + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
     for start in range(0, tl.cdiv(k, INNER)):

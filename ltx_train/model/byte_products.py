@@ -34,9 +34,9 @@ def rotated(x: Tensor, group: int) -> Tensor:
     """x (..., n) times a Hadamard matrix of +-1 in groups of `group` numbers, a power of two up to 256; twice gives
     group * x.
 
-    Spreads an outlier over its group (ConvRot, arXiv:2512.03673). The entries are exact in bfloat16; who rotates both
-    sides of a product divides by `group`, which is exact, too. The matrix is made where it is used, so that no layer
-    holds one: entry (i, j) is the parity of the common bits of i and j.
+    Spreads an outlier over its group (ConvRot, arXiv:2512.03673). The entries are exact in bfloat16. A product whose
+    sides are both rotated is `group` times too large; dividing by it is exact, too. The matrix is made where it is
+    used, so that no layer holds one: entry (i, j) is -1 where i and j have an odd number of common bits.
     """
     index = torch.arange(group, device=x.device)
     common = index[:, None] & index[None, :]
@@ -106,6 +106,7 @@ def transposed(codes: Tensor) -> Tensor:
 
 def _multiplied(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """a (M, K) and b (N, K) of codes -> (a b^T) * rows (M, 1) * columns (1, N), (M, N) in `dtype`."""
+    a = a.contiguous()  # gradients of attention may come column by column, and their codes keep the layout
     if a.dtype == FLOAT8:
         # The kernel with a scale per row can only write bfloat16.
         return torch._scaled_mm(

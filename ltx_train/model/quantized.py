@@ -1,8 +1,8 @@
 """Linear layers with quantized frozen weights: 8-bit weights, 4-bit weights, and 8-bit matrix products.
 
-Owns their computation, in plain tensor operations that the compiler can fuse. `memory.weights.quantize` computes the
-codes and scales. A compiled block that is recomputed keeps no dequantized weight for
-backward.
+Owns their computation, in plain tensor operations that the compiler can fuse; the products themselves are operators of
+`byte_products`. `memory.weights.quantize` computes the codes and scales. A compiled block that is recomputed keeps no
+dequantized weight for backward.
 """
 
 from __future__ import annotations

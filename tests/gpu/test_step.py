@@ -12,7 +12,7 @@ from ltx_train.assembly import from_config, model_builder, run_builder, timing, 
 from ltx_train.assembly.setup import Setup, settled
 from ltx_train.diffusion import conditions, transfer
 from ltx_train.memory.blocks.runner import BlockRunner
-from ltx_train.model import adapter
+from ltx_train.model import adapter, byte_products
 from ltx_train.model.transformer import Transformer
 from ltx_train.updates.protocol import Updates
 
@@ -134,10 +134,25 @@ def test_a_run_is_held_to_its_budget() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, setup.device)
 
 
-def test_float8_products_stay_near_bfloat16() -> None:
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_8_bit_products_stay_near_bfloat16(compute: str) -> None:
     curves: list[list[float]] = []
-    for compute in ("bf16", "fp8"):
-        step = opened(made("memory=auto", f"memory.compute={compute}"))[2]
+    for kind in ("bf16", compute):
+        step = opened(made("memory=auto", f"memory.compute={kind}"))[2]
         curves.append([float(step(number)) for number in range(STEPS)])
     assert curves[0] != curves[1]
     assert all(abs(a / b - 1) < 0.01 for a, b in zip(*curves, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(300, 208, 144), (128, 128, 256), (1, 16, 16)])
+def test_the_int8_kernel_is_exact_at_edges_of_its_tiles(rows: int, inner: int, columns: int) -> None:
+    """Column by column, too, as gradients of attention may come."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((rows, inner), (columns, inner))
+    a, b = (torch.randint(-127, 128, size, generator=generator, device="cuda").to(torch.int8) for size in sizes)
+    scale, other = (torch.rand(n, 1, generator=generator, device="cuda") for n in (rows, columns))
+    exact = (a.double() @ b.double().t()) * scale * other.t()
+    for left in (a, a.t().contiguous().t()):
+        found = byte_products._multiplied(left, scale, b, other.t(), torch.float32)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
+    assert torch.equal(byte_products.transposed(b), b.t().contiguous())

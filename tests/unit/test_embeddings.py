@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
 from ltx_train.contracts import ConfigError, DataError
@@ -42,6 +43,16 @@ def test_a_voice_has_an_embedding_of_length_one(speaker_model: SpeakerModel) -> 
     assert len(vectors[0]) == 12
     assert np.linalg.norm(vectors[0]) == pytest.approx(1)
     assert vectors[0] != pytest.approx(vectors[1], abs=1e-4)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path, speaker_model: SpeakerModel) -> None:
+    """transformers would give it a random one."""
+    speaker_model._model.save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "wavlm" in n}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match="has no x-vector head"):
+        SpeakerModel(str(tmp_path))
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:

@@ -71,7 +71,17 @@ def test_what_somebody_else_put_there_is_not_written_over(files: dict[str, bytes
     assert hub.files[NAME] == files
 
 
-@pytest.mark.parametrize(("status", "error"), [(401, ConfigError), (403, ConfigError), (500, StoreError)])
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, ConfigError),
+        (403, ConfigError),
+        (409, ConfigError),
+        (413, ConfigError),
+        (408, StoreError),
+        (500, StoreError),
+    ],
+)
 def test_what_the_hub_refuses_is_one_line(status: int, error: type[Exception], hub: Hub, folder: Path) -> None:
     hub.status = status
     with pytest.raises(error, match=str(status)):

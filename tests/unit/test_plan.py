@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ltx_train import config
-from ltx_train.assembly import memory_plan, model_source, resolve
+from ltx_train.assembly import memory_plan, mends, model_source, resolve
 from ltx_train.assembly.memory_plan import Room
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep, arrange
@@ -433,6 +433,23 @@ def test_a_pass_waits_for_the_weights_that_it_streams(case: str, within: float, 
     assert found.step_s == pytest.approx(row["step_s_median"], rel=within)
     endless = predict(size, WORK_A, TRAINED_A, choice, card=replace(H200, host_gbs=1e6))
     assert found.step_s - endless.step_s == pytest.approx(row["stall_s"], abs=0.05)
+
+
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_every_card_can_be_planned_with_8_bit_products(compute: str, size: ModelSizes) -> None:
+    """Also those without the arithmetic, which refuse it by name when a run begins."""
+    choice = MemoryChoice(quantize="none", compute=compute)
+    for card in CARDS:
+        plain = predict(size, WORK_A, TRAINED_A, MemoryChoice(), card=card).step_s
+        coded = predict(size, WORK_A, TRAINED_A, choice, card=card).step_s
+        assert coded <= plain * 1.001, card.name
+
+
+@pytest.mark.parametrize(("compute", "stored"), [("fp8", "float8"), ("int8", "int8")])
+def test_8_bit_products_are_offered_their_own_precision_for_the_rest(compute: str, stored: str) -> None:
+    made = config.compose_config([*REAL, "memory=auto", f"memory.compute={compute}"])
+    offered = [change.values.get("memory.quantize") for change in mends._changes_of_the_model(made)]
+    assert stored in offered
 
 
 SAMPLED = json.loads((REPOSITORY / "docs/performance/sampling.json").read_text())

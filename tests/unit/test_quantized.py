@@ -108,6 +108,31 @@ def test_8_bit_products_and_their_input_gradients(dtype: torch.dtype, compiled: 
     assert relative_rms(dense_weight(coded), plain.weight.detach()) < 4e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_reach_the_kernel_row_by_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of attention may come column by column; kernels read rows."""
+    seen: list[bool] = []
+    name = "_int_mm" if dtype == torch.int8 else "_scaled_mm"
+    true = getattr(torch, name)
+
+    def watched(a: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+        seen.append(a.is_contiguous())
+        return true(a, *given, **more)
+
+    monkeypatch.setattr(torch, name, watched)
+    layer = quantize.coded_layer(nn.Linear(32, 48), dtype)
+    assert layer is not None
+    x = torch.randn(6, 32, requires_grad=True)
+    upstream = torch.randn(6, 48)
+    layer(x).backward(upstream)
+    expected, x.grad = x.grad, None
+    layer(x).backward(upstream.t().contiguous().t())
+    assert expected is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+    assert seen == [True] * 4
+
+
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 def test_a_rotation_is_orthogonal_and_exact(group: int) -> None:
     x = torch.randint(-8, 8, (3, 2 * group)).to(torch.bfloat16)

@@ -169,6 +169,13 @@ def test_a_given_sound_stays_in_the_second_stage() -> None:
     assert torch.equal(model.seen[0][1].latent, references.tokens(audio))
 
 
+def test_a_smaller_control_video_needs_larger_steps() -> None:
+    words = ("mode=v2v_ic", "data.reference_scale=2", "sample.upsampler=x", "sample.schedule=distilled")
+    two_stages.check(composed(*words, "data.buckets=[256x128x9]"))
+    with pytest.raises(ConfigError, match="multiples of 128"):
+        two_stages.check(composed(*words, "data.buckets=[192x128x9]"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -188,6 +195,8 @@ def test_what_two_stages_cannot_be_made_of_is_refused(words: tuple[str, ...], me
 def test_other_commands_have_one_stage_and_missing_files_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("evaluate", "experiment=tiny_base", f"model.path={TINY}", f"sample.upsampler={TINY}") == 77
     assert "generates clips in one stage" in capsys.readouterr().err
+    assert command("plan", "experiment=tiny_base", f"sample.upsampler={TINY}", "plan.card=H200") == 0
+    capsys.readouterr()
     assert command(
         "sample", "mode=t2av", f"model.path={TINY}", "data.buckets=[64x64x9]", "sample.upsampler=absent",
         "sample.schedule=distilled",

@@ -15,7 +15,7 @@ class MemoryConfig:
 
     budget_gib: float | None = setting(None, "GiB that a process may reserve on the GPU; null: what is free", least=0.5)
     quantize: str = setting(
-        "none", "dtype of frozen block weights; auto: none, or int8 where that is faster",
+        "none", "dtype of frozen block weights; auto: none, or 8 bits where that is faster",
         choices=("none", "int8", "int4", "float8", "auto"),
     )  # fmt: skip
     compute: str = setting("bf16", "large products in float8 (fp8) or int8", choices=("bf16", "fp8", "int8"))

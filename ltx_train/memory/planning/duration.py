@@ -23,12 +23,14 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-# The int8 kernel: 1.63 times the rate of bf16 in performance/byte_products.json, where both have codes of 4096 tokens.
+# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). The
+# rotation of its inputs is not measured and not counted.
 _INT8 = 0.6
 # Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 _STREAM_OVERHEAD = 0.05
-# Share of a step that its forward pass takes. Streamed weights travel once in each pass, and a pass waits for its own.
+# Share of a step that its forward pass takes where blocks are recomputed, from the stalls of A_fp8_12gib, A_fp8_8gib.
+# Streamed weights travel once in each pass, and a pass waits for its own.
 _FORWARD = 0.29
 # Share of the link between devices that copies reach, and bytes that the update of one weight moves in a full
 # fine-tune. From docs/performance/several.json.
@@ -113,9 +115,9 @@ def _linear_seconds(
 
 
 def _rate(card: Card, compute: str) -> float:
-    """Operations a second of products."""
+    """Operations a second of products. A card without the arithmetic counts with bf16's; it is refused elsewhere."""
     by_compute = {"bf16": card.bf16_tflops * _LINEAR, "fp8": card.fp8_tflops * _LINEAR, "int8": card.int8_tops * _INT8}
-    return by_compute[compute] * 1e12
+    return (by_compute[compute] or by_compute["bf16"]) * 1e12
 
 
 def _attention_flops(size: ModelSizes, work: Workload) -> float:

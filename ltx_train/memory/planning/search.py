@@ -130,7 +130,7 @@ def _with_kept_blocks(
     """Yields the choice if its number of blocks that keep everything is allowed; a fixed number only once (first).
 
     An explicit number stays as it is and may include streamed blocks. The plan itself lets only resident blocks keep
-    everything, or all blocks when they are sliced over devices.
+    everything, or all blocks when they are sliced over devices or have 8-bit products.
     """
     layers = need.size.layers
     if choice.keep is Keep.everything:

@@ -24,8 +24,6 @@ Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
 
 # The layers that process every video or text token. The others have too few rows for 8-bit products to pay off.
 MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
-
-
 # The codes of 8-bit products, by `memory.compute`.
 CODES = {"fp8": FLOAT8, "int8": torch.int8}
 
