@@ -76,7 +76,7 @@ def test_what_somebody_else_put_there_is_not_written_over(files: dict[str, bytes
     [
         (401, ConfigError),
         (403, ConfigError),
-        (409, ConfigError),
+        (422, ConfigError),
         (413, ConfigError),
         (408, StoreError),
         (500, StoreError),

@@ -448,7 +448,7 @@ def test_every_card_can_be_planned_with_8_bit_products(compute: str, size: Model
 @pytest.mark.parametrize(("compute", "stored"), [("fp8", "float8"), ("int8", "int8")])
 def test_8_bit_products_are_offered_their_own_precision_for_the_rest(compute: str, stored: str) -> None:
     made = config.compose_config([*REAL, "memory=auto", f"memory.compute={compute}"])
-    offered = [change.values.get("memory.quantize") for change in mends._changes_of_the_model(made)]
+    offered = [change.overrides.get("memory.quantize") for change in mends._changes_of_the_model(made)]
     assert stored in offered
 
 
