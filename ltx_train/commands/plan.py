@@ -10,11 +10,14 @@ from ltx_train.assembly import encoder_plan, footage_plan, memory_plan, resolve,
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.memory_plan import Room
 from ltx_train.config import Config
+from ltx_train.config.rules import STORED_AS
 from ltx_train.contracts import Exit, UserError
 from ltx_train.memory.planning.cards import CARDS, GIB, Card, card_by_name
 from ltx_train.memory.planning.search import MemoryPlan
 from ltx_train.memory.planning.sizes import MemoryChoice
 
+# Share of a step's time below which 8-bit products are named.
+_WORTH_OFFERING = 0.9
 # Machines in the table of clusters, beside those of `cluster.nodes`.
 _CLUSTERS = (2, 8, 64)
 
@@ -34,6 +37,7 @@ def run(config: Config) -> int:
     if plan is None:
         raise UserError(memory_plan.refusal(config, room))
     _detail(config, room, plan)
+    _offer(config, room, plan)
     memory = encoder_plan.within(config, room.budget_gib)
     print(encoder_plan.description(memory, has_text=config.model.text_encoder is not None))
     if resolve.spans_machines(config):
@@ -117,6 +121,19 @@ def _detail(config: Config, room: Room, plan: MemoryPlan) -> None:
     costs = f", {cost[0]} at plan.price_per_hour={config.plan.price_per_hour:g}" if cost else ""
     console.print(f"{config.optim.steps} steps without measuring: {hours}{costs}")
     console.print(_host(foot.host_gib))
+
+
+def _offer(config: Config, room: Room, plan: MemoryPlan) -> None:
+    """Names 8-bit products where the plan is clearly faster with them. They are no default: they cost precision."""
+    if resolve.precision(config)[1] != "bf16" or resolve.trains_all_weights(config):
+        return
+    rates = {"fp8": room.card.fp8_tflops, "int8": room.card.int8_tops}
+    for compute, stored in STORED_AS.items():
+        words = {"memory.compute": compute, "memory.quantize": stored}
+        other = memory_plan.plan_for(configuration.changed(config, words), room) if rates[compute] else None
+        if other is not None and other.footprint.step_s < _WORTH_OFFERING * plan.footprint.step_s:
+            shown = " ".join(f"{name}={value}" for name, value in words.items())
+            print(f"about {other.footprint.step_s:.2f} s a step with {shown}")
 
 
 def _network(config: Config, plan: MemoryPlan) -> None:

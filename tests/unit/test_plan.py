@@ -228,6 +228,10 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090") == 0
     shown = capsys.readouterr().out
     assert "predicted peak" in shown
+    step_s, *offered = (float(s) for s in re.findall(r"about ([\d.]+) s a step", shown))
+    assert len(offered) == 2
+    assert max(offered) < 0.9 * step_s
+    assert "s a step with memory.compute=fp8 memory.quantize=float8" in shown
     fixed = next(line for line in shown.splitlines() if line.startswith("memory.quantize"))
     made = config.compose_config([*REAL, *fixed.split()])
     assert resolve.plan_constraints(made, None).stream_blocks is not None
@@ -242,6 +246,13 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert hours == pytest.approx(step_s, abs=0.06), "as many steps as an hour has seconds"
     assert cost == pytest.approx(2.5 * step_s, abs=0.02)
     assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090", "memory.budget_gib=2") == 77
+    capsys.readouterr()
+    assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 3090") == 0
+    shown = capsys.readouterr().out
+    assert "s a step with memory.compute=int8 memory.quantize=int8" in shown
+    assert "fp8" not in shown, "a card without float8"
+    assert command("plan", "experiment=voice_reference_22b", "plan.card=RTX 4090", "memory=fp8") == 0
+    assert "s a step with" not in capsys.readouterr().out
 
 
 def test_settled_settings_are_plain_without_a_gpu() -> None:
