@@ -21,7 +21,7 @@ from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 
 # Share of host memory that weights and activations may take; the rest is left to the machine.
-_HOST_SHARE = 0.9
+HOST_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def here(config: Config, machines: int = 1) -> Room | None:
     were a GPU's."""
     device, budget_gib = resolve.device(config), resolve.budget_gib(config)
     processes = resolve.launch(config).processes
-    each_gib = host_gib() * _HOST_SHARE / processes
+    each_gib = host_gib() * HOST_SHARE / processes
     if device.type != "cuda":
         if budget_gib is None:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +68,12 @@ def _room(config: Config) -> Room | None:
 
 def _room_on(config: Config, card: Card) -> Room:
     budget_gib = resolve.budget_gib(config) or card.budget_gib
-    return Room(card=card, budget_gib=budget_gib, host_gib=None, machines=config.cluster.nodes)
+    own = config.plan
+    if own.host_gbs is not None:
+        card = replace(card, host_gbs=own.host_gbs)
+    processes = resolve.launch(config).processes
+    host_gib = None if own.host_gib is None else own.host_gib * memory_plan.HOST_SHARE / processes
+    return Room(card=card, budget_gib=budget_gib, host_gib=host_gib, machines=config.cluster.nodes)
 
 
 def _overview(config: Config) -> None:

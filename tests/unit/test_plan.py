@@ -171,6 +171,24 @@ def test_cards_by_name() -> None:
     assert card_of_device("NVIDIA H200", 139.8).bf16_tflops == 989
     assert card_of_device("NVIDIA GeForce RTX 4090", 23.6).memory_gib == 23.6
     assert card_of_device("Tesla T4", 15).memory_gib == 15
+    assert {card_of_device(f"NVIDIA GeForce {card.name}", card.memory_gib).bf16_tflops == card.bf16_tflops
+            for card in CARDS} == {True}  # fmt: skip
+    assert card_by_name("RTX 5070").memory_gib == 12
+    assert card_of_device("NVIDIA GeForce RTX 5070", 11.9).bf16_tflops == card_by_name("RTX 5070").bf16_tflops
+    assert card_of_device("NVIDIA GeForce RTX 4060 Ti", 15.9).host_gbs == 12
+    assert card_of_device("NVIDIA A100-SXM4-80GB", 79.3).memory_gbs == card_by_name("A100 80GB").memory_gbs
+    assert {12, 16, 24, 32, 48} <= {card.memory_gib for card in CARDS}
+
+
+def test_a_slower_link_and_little_host_memory_are_respected(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("plan", "experiment=voice_reference_22b", "plan.card=RTX 4070")
+    steps: list[float] = []
+    for more in ((), ("plan.host_gbs=2",), ("plan.host_gib=8",)):
+        code = command(*words, *more)
+        shown = capsys.readouterr()
+        assert code == (77 if more == ("plan.host_gib=8",) else 0), shown.err
+        steps += [float(s) for s in re.findall(r"about ([\d.]+) s a step;", shown.out)]
+    assert steps[1] > 1.2 * steps[0], "weights of a 12 GB card come from the host in every step"
 
 
 RUNS_THAT_DO_NOT_FIT = {

@@ -195,6 +195,10 @@ class PlanConfig:
         None, "number of clips of a data set; `plan` then shows its disk space and hours", least=1
     )
     price_per_hour: float | None = setting(None, "price of a device for an hour; `plan` adds up the costs", least=0)
+    host_gib: float | None = setting(None, "host memory of the machine with plan.card; null: any amount", least=1)
+    host_gbs: float | None = setting(
+        None, "GB/s from host memory to plan.card: PCIe 3 x16 12, 4 25, 5 55; null: as its data sheet", least=0.1
+    )
     link_gbs: list[float] = setting([50.0, 400.0], "GB/s into a machine over its network cards; for several machines")
 
 
