@@ -186,7 +186,7 @@ class DoctorConfig:
     json: bool = setting(False, "print the findings as JSON")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PlanConfig:
     """`plan`."""
 
