@@ -55,7 +55,7 @@ def multiplied(
     out = torch.empty(m, n, dtype=dtype, device=a.device)
     grid = (triton.cdiv(m, t.rows) * triton.cdiv(n, t.columns),)
     _multiply[grid](
-        a, b, rows, columns, out, m, n, k, ROWS=t.rows, COLUMNS=t.columns, INNER=t.inner, GROUP=8, num_stages=t.stages,
+        (a, rows), (b, columns), out, (m, n, k), TILES=(t.rows, t.columns, t.inner), num_stages=t.stages,
         num_warps=t.warps,
     )  # fmt: skip
     return out
@@ -79,11 +79,17 @@ def _transpose(source, target, rows, columns, EDGE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _multiply(  # noqa: PLR0917
-    a, b, rows, columns, out, m, n, k,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-):  # fmt: skip
+def _multiply(left, right, out, sizes, TILES: tl.constexpr):  # noqa: N803
+    """left, right: codes and their scales. sizes: rows, columns, inner. Triton's kernels have no keyword-only
+    parameters, so what belongs together is a tuple."""
+    a, rows = left
+    b, columns = right
+    m, n, k = sizes
+    ROWS: tl.constexpr = TILES[0]
+    COLUMNS: tl.constexpr = TILES[1]
+    INNER: tl.constexpr = TILES[2]
     # Programs of one group share tiles of b in the second-level cache.
+    GROUP: tl.constexpr = 8
     program = tl.program_id(0)
     across = tl.cdiv(n, COLUMNS)
     group = program // (GROUP * across)
@@ -92,17 +98,17 @@ def _multiply(  # noqa: PLR0917
     column = ((program % (GROUP * across)) // height) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     # Rows beyond the edge read valid memory from the start; their results are not stored.
-    left = a + (row % m).to(tl.int64)[:, None] * k + inner[None, :]
-    right = b + (column % n)[None, :] * k + inner[:, None]
+    upper = a + (row % m).to(tl.int64)[:, None] * k + inner[None, :]
+    lower = b + (column % n)[None, :] * k + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
     for start in range(0, tl.cdiv(k, INNER)):
         inside = inner < k - start * INNER
         total = tl.dot(
-            tl.load(left, mask=inside[None, :], other=0), tl.load(right, mask=inside[:, None], other=0), total,
+            tl.load(upper, mask=inside[None, :], other=0), tl.load(lower, mask=inside[:, None], other=0), total,
             out_dtype=tl.int32,
         )  # fmt: skip
-        left += INNER
-        right += INNER
+        upper += INNER
+        lower += INNER
     scale = tl.load(rows + row, mask=row < m)[:, None] * tl.load(columns + column, mask=column < n)[None, :]
     result = (total.to(tl.float32) * scale).to(out.dtype.element_ty)
     position = row.to(tl.int64)[:, None] * n + column[None, :]
