@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.served import answering
 
 
 class Model:
@@ -41,11 +42,5 @@ class Model:
 def serving() -> Generator[Model]:
     """The endpoint, while it answers."""
     served = Model()
-    thread = threading.Thread(target=served.server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with answering(served.server):
         yield served
-    finally:
-        served.server.shutdown()
-        served.server.server_close()
-        thread.join()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import re
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import yaml
+
+from tests.served import answering
 
 _SHA = "0" * 40
 
@@ -112,11 +113,5 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def serving() -> Generator[Hub]:
     """The hub, while it answers."""
     hub = Hub()
-    thread = threading.Thread(target=hub.server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with answering(hub.server):
         yield hub
-    finally:
-        hub.server.shutdown()
-        hub.server.server_close()
-        thread.join()
