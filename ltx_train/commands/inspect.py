@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from ltx_train import rng
-from ltx_train.assembly import from_config, model_source
+from ltx_train.assembly import from_config, model_source, outputs
 from ltx_train.assembly.closing import close
 from ltx_train.assembly.saved_run import open_run
 from ltx_train.config import Config
 from ltx_train.contracts import DataError, Exit, Modality
 from ltx_train.diffusion import positions
+from ltx_train.evaluation import lora_page
 from ltx_train.model import adapter, export, lora_file, lora_tools
 from ltx_train.model.checkpoint import TensorSource
 from ltx_train.model.loaders import TRANSFORMER_PREFIX, load_transformer, transformer_original_name
@@ -25,6 +26,7 @@ _TOLERANCE = 1e-5
 def run(config: Config) -> int:
     """Raises DataError (exit code 78) when keys do not bind, the base is a different one, or the outputs differ."""
     assert config.inspect.file is not None  # config.require has refused it
+    outputs.check_output(config, "inspect.page", config.inspect.page)
     tensors, metadata = lora_file.read_lora(config.inspect.file)
     source = model_source.weights(config)
     problems = lora_file.unbound_keys(tensors, model_source.skeleton(config))
@@ -42,12 +44,18 @@ def run(config: Config) -> int:
         largest = max(sizes, key=lambda module: sizes[module])
         total = sum(size**2 for size in sizes.values()) ** 0.5
         print(f"  {stream.value}: {len(sizes)} layers, norm {total:.4g}, most in {largest} ({sizes[largest]:.3g})")
+    files = {Path(config.inspect.file).name: tensors}
     if config.inspect.compare is not None:
         other, _ = lora_file.read_lora(config.inspect.compare)
+        files[config.inspect.compare] = other
         for stream, cosine in lora_tools.likeness(tensors, other).items():
             print(f"  {stream.value}: cosine with {config.inspect.compare} {cosine:+.3f}")
     if config.inspect.run is not None:
         _compare_outputs(config, source, tensors, config.export.step or _step_of(metadata))
+    if config.inspect.page is not None:
+        norms = {name: lora_tools.norms_by_block(own) for name, own in files.items()}
+        lora_page.write(Path(config.inspect.page), f"{Path(config.inspect.file).name}: what it changes", norms)
+        print(f"made {config.inspect.page}")
     run_folder = f" {config.inspect.run}" if config.inspect.run else " ..."
     close(None, f"ltx-train sample{run_folder} sample.adapter={config.inspect.file}")
     return Exit.DONE

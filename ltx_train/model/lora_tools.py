@@ -129,6 +129,22 @@ def norms(tensors: Tensors) -> dict[str, float]:
     return {module: _inner(tensors, tensors, module) ** 0.5 for module in _modules(tensors)}
 
 
+def norms_by_block(tensors: Tensors) -> dict[Stream, dict[int, float]]:
+    """The norm of the changes of a block's layers together, by stream and block. Layers outside the blocks are left
+    out."""
+    squares: dict[Stream, dict[int, float]] = {}
+    for module, norm in norms(tensors).items():
+        place, _, rest = module.partition(".")
+        if place == "transformer_blocks":
+            blocks = squares.setdefault(stream_of(module), {})
+            block = int(rest.partition(".")[0])
+            blocks[block] = blocks.get(block, 0.0) + norm**2
+    return {
+        stream: {block: blocks[block] ** 0.5 for block in sorted(blocks)}
+        for stream in Stream if (blocks := squares.get(stream))
+    }  # fmt: skip
+
+
 def likeness(first: Tensors, second: Tensors) -> dict[Stream, float]:
     """Cosine between the changes of two files by stream: 1 for the same direction, 0 for unrelated ones. A module that
     one of them lacks counts as zero there."""

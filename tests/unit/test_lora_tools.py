@@ -232,6 +232,11 @@ def test_norms_and_likeness_are_those_of_the_products(tensors: dict[str, Tensor]
     whole = products(tensors)
     for module, norm in lora_tools.norms(tensors).items():
         assert norm == pytest.approx(float(whole[module].norm()), rel=1e-6)
+    blocks = lora_tools.norms_by_block(tensors)
+    inside = sum(
+        norm**2 for module, norm in lora_tools.norms(tensors).items() if module.startswith("transformer_blocks.")
+    )
+    assert sum(norm**2 for stream in blocks.values() for norm in stream.values()) == pytest.approx(inside, rel=1e-9)
     assert lora_tools.likeness(tensors, tensors) == {stream: pytest.approx(1) for stream in Stream}
     turned = {n: -t if ".lora_B." in n else t for n, t in tensors.items()}
     assert lora_tools.likeness(tensors, turned) == {stream: pytest.approx(-1) for stream in Stream}
@@ -251,6 +256,15 @@ def test_inspect_looks_into_the_bases_own_file(
     assert "audio: cosine with" in shown
     assert "+1.000" in shown
     assert "bridge: " in shown
+    page = tmp_path / "norms.html"
+    assert command(*asked, f"model.path={TINY}", f"inspect.page={page}") == 0
+    capsys.readouterr()
+    assert "data:image/svg+xml" in page.read_text()
+    assert all(f"<td>{stream}</td>" in page.read_text() for stream in Stream)
+    page.write_text("mine")
+    assert command(*asked, f"model.path={TINY}", f"inspect.page={page}") == 77
+    assert page.read_text() == "mine"
+    capsys.readouterr()
     with safe_open(TINY, "pt") as handle:
         metadata, one = handle.metadata(), next(iter(handle.keys()))
         save_file({one: handle.get_tensor(one)}, base, metadata)

@@ -149,6 +149,7 @@ class InspectConfig:
     file: str | None = setting(None, "the LoRA file to check against the base")
     run: str | None = setting(None, "the run folder whose output the file must reproduce")
     compare: str | None = setting(None, "another LoRA file, whose changes are compared by stream")
+    page: str | None = setting(None, "an HTML file to write, with the norms of the changes by block and stream")
 
 
 @dataclass(kw_only=True)
