@@ -53,7 +53,10 @@ def run(config: Config) -> int:
     if config.inspect.run is not None:
         _compare_outputs(config, source, tensors, config.export.step or _step_of(metadata))
     if config.inspect.page is not None:
-        norms = {name: lora_tools.norms_by_block(own) for name, own in files.items()}
+        norms = {
+            name: {stream.value: blocks for stream, blocks in lora_tools.norms_by_block(own).items()}
+            for name, own in files.items()
+        }
         lora_page.write(Path(config.inspect.page), f"{Path(config.inspect.file).name}: what it changes", norms)
         print(f"made {config.inspect.page}")
     run_folder = f" {config.inspect.run}" if config.inspect.run else " ..."
