@@ -23,6 +23,7 @@ from ltx_train.data import index
 from ltx_train.data.columns import Rows
 from ltx_train.evaluation.sweep_report import Trial, render
 from ltx_train.jobs import search, trials
+from ltx_train.training.checkpoints import commit
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command
 from tests.faults.harness import started, steps_done, wait_for
@@ -85,7 +86,7 @@ def test_a_search_is_continued_where_it_was_killed(
     arguments = ["sweep", *fit(prepared, clips, tmp_path)[1:], *wanted]
     runs = tmp_path / "audio_reference"
     with started(arguments, tmp_path / "log") as process:
-        wait_for(lambda: (runs / "try-001").exists() and steps_done(runs / "try-001") > 2, process)
+        wait_for(lambda: len(commit.committed(runs / "try-001" / "checkpoints")) > 0, process)
         os.kill(process.pid, signal.SIGKILL)
     before = steps_done(runs / "try-001")
     assert before < 8

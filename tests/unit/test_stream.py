@@ -7,10 +7,12 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_train.contracts import Modality
 from ltx_train.distributed.exchange import single_process
@@ -175,6 +177,32 @@ def test_storage_is_empty_while_its_content_is_away() -> None:
     assert hidden.untyped_storage().nbytes() == 0
     offload.fetch(0)
     assert torch.equal(hidden, torch.arange(6.0).view(2, 3))
+
+
+class _Attentions(TorchDispatchMode):
+    """Numbers of queries and keys of the attentions that are computed within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in runner._ATTENTION:
+            self.found.append((args[0].shape[-2], args[1].shape[-2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_self_attention_is_kept_and_not_computed_again() -> None:
+    case = read(CASE)
+    made, _ = model([], 0, Keep.attention)
+    video, audio = made(modality(case, "video"), modality(case, "audio"))
+    assert video is not None
+    assert audio is not None
+    with _Attentions() as again:
+        (video.square().mean() + audio.square().mean()).backward()
+    computed = [queries == keys for queries, keys in again.found]
+    assert len(computed) == 3 * 4  # in three blocks: two attentions to the text and two between the modalities
+    assert not any(computed)
 
 
 @pytest.mark.slow

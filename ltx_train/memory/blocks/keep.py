@@ -14,8 +14,8 @@ from enum import StrEnum
 class Keep(StrEnum):
     """The tensors of a block that stay in memory between forward and backward.
 
-    everything: nothing is computed twice. attention: attention outputs stay, the rest is recomputed. inputs: the whole
-    block is recomputed.
+    everything: nothing is computed twice. attention: the outputs of self-attention stay, the rest is recomputed.
+    inputs: the whole block is recomputed.
     """
 
     everything = "everything"

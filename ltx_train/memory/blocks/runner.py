@@ -218,8 +218,10 @@ def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any, **flags
     return result
 
 
-def _attention_policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    is_kept = operation in _ATTENTION
+def _attention_policy(_context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
+    """Keeps self-attention, which has as many keys as queries. Computing an output again costs as much as it has keys,
+    and the other attentions read few: the text's, or those of the sound."""
+    is_kept = operation in _ATTENTION and arguments[0].shape[-2] == arguments[1].shape[-2]
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

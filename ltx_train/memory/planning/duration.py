@@ -23,11 +23,12 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). The
-# rotation of its inputs is not measured and not counted.
+# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). A step is
+# predicted within 5 % (A_int8mm_22gib), the rotation of the products' inputs included.
 _INT8 = 0.6
-# Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
-_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
+# Seconds per block: fixed, and for launching kernels, which CUDA graphs save. With 8-bit products the host launches for
+# longer than the device computes: 1.10 and 1.30 s in place of 0.67 (A_fp8_12gib on two hosts).
+_BLOCK_OVERHEAD_S, _LAUNCHES_S, _CODED_LAUNCHES_S = 1.0e-3, 0.7e-3, 11.0e-3
 _STREAM_OVERHEAD = 0.05
 # Share of a step that its forward pass takes where blocks are recomputed, from the stalls of A_fp8_12gib, A_fp8_8gib.
 # Streamed weights travel once in each pass, and a pass waits for its own.
@@ -53,12 +54,14 @@ def seconds(
     bandwidth. Copies overlap with them."""
     everything = choice.keep_everything / size.layers
     linear = size.layers * _linear_seconds(size, work, choice, card, everything=everything, full=trained.full)
-    forward = size.layers * _attention_flops(size, work)
-    again = 0.0 if choice.keep is not Keep.inputs else 1 - everything
-    attention = forward * (3.5 + again) / (card.bf16_tflops * 1e12 * _ATTENTION)
+    own, others = _attention_flops(size, work)
+    again = 1 - everything
+    attention = size.layers * (own * (3.5 + again * (choice.keep is Keep.inputs)) + others * (3.5 + again))
+    attention /= card.bf16_tflops * 1e12 * _ATTENTION
     bandwidth = card.memory_gbs * 1e9 * _BANDWIDTH
     passes = size.layers * unit_bytes(size, work) * _PASSES / bandwidth
-    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
+    launches = _LAUNCHES_S if choice.compute == "bf16" else _CODED_LAUNCHES_S
+    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else launches))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 6.0 * dequantized_elements(size, choice) / bandwidth
     update_s = _offloaded_update_s(trained) if trained.offloaded else 0.0
@@ -95,7 +98,7 @@ def model_flops(size: ModelSizes, work: Workload, *, full: bool = False) -> floa
     for layer in size.linears:
         times = (1 if layer.rows == "text" else 2) + full
         linear += times * 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
-    return size.layers * (linear + 3.5 * _attention_flops(size, work))
+    return size.layers * (linear + 3.5 * sum(_attention_flops(size, work)))
 
 
 def _linear_seconds(
@@ -120,10 +123,10 @@ def _rate(card: Card, compute: str) -> float:
     return (by_compute[compute] or by_compute["bf16"]) * 1e12
 
 
-def _attention_flops(size: ModelSizes, work: Workload) -> float:
-    """FLOPs of one block's attention in forward: two products each for the self, text and cross-modal attentions."""
+def _attention_flops(size: ModelSizes, work: Workload) -> tuple[float, float]:
+    """FLOPs of one block's attention in forward, two products each: self-attention; text and cross-modal attention."""
     v, a, t = work.video, work.audio, work.text
     bridges = (1 + work.sequence) * v * a  # every device has all of audio's queries
-    pairs = size.width * (v * v * work.sequence + v * t) + size.audio_width * (a * a + a * t + bridges)
-
-    return 4.0 * work.batch * pairs
+    own = size.width * v * v * work.sequence + size.audio_width * a * a
+    others = size.width * v * t + size.audio_width * (a * t + bridges)
+    return 4.0 * work.batch * own, 4.0 * work.batch * others

@@ -25,7 +25,7 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # predictions are within 5 % of the reserved memory; tests/unit/test_plan.py holds 43 of 45 to it. To fit again: measure
 # with docs/performance/measure.sh, add the records to peaks.json, and change the constant whose part of the footprint
 # the new records vary (keep_everything for the first pair, everything recomputed for _WORKING, int8 for _DEQUANTIZED,
-# memory.keep=attention for _KEPT_ATTENTION, a bare run for the reserve).
+# a bare run for the reserve).
 #
 # In units of one block's input (tokens x width x bytes, both modalities): activations that a block keeps with
 # keep_everything, for an adapter and for a full fine-tune, and working memory of the running block.
@@ -38,8 +38,6 @@ _WORKING_CODES = 11.0
 _WORKING_FORWARD, _WORKING_FORWARD_EAGER = 8.8, 24.8
 # Dequantized weights that exist at once in a block's backward, as a share of the block's size in bfloat16.
 _DEQUANTIZED = 0.75
-# Share of the attention outputs that is kept: those of audio-to-video attention are recomputed.
-_KEPT_ATTENTION = 0.85
 # Memory that the allocator reserves beyond its allocations: GiB, and a share of the running block's memory. CUDA graphs
 # have their own memory pool, to which only the share applies.
 _RESERVE_GIB, _RESERVE_SHARE = 0.45, 0.15
@@ -161,15 +159,11 @@ def _block_bytes(size: ModelSizes, choice: MemoryChoice, dtype_bytes: int) -> fl
 
 
 def _kept_attention(size: ModelSizes, work: Workload, choice: MemoryChoice) -> float:
-    """Bytes of the kept outputs and log-sum-exps of the six attentions of a block."""
+    """Bytes of the kept outputs and log-sum-exps of a block's self-attentions."""
     if choice.keep is not Keep.attention:
         return 0.0
-    has_both = work.video > 0 and work.audio > 0
-    per_video = 2 * size.width + (size.audio_width if has_both else 0)
-    per_audio = (3 if has_both else 2) * size.audio_width
-    outputs = (work.video * per_video + work.audio * per_audio) * work.dtype_bytes
-    sums = 3 * (work.video + work.audio) * size.heads * 4
-    return _KEPT_ATTENTION * work.batch * (outputs + sums)
+    outputs = (work.video * size.width + work.audio * size.audio_width) * work.dtype_bytes
+    return work.batch * (outputs + 4.0 * (work.video + work.audio) * size.heads)
 
 
 def _transposed(size: ModelSizes, choice: MemoryChoice) -> float:
