@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 HERE = Path(__file__).parent
-COLORS = {"bf16": "#2563eb", "int8": "#d97706", "fp8": "#059669"}
+COLORS = {"bf16": "#2563eb", "int8": "#d97706", "fp8": "#059669", "int8mm": "#9333ea"}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str,
 
 
 def test_nearly_all_predicted_peaks_are_within_5_percent(size: ModelSizes) -> None:
-    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (43, 45)
+    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (37, 40)
 
 
 def test_sizes_of_the_real_model(size: ModelSizes) -> None:
@@ -455,9 +455,15 @@ def test_a_pass_waits_for_the_weights_that_it_streams(case: str, within: float, 
     """Forward is the shorter pass, so that it waits while backward has time to spare."""
     rows = json.loads((REPOSITORY / "docs/performance/h200.json").read_text())
     row = next(r for r in rows if r["case"] == case)
-    streamed = {"A_fp8_22gib": 21, "A_fp8_12gib": 38, "A_fp8_8gib": 48}[case]
-    keep = Keep.attention if case == "A_fp8_22gib" else Keep.inputs
-    choice = MemoryChoice(quantize="float8", compute="fp8", keep=keep, stream_blocks=streamed, graphs=True)
+    kept = {
+        "A_fp8_22gib": (Keep.attention, 1, 19),
+        "A_fp8_12gib": (Keep.inputs, 0, 38),
+        "A_fp8_8gib": (Keep.inputs, 0, 48),
+    }
+    keep, everything, streamed = kept[case]
+    choice = MemoryChoice(
+        quantize="float8", compute="fp8", keep=keep, keep_everything=everything, stream_blocks=streamed, graphs=True
+    )
     found = predict(size, WORK_A, TRAINED_A, choice, card=H200)
     assert found.step_s == pytest.approx(row["step_s_median"], rel=within)
     endless = predict(size, WORK_A, TRAINED_A, choice, card=replace(H200, host_gbs=1e6))
@@ -467,11 +473,20 @@ def test_a_pass_waits_for_the_weights_that_it_streams(case: str, within: float, 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
 def test_every_card_can_be_planned_with_8_bit_products(compute: str, size: ModelSizes) -> None:
     """Also those without the arithmetic, which refuse it by name when a run begins."""
-    choice = MemoryChoice(quantize="none", compute=compute)
+    choice = MemoryChoice(quantize="none", compute=compute, graphs=True)
     for card in CARDS:
-        plain = predict(size, WORK_A, TRAINED_A, MemoryChoice(), card=card).step_s
+        plain = predict(size, WORK_A, TRAINED_A, MemoryChoice(graphs=True), card=card).step_s
         coded = predict(size, WORK_A, TRAINED_A, choice, card=card).step_s
         assert coded <= plain * 1.001, card.name
+
+
+def test_8_bit_products_without_cuda_graphs_wait_for_the_host(size: ModelSizes) -> None:
+    """A_fp8_12gib took 1.10 and 1.30 s on two hosts; a card that computes for longer does not wait."""
+    choice = MemoryChoice(quantize="float8", compute="fp8", stream_blocks=36, stream_slots=2)
+    assert 1.0 < predict(size, WORK_A, TRAINED_A, choice, card=H200).step_s < 1.3
+    slow = card_by_name("RTX 4060 Ti")
+    recorded = predict(size, WORK_A, TRAINED_A, replace(choice, graphs=True), card=slow).step_s
+    assert predict(size, WORK_A, TRAINED_A, choice, card=slow).step_s < recorded + 0.1
 
 
 @pytest.mark.parametrize(("compute", "stored"), [("fp8", "float8"), ("int8", "int8")])

@@ -23,12 +23,14 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). A step is
-# predicted within 5 % (A_int8mm_22gib), the rotation of the products' inputs included.
+# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). A
+# step is predicted within 5 % (A_int8mm_22gib), the rotation of the products' inputs included.
 _INT8 = 0.6
-# Seconds per block: fixed, and for launching kernels, which CUDA graphs save. With 8-bit products the host launches for
-# longer than the device computes: 1.10 and 1.30 s in place of 0.67 (A_fp8_12gib on two hosts).
-_BLOCK_OVERHEAD_S, _LAUNCHES_S, _CODED_LAUNCHES_S = 1.0e-3, 0.7e-3, 11.0e-3
+# Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
+_BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
+# Seconds per block that the host needs to launch a step with 8-bit products, longer than a fast device computes:
+# A_fp8_12gib without CUDA graphs took 1.10 and 1.30 s on two hosts, 0.67 s with them.
+_CODED_LAUNCHES_S = 25.0e-3
 _STREAM_OVERHEAD = 0.05
 # Share of a step that its forward pass takes where blocks are recomputed, from the stalls of A_fp8_12gib, A_fp8_8gib.
 # Streamed weights travel once in each pass, and a pass waits for its own.
@@ -60,8 +62,7 @@ def seconds(
     attention /= card.bf16_tflops * 1e12 * _ATTENTION
     bandwidth = card.memory_gbs * 1e9 * _BANDWIDTH
     passes = size.layers * unit_bytes(size, work) * _PASSES / bandwidth
-    launches = _LAUNCHES_S if choice.compute == "bf16" else _CODED_LAUNCHES_S
-    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else launches))
+    overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
     compute += size.layers * 6.0 * dequantized_elements(size, choice) / bandwidth
     update_s = _offloaded_update_s(trained) if trained.offloaded else 0.0
@@ -70,6 +71,8 @@ def seconds(
     if choice.offload_inputs:
         compute *= 1.03
     compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
+    if choice.compute != "bf16" and not choice.graphs:
+        compute = max(compute, size.layers * _CODED_LAUNCHES_S)
     if choice.slices > 1:
         travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
         return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
