@@ -30,7 +30,7 @@ from ltx_train.assembly import (
 )
 from ltx_train.assembly.setup import Setup, settled
 from ltx_train.config import Config
-from ltx_train.contracts import ConfigError, Exit, UserError
+from ltx_train.contracts import ConfigError, Exit, Role, UserError
 from ltx_train.data import index, store
 from ltx_train.distributed.ranks import Ranks, process_group, ranks_from_environment
 from ltx_train.memory.planning.cards import GIB, card_of_device
@@ -45,6 +45,8 @@ def run(config: Config) -> int:
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single strategy.devices=1")
+    if config.bench.baseline and Role.absent in (config.mode.video, config.mode.audio):
+        raise UserError("bench.baseline=true compares with diffusers, which always runs both modalities")
     outputs.check_output(config, "bench.out", config.bench.out)
     peer = _peer(config) if config.bench.baseline else {}
     with process_group(ranks, resolve.device(config, ranks), resolve.launch(config).rendezvous_timeout_s):

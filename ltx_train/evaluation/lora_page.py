@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
-from matplotlib import pyplot
-
 from ltx_train import durable
-from ltx_train.pages.figures import picture
+from ltx_train.pages.figures import picture, subplots
 from ltx_train.pages.render import render
 from ltx_train.pages.sections import Section, Table
 
@@ -29,7 +27,7 @@ def write(path: Path, title: str, files: Mapping[str, ByBlock]) -> None:
 
 
 def _figure(files: Mapping[str, ByBlock]) -> Section:
-    figure, axis = pyplot.subplots(figsize=(9, 3.6))
+    figure, axis = subplots(figsize=(9, 3.6))
     for style, (name, streams) in zip(_STYLES, files.items(), strict=False):
         for number, (stream, norms) in enumerate(streams.items()):
             label = f"{stream}, {name}" if len(files) > 1 else stream

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from markupsafe import Markup
-from matplotlib import pyplot
 
 from ltx_train.evaluation import alike
 from ltx_train.evaluation.attention_mass import Mass
@@ -34,7 +33,7 @@ from ltx_train.evaluation.rows import (
     paired,
 )
 from ltx_train.evaluation.statistics import Interval, by_identity
-from ltx_train.pages.figures import picture
+from ltx_train.pages.figures import picture, subplots, viridis
 
 T = TypeVar("T")
 
@@ -59,7 +58,7 @@ def curves(metrics: Sequence[Mapping[str, float]], measured: Sequence[Measured])
     the adapter changes. None without a training loss."""
     if not any("train/loss" in row for row in metrics):
         return None
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
+    figure, axes = subplots(1, 3, figsize=(12, 3.4))
     _over_steps(axes[0], metrics, "train/loss", "training", "#b9c6cc")
     rows = [row for row in metrics if "val/loss" in row]
     alike_rows = alike.only(rows, alike.main(rows))  # what was measured on something else is no point of the curve
@@ -99,7 +98,7 @@ def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> Markup | None:
                 losses.setdefault(name.rsplit("/", 1)[1], []).append((row["step"], value))
     if not shares:
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.0))
+    figure, axes = subplots(1, 2, figsize=(10, 3.0))
     axes[0].bar(list(shares), [sum(v) / len(v) for v in shares.values()], color=INK[CORRECT])
     axes[0].tick_params(axis="x", labelrotation=60, labelsize=7)
     for name, points in sorted(losses.items()):
@@ -111,7 +110,7 @@ def levels_of_training(metrics: Sequence[Mapping[str, float]]) -> Markup | None:
 
 def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> Markup | None:
     """Held-out loss of every arm over the noise level."""
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    figure, axis = subplots(figsize=(6, 3.4))
     for arm in (arm for arm in arms if has(rows, arm)):
         means = [mean([r for r in rows if r.sigma == s], arm).mean for s in _levels(rows)]
         axis.plot(_levels(rows), means, label=TITLES[arm], color=INK[arm], marker=".", lw=1.2)
@@ -121,7 +120,7 @@ def by_level(rows: Sequence[Row], arms: Sequence[str] = ARMS) -> Markup | None:
 
 def differences_by_level(rows: Sequence[Row]) -> Markup | None:
     """Correct minus every other arm over the noise level, less the same of the base where it was measured."""
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    figure, axis = subplots(figsize=(6, 3.4))
     for arm in (arm for arm in ARMS[1:] if has(rows, arm)):
         by_level = {s: [r for r in rows if r.sigma == s] for s in _levels(rows)}
         own = has(rows, OFF.get(arm, ""))
@@ -144,7 +143,7 @@ def differences_by_identity(rows: Sequence[Row]) -> Markup | None:
     }
     values = {arm: {who: sum(v) / len(v) for who, v in found.items()} for arm, found in by_arm.items()}
     order = sorted(values[shown[0]], key=lambda who: values[shown[0]][who])[:_IDENTITIES]
-    figure, axis = pyplot.subplots(figsize=(6, 1.2 + 0.22 * len(order)))
+    figure, axis = subplots(figsize=(6, 1.2 + 0.22 * len(order)))
     for arm in shown:
         axis.plot([values[arm][who] for who in order], order, "o", ms=4, color=INK[arm], label=f"minus {TITLES[arm]}")
     axis.axvline(0, color="black", lw=0.7)
@@ -157,7 +156,7 @@ def by_strength(strengths: Mapping[float, Sequence[Row]]) -> Markup | None:
     """What the adapter changes at each of its strengths; 0 is the base."""
     if len(strengths) < 2:
         return None
-    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    figure, axis = subplots(figsize=(6, 3.2))
     gains_by = {s: paired(rows, CORRECT, BASE) for s, rows in strengths.items() if has(rows, BASE)}
     gaps_by = {s: gained(rows, WRONG) for s, rows in strengths.items() if has(rows, OFF[WRONG])}
     _bars(axis, gains_by, "adapter on minus off", INK[CORRECT])
@@ -171,7 +170,7 @@ def attention(masses: Sequence[Mass]) -> Markup | None:
     """Attention on the references by block, relative to an even spread over all keys."""
     if not masses:
         return None
-    figure, axis = pyplot.subplots(figsize=(6, 2.8))
+    figure, axis = subplots(figsize=(6, 2.8))
     for sigma in sorted({m.sigma for m in masses}):
         blocks = sorted({m.block for m in masses})
         by_block = [[m for m in masses if m.block == b and m.sigma == sigma] for b in blocks]
@@ -184,7 +183,7 @@ def attention(masses: Sequence[Mass]) -> Markup | None:
 
 def compared_by_step(runs: Mapping[str, Mapping[int, Interval]]) -> Markup | None:
     """Held-out loss of several steps minus that of the base, a line for each run."""
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    figure, axis = subplots(figsize=(6, 3.4))
     for name, points, ink in _inked(runs):
         _bars(axis, points, name if len(runs) > 1 else "held-out loss", ink)
     axis.axhline(0, color=INK[BASE], ls="--", label=TITLES[BASE])
@@ -194,7 +193,7 @@ def compared_by_step(runs: Mapping[str, Mapping[int, Interval]]) -> Markup | Non
 
 def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> Markup | None:
     """Held-out loss of several adapters minus that of the base over the noise level."""
-    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    figure, axis = subplots(figsize=(7, 3.6))
     for name, rows, ink in _inked({name: rows for name, rows in subjects.items() if has(rows, BASE)}):
         points = {s: paired([r for r in rows if r.sigma == s], CORRECT, BASE) for s in _levels(rows)}
         _bars(axis, points, name, ink)
@@ -205,7 +204,7 @@ def compared_by_level(subjects: Mapping[str, Sequence[Row]]) -> Markup | None:
 
 def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> Markup | None:
     """Held-out loss of several adapters for every identity."""
-    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    figure, axis = subplots(figsize=(7, 3.6))
     for name, rows, ink in _inked(subjects):
         losses: dict[str, list[float]] = {}
         for row in rows:
@@ -221,7 +220,7 @@ def compared_by_identity(subjects: Mapping[str, Sequence[Row]]) -> Markup | None
 def _inked(subjects: Mapping[str, T]) -> Iterator[tuple[str, T, Any]]:
     """(name, values, colour) of every subject; each has another colour."""
     for number, (name, values) in enumerate(subjects.items()):
-        yield name, values, pyplot.get_cmap("viridis")(number / max(1, len(subjects) - 1))
+        yield name, values, viridis(number / max(1, len(subjects) - 1))
 
 
 def _over_steps(axis: Any, metrics: Sequence[Mapping[str, float]], name: str, title: str, ink: str) -> None:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import pyplot
 
 from ltx_train import durable
 from ltx_train.contracts import Clip
@@ -17,7 +16,7 @@ from ltx_train.evaluation.report import groups
 from ltx_train.evaluation.swap import OFF, ON, Aspect, Measure, Output
 from ltx_train.evaluation.traits import Traits
 from ltx_train.evaluation.verdicts import Verdict
-from ltx_train.pages.figures import picture
+from ltx_train.pages.figures import picture, subplots
 from ltx_train.pages.render import embedded, render
 from ltx_train.pages.sections import Section, Table
 
@@ -58,7 +57,7 @@ def effects(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Sect
 
 def _matrices(outputs: Sequence[Output], references: Mapping[str, Traits]) -> Section:
     names = sorted(references)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
+    figure, axes = subplots(1, 2, figsize=(10, 4.2))
     for axis, arm in zip(axes, (ON, OFF), strict=True):
         found = swap.matrix(outputs, arm, references)
         axis.imshow(np.ma.masked_invalid(found), cmap="viridis")
@@ -105,7 +104,7 @@ def _strengths(outputs: Sequence[Output], references: Mapping[str, Traits]) -> S
 
 
 def _drawn(voiced: Mapping[float, float], followed: Mapping[float, swap.Effect]) -> Markup:
-    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    figure, axis = subplots(figsize=(6, 3.2))
     known = {s: effect for s, effect in followed.items() if np.isfinite(effect.mean)}
     errors = np.abs([[e.mean - e.low, e.high - e.mean] for e in known.values()]).T
     axis.errorbar(list(known), [e.mean for e in known.values()], errors if known else None, capsize=2, marker=".",

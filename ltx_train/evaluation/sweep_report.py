@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib import pyplot
 
 from ltx_train import durable
 from ltx_train.evaluation.history import Measured, difference
-from ltx_train.pages.figures import picture
+from ltx_train.pages.figures import picture, subplots, viridis
 from ltx_train.pages.render import render as render_page
 from ltx_train.pages.sections import Section, Table
 
@@ -76,12 +75,12 @@ def _parallel(ranked: Sequence[Trial]) -> Markup:
     """Parallel coordinates: one line per complete trial through its settings to its loss; darker lines are better."""
     complete = [t for t in ranked if t.value is not None]
     names = sorted({name for trial in complete for name in trial.params})
-    figure, axes = pyplot.subplots(figsize=(9, 3.6))
+    figure, axes = subplots(figsize=(9, 3.6))
     for number, trial in enumerate(reversed(complete), start=1):
         heights = [_height(trial.params[n], [t.params[n] for t in complete]) for n in names]
         heights.append(_height(trial.value, [t.value for t in complete]))
         good = number / len(complete)
-        axes.plot(range(len(heights)), heights, color=pyplot.cm.viridis(1 - good), alpha=0.35 + 0.6 * good, lw=1 + good)
+        axes.plot(range(len(heights)), heights, color=viridis(1 - good), alpha=0.35 + 0.6 * good, lw=1 + good)
     axes.set_xticks(range(len(names) + 1), [*names, "held-out loss"])
     columns: list[list[Any]] = [*([t.params[name] for t in complete] for name in names), [t.value for t in complete]]
     for x, column in enumerate(columns):
@@ -95,7 +94,7 @@ def _parallel(ranked: Sequence[Trial]) -> Markup:
 
 
 def _courses(trials: Sequence[Trial]) -> Markup:
-    figure, axes = pyplot.subplots(figsize=(9, 3.2))
+    figure, axes = subplots(figsize=(9, 3.2))
     for trial in trials:
         if trial.course:
             steps, values = zip(*sorted(trial.course.items()), strict=True)

@@ -76,7 +76,7 @@ def _refuse_unusable_cache() -> None:
 
 
 def _silence_libraries() -> None:
-    """Silences bitsandbytes, which advertises optional kernels when peft imports it, in every command."""
+    """Silences bitsandbytes, which advertises optional kernels when it is imported."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

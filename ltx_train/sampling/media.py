@@ -14,7 +14,6 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from diffusers.pipelines.ltx2.utils import apply_image_conditioning_crf
 from torch import Tensor
 
 from ltx_train.contracts import DataError
@@ -118,6 +117,8 @@ def image_to_pixels(path: str | Path, width: int, height: int, *, crf: int = 0) 
         with av.open(str(path)) as container:
             frame: Any = next(container.decode(video=0))
             if crf:
+                from diffusers.pipelines.ltx2.utils import apply_image_conditioning_crf
+
                 compressed = apply_image_conditioning_crf(frame.to_ndarray(format="rgb24"), crf)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(compressed), "rgb24")
             picture = picture_to_bucket(frame, width, height)

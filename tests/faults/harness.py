@@ -56,7 +56,8 @@ def import_commands() -> None:
         if name != "completion":
             importlib.import_module(f"ltx_train.commands.{name}")
     os.environ["DS_ACCELERATOR"] = "cpu"
-    importlib.import_module("deepspeed")
+    for library in ("deepspeed", "bitsandbytes.optim"):
+        importlib.import_module(library)
 
 
 def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:

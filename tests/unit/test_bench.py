@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from ltx_train.commands import bench
 from tests.conftest import TINY, command
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_record_holds_ours_and_the_peer(quantize: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_record_holds_ours_and_the_peer(
+    quantize: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A spawned process would import everything again.
+    monkeypatch.setattr(bench, "get_context", lambda _method: get_context("fork"))
     out = tmp_path / "records.json"
     arguments = (
         "experiment=audio_reference", f"model.path={TINY}", "bench.steps=2", "bench.warmup=1", "bench.case=tiny",

@@ -255,6 +255,18 @@ def test_help_and_refusals_import_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
+def test_the_model_is_imported_without_8_bit_optimizers() -> None:
+    """peft and diffusers import them for layers of their own, which takes a second."""
+    code = (
+        "import sys, ltx_train.model\n"
+        "print([name for name in ('peft', 'diffusers', 'bitsandbytes') if name in sys.modules])\n"
+        "import bitsandbytes.optim; print(bitsandbytes.optim.AdamW8bit.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["['peft', 'diffusers']", "AdamW8bit"]
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
     [
