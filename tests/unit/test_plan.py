@@ -12,6 +12,7 @@ import pytest
 from ltx_train import config
 from ltx_train.assembly import memory_plan, mends, model_source, resolve
 from ltx_train.assembly.memory_plan import Room
+from ltx_train.commands import plan as plan_command
 from ltx_train.contracts import UserError
 from ltx_train.memory.blocks.keep import Keep, arrange
 from ltx_train.memory.planning import search
@@ -250,6 +251,7 @@ def test_plan_prints_a_card_in_detail_and_all_in_a_table(capsys: pytest.CaptureF
     assert len(offered) == 2
     assert max(offered) < 0.9 * step_s
     assert "s a step with memory.compute=fp8 memory.quantize=float8" in shown
+    assert "held-out loss -0.01 ± 0.14 %" in shown
     fixed = next(line for line in shown.splitlines() if line.startswith("memory.quantize"))
     made = config.compose_config([*REAL, *fixed.split()])
     assert resolve.plan_constraints(made, None).stream_blocks is not None
@@ -478,6 +480,15 @@ def test_every_card_can_be_planned_with_8_bit_products(compute: str, size: Model
         plain = predict(size, WORK_A, TRAINED_A, MemoryChoice(graphs=True), card=card).step_s
         coded = predict(size, WORK_A, TRAINED_A, choice, card=card).step_s
         assert coded <= plain * 1.001, card.name
+
+
+def test_the_price_of_8_bit_products_is_the_measured_one() -> None:
+    rows = json.loads((REPOSITORY / "docs/performance/quantization.json").read_text())
+    measured = {row["weights"]: row for row in rows}
+    for compute, (mean, half) in plan_command._PRICES.items():
+        found = measured[f"{compute} products"]["trained_to_bf16"]
+        plain = measured["bf16"]["heldout_trained"] / 100
+        assert (mean, half) == (round(found["mean"] / plain, 2), round(found["half"] / plain, 2))
 
 
 def test_8_bit_products_without_cuda_graphs_wait_for_the_host(size: ModelSizes) -> None:
