@@ -1,6 +1,6 @@
 """Figures inside a page: vectors, equal for equal data.
 
-Owns the plotting library, which takes half a second to import: processes that draw nothing do without it.
+Owns the plotting library, which is imported with the first figure. No global state: figures are drawn in any thread.
 """
 
 from __future__ import annotations
