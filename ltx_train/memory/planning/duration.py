@@ -5,6 +5,7 @@ Owns the formulas and their fitted constants (docs/performance.md). What several
 
 from __future__ import annotations
 
+import math
 import re
 
 from ltx_train.memory.blocks.keep import Keep
@@ -29,8 +30,9 @@ _INT8 = 0.6
 # Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 # Seconds per block that the host needs to launch a step with 8-bit products, longer than a fast device computes:
-# A_fp8_12gib without CUDA graphs took 1.10 and 1.30 s on two hosts, 0.67 s with them.
-_CODED_LAUNCHES_S = 25.0e-3
+# A_fp8_12gib without CUDA graphs took 1.10 and 1.30 s on two hosts, 0.67 s with them. Combined as a hypotenuse and not
+# as a maximum, so that of two plans the one that computes less stays the faster one.
+_CODED_LAUNCHES_S = 21.0e-3
 _STREAM_OVERHEAD = 0.05
 # Share of a step that its forward pass takes where blocks are recomputed, from the stalls of A_fp8_12gib, A_fp8_8gib.
 # Streamed weights travel once in each pass, and a pass waits for its own.
@@ -71,8 +73,8 @@ def seconds(
     if choice.offload_inputs:
         compute *= 1.03
     compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
-    if choice.compute != "bf16" and not choice.graphs:
-        compute = max(compute, size.layers * _CODED_LAUNCHES_S)
+    if choice.compute != "bf16" and not choice.graphs and trained.parameters:
+        compute = math.hypot(compute, size.layers * _CODED_LAUNCHES_S)
     if choice.slices > 1:
         travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
         return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
