@@ -22,7 +22,7 @@ from ltx_train.memory.weights.stores import WeightStore
 
 BASE = ("model.weights=random", "adapter.dropout=0", "optim=adamw", "bench.warmup=4", "bench.steps=6")
 CASES = {
-    "A_fp8_12gib": ("memory=fp8", "memory.budget_gib=12", "memory.stream_slots=2"),
+    "A_fp8_12gib": ("memory=fp8", "memory.budget_gib=12"),
     "A_fp8_22gib": ("memory=fp8", "memory.budget_gib=22"),
     "A_int8_12gib": ("memory=int8", "memory.budget_gib=12"),
 }

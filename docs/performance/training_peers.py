@@ -44,7 +44,8 @@ def reference(plain: Setup) -> tuple[nn.Module, Callable[..., Any]]:
     _train_the_adapter(model)
     model.set_gradient_checkpointing(True)
     for block in model.transformer_blocks:
-        block.idx = 0  # numbers of perturbed blocks, of which there are none; each number would be compiled for
+        # torch.compile specializes on this integer, so equal values share one graph. Only perturbations read it.
+        block.idx = 0
 
     def predict(video: Modality, audio: Modality) -> tuple[Tensor, Tensor]:
         from ltx_core.model.transformer.modality import Modality as Theirs

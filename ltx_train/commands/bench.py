@@ -45,7 +45,8 @@ def run(config: Config) -> int:
     ranks = ranks_from_environment(os.environ)
     if config.bench.baseline and ranks.world > 1:
         raise UserError("bench.baseline=true compares one device: set strategy=single strategy.devices=1")
-    if config.bench.baseline and Role.absent in (config.mode.video, config.mode.audio):
+    roles = {role for _, mode in configuration.training_modes(config) for role in (mode.video, mode.audio)}
+    if config.bench.baseline and Role.absent in roles:
         raise UserError("bench.baseline=true compares with diffusers, which always runs both modalities")
     outputs.check_output(config, "bench.out", config.bench.out)
     peer = _peer(config) if config.bench.baseline else {}

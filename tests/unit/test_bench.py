@@ -36,7 +36,9 @@ def test_a_record_holds_ours_and_the_peer(
     assert ("optimum-quanto int8" in shown["peer"]) == (quantize == "int8")
 
 
-def test_the_peer_needs_both_modalities(capsys: pytest.CaptureFixture[str]) -> None:
-    one = ("mode=t2av", "mode.audio=absent", "adapter.targets=[attn1.to_q]", "bench.baseline=true", "bench.steps=1")
+@pytest.mark.parametrize("modes", [("mode.audio=absent",), ("mixture={t2av: 1, t2v: 1}",)])
+def test_the_peer_needs_both_modalities(modes: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """In every mode that the run trains on."""
+    one = ("mode=t2av", *modes, "adapter.targets=[attn1.to_q]", "bench.baseline=true", "bench.steps=1")
     assert command("bench", f"model.path={TINY}", "data.buckets=[64x64x9]", *one) == 77
     assert "always runs both modalities" in capsys.readouterr().err
