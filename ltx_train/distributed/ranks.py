@@ -33,6 +33,8 @@ T = TypeVar("T")
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor")  # noqa: B009
 _all_reduce: Any = dist.all_reduce
 _BUCKET_BYTES = 64 * 2**20
+# Ports at which the ranks of SLURM jobs meet, by the number of the job.
+MEETING_PORTS = range(20_000, 40_000)
 
 
 class AgreedError(UserError):
@@ -159,7 +161,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Gener
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """Address and port under srun: the first node of the step, and a port that two jobs on one node do not share."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "127.0.0.1"
-    port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
+    port = MEETING_PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(MEETING_PORTS)]
     return {"MASTER_ADDR": _address(first_host(nodes), environment), "MASTER_PORT": str(port)}
 
 

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-# Ranks of a job meet at this port plus the job's number, in every cluster on this machine (`ranks.rendezvous`).
-_MEETING_PORT = 20_000
+from ltx_train.distributed.ranks import MEETING_PORTS
 
 
 def _configuration(root: Path, nodes: int, port: int) -> str:
@@ -23,7 +22,7 @@ def _configuration(root: Path, nodes: int, port: int) -> str:
     # cred_expire: a requeued job waits that long; the default is two minutes.
     return textwrap.dedent(f"""\
         ClusterName=mini
-        FirstJobId={port - _MEETING_PORT + 10}
+        FirstJobId={port - MEETING_PORTS[0] + 10}
         SlurmctldHost={host}(127.0.0.1)
         SlurmctldPort={port}
         SlurmUser={user}
@@ -57,8 +56,8 @@ class Slurm:
 
     def __init__(self, root: Path, nodes: int = 2) -> None:
         # Test processes side by side, also of another checkout, have a cluster each: below the ports that the system
-        # gives away by itself. Of 40 ports the first are the daemons', those from the tenth on its jobs'.
-        self.root, self._nodes, self._port = root, nodes, _MEETING_PORT + 40 * (os.getpid() % 490)
+        # gives away by itself. Of 40 ports the first are the daemons'; at those from the tenth on its jobs' ranks meet.
+        self.root, self._nodes, self._port = root, nodes, MEETING_PORTS[0] + 40 * (os.getpid() % 490)
         self._daemons: list[subprocess.Popen[bytes]] = []
         path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
         self.env = {**os.environ, "SLURM_CONF": str(root / "slurm.conf"), "PATH": path}
