@@ -1,9 +1,10 @@
-"""What 8-bit weights and products cost at the real widths: teacher.py OUT.json [tiny]
+"""What 8-bit weights and products cost at the real widths: teacher.py OUT.json [tiny] [factor ...]
 
 Four of the 48 blocks (1.4 B parameters) with random weights. The teacher is the bf16 model with a planted LoRA; each
 student has the same base in its own format and learns the LoRA from the teacher's velocities, on equal draws. Losses
-are shares of the planted change: 1 is a student that has learned nothing, 0 one that is the teacher. Differences to
-bf16 are paired by held-out draw, with 95 % intervals. A second table has one channel of the tokens scaled by 100.
+are shares of the planted change: 1 is a student that has learned nothing, 0 one that is the teacher. Every student is a
+process of its own, and all run side by side. Differences to bf16 are paired by held-out draw, with 95 % intervals.
+Each factor is a table of its own, whose first channel of the tokens is scaled by it (1 and 100 without one).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +32,7 @@ from ltx_train.evaluation.statistics import Interval, by_identity
 from ltx_train.model import adapter, presets
 from ltx_train.model.transformer import Transformer
 
-BLOCKS, STEPS, HELD_OUT, RATE = 4, 300, 64, 3e-3
+BLOCKS, STEPS, HELD_OUT, RATE, CLIP = 4, 200, 32, 1e-4, 1.0
 # Standard deviation of the planted LoRA's second matrices, against U(+-1 / sqrt(inputs)) of the first ones.
 PLANTED = 0.02
 BASE = ("model.weights=random", "model.dtype=bfloat16", "mode=t2av", "adapter=attention", "adapter.dropout=0",
@@ -43,6 +46,15 @@ FORMATS = {
     "int8 products": ("memory.compute=int8", "memory.quantize=int8"),
 }
 _FIRST_HELD_OUT = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """Losses: before and after training by held-out draw, and of each training step."""
+
+    before: list[float]
+    after: list[float]
+    curve: list[float]
 
 
 def opened(tiny: bool, channel: float, *words: str) -> tuple[Setup, Transformer]:
@@ -91,11 +103,12 @@ def imitate(teacher: Transformer, student: Transformer, setup: Setup, steps: int
         wanted, plain = both(teacher, inputs)
         loss = share(velocities(student, inputs), wanted, plain)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (number + 1) / 20) * (1 - number / steps)
         optimizer.step()
         optimizer.zero_grad()
-        curve.append(float(loss))
+        curve.append(loss.item())
     return curve
 
 
@@ -120,42 +133,45 @@ def apart(values: list[float], plain: list[float]) -> dict[str, float]:
     return asdict(found)
 
 
-def measured(tiny: bool, channel: float) -> list[dict[str, Any]]:
+def measured(tiny: bool, channel: float, name: str) -> Student:
+    """One student in a process of its own."""
+    if not tiny:
+        presets.PRESETS["ltx2_3_22b"] = replace(presets.PRESETS["ltx2_3_22b"], layers=BLOCKS)
+    torch.set_num_threads(1)
     steps, count = (5, 3) if tiny else (STEPS, HELD_OUT)
     _, teacher = opened(tiny, channel)
     plant(teacher)
-    found: dict[str, tuple[list[float], list[float], list[float]]] = {}
-    for name, words in FORMATS.items():
-        setup, student = opened(tiny, channel, *words)
-        before = held_out(teacher, student, setup, count)
-        curve = imitate(teacher, student, setup, steps)
-        found[name] = (before, held_out(teacher, student, setup, count), curve)
-        print(name, channel, round(mean(before), 4), round(mean(found[name][1]), 4), flush=True)
-        del student
-    base, trained, plain_curve = found["bf16"]
-    return [
-        {
-            "format": name, "channel": channel, "steps": steps, "heldout_draws": count,
-            "before": round(mean(before), 5), "after": round(mean(after), 5),
-            "before_to_bf16": apart(before, base), "after_to_bf16": apart(after, trained),
-            "gained_to_bf16": apart(
-                [b - a for b, a in zip(before, after, strict=True)], [b - a for b, a in zip(base, trained, strict=True)]
-            ),
-            "curve_mean_difference": round(mean(a - b for a, b in zip(curve, plain_curve, strict=True)), 5),
-            "curve": [round(value, 4) for value in curve[:: max(1, steps // 30)]],
-        }
-        for name, (before, after, curve) in found.items()
-    ]  # fmt: skip
+    setup, student = opened(tiny, channel, *FORMATS[name])
+    before = held_out(teacher, student, setup, count)
+    curve = imitate(teacher, student, setup, steps)
+    found = Student(before, held_out(teacher, student, setup, count), curve)
+    print(name, channel, round(mean(found.before), 4), round(mean(found.after), 4), flush=True)
+    return found
 
 
-def main(out: Path, tiny: bool) -> None:
-    if not tiny:
-        presets.PRESETS["ltx2_3_22b"] = replace(presets.PRESETS["ltx2_3_22b"], layers=BLOCKS)
-    records: list[dict[str, Any]] = []
-    for channel in (1.0, 100.0):
-        records += measured(tiny, channel)
-        out.write_text(json.dumps(records, indent=1) + "\n")
+def record(name: str, channel: float, found: Student, base: Student) -> dict[str, Any]:
+    def gained(student: Student) -> list[float]:
+        return [b - a for b, a in zip(student.before, student.after, strict=True)]
+
+    return {
+        "format": name, "channel": channel, "steps": len(found.curve), "heldout_draws": len(found.before),
+        "before": round(mean(found.before), 5), "after": round(mean(found.after), 5),
+        "before_to_bf16": apart(found.before, base.before), "after_to_bf16": apart(found.after, base.after),
+        "gained_to_bf16": apart(gained(found), gained(base)),
+        "curve_mean_difference": round(mean(a - b for a, b in zip(found.curve, base.curve, strict=True)), 5),
+        "curve": [round(value, 4) for value in found.curve[:: max(1, len(found.curve) // 30)]],
+    }  # fmt: skip
+
+
+def main(out: Path, *words: str) -> None:
+    channels = [float(word) for word in words if word != "tiny"] or [1.0, 100.0]
+    cases = [(channel, name) for channel in channels for name in FORMATS]
+    with ProcessPoolExecutor(1 if "tiny" in words else len(cases), mp_context=get_context("spawn")) as pool:
+        work = {case: pool.submit(measured, "tiny" in words, *case) for case in cases}
+        found = {case: future.result() for case, future in work.items()}
+    records = [record(name, channel, found[channel, name], found[channel, "bf16"]) for channel, name in cases]
+    out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "tiny" in sys.argv[2:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -43,6 +43,7 @@ def reference(plain: Setup) -> tuple[nn.Module, Callable[..., Any]]:
     inject_adapter_in_model(lora, model)
     _train_the_adapter(model)
     model.set_gradient_checkpointing(True)
+    torch._dynamo.config.recompile_limit = 64  # its functions are shared by modules of different widths
     for block in model.transformer_blocks:
         # torch.compile specializes on this integer, so equal values share one graph. Only perturbations read it.
         block.idx = 0
@@ -70,7 +71,9 @@ def torchao(plain: Setup) -> tuple[nn.Module, Callable[..., Any]]:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def large(layer: nn.Module, name: str) -> bool:
-        return "lora_" not in name and layer.in_features % 16 == 0 and layer.out_features >= 1024
+        # torchao multiplies over the tokens in backward, also for frozen weights; 16 does not divide 209 audio tokens.
+        left_out = "lora_" in name or "audio" in name
+        return not left_out and layer.in_features % 16 == 0 and layer.out_features >= 1024
 
     model, predict = diffusers(plain)
     recipe = Float8LinearConfig.from_recipe_name("rowwise")

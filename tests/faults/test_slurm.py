@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ SMALL = (
 
 ENDLESS = ("optim.steps=100000", "cluster.nodes=2")
 LAUNCH = Path(__file__).parent.parent.parent / "launch" / "slurm"
+PYTHON = shlex.quote(sys.executable)
 BROKEN_GPU = """
 from ltx_train.jobs.exit_codes import exit_code_of
 def work(): raise RuntimeError('CUDA error: uncorrectable ECC error encountered')
@@ -138,8 +140,8 @@ def test_a_job_goes_on_without_the_node_whose_gpu_failed(
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        f'if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then exec {sys.executable} -c "{BROKEN_GPU}"; fi\n'
-        f'exec {sys.executable} "$@"\n'
+        f'if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then exec {PYTHON} -c "{BROKEN_GPU}"; fi\n'
+        f'exec {PYTHON} "$@"\n'
     )
     python.chmod(0o755)
     arguments = fit(prepared, clips, tmp_path, "optim.steps=2", "eval.interval=0", f"cluster.python={python}")
@@ -163,7 +165,7 @@ def test_launch_files_run_over_two_nodes(
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     apptainer = bin_folder / "apptainer"
-    apptainer.write_text(f'#!/bin/bash\nwhile [ "$1" != python ]; do shift; done\nshift\nexec {sys.executable} "$@"\n')
+    apptainer.write_text(f'#!/bin/bash\nwhile [ "$1" != python ]; do shift; done\nshift\nexec {PYTHON} "$@"\n')
     apptainer.chmod(0o755)
     environment = {
         **slurm.env, "PATH": f"{bin_folder}:{slurm.env['PATH']}", "LTX_TRAIN_LAUNCH": str(LAUNCH),
@@ -186,7 +188,7 @@ def test_a_notice_that_is_lost_is_repeated(tmp_path: Path) -> None:
     """srun loses a signal that comes while it starts its tasks."""
     step = f"trap '' USR1; touch {tmp_path}/started; sleep 1; trap 'exit 75' USR1; while :; do sleep 0.1; done"
     script = f"""
-        . {REPOSITORY}/launch/slurm/requeue.sh
+        . {shlex.quote(str(REPOSITORY))}/launch/slurm/requeue.sh
         scontrol() {{ echo "scontrol $*"; }}
         run_step 0 0 bash -c "{step}"
     """

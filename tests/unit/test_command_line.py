@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +135,8 @@ def test_bash_completes_commands_settings_and_choices() -> None:
         at "ltx-train fit adapter=cross"
     """
     done = subprocess.run(
-        ["bash", "-c", script.replace("python", sys.executable)], capture_output=True, text=True, check=True,
-        cwd=REPOSITORY,
+        ["bash", "-c", script.replace("python", shlex.quote(sys.executable))], cwd=REPOSITORY, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["prepare", "optim.lr=", "attention", "cross_modal"]
 
@@ -154,7 +155,7 @@ def test_output_outlives_its_reader() -> None:
         "[print('x' * 100) for _ in range(5000)]; os.write(2, b'the end')"
     )
     done = subprocess.run(
-        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$CODE" | head -1'], cwd=REPOSITORY,
+        ["bash", "-c", f'set -o pipefail; {shlex.quote(sys.executable)} -c "$CODE" | head -1'], cwd=REPOSITORY,
         env={**os.environ, "CODE": code}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "x" * 100 + "\n", "the end")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_train.contracts import Modality
@@ -218,6 +219,8 @@ def test_compiled_blocks_give_the_same_gradients(keep: Keep, quantize: str, monk
     torch._dynamo.reset()
     before = graphs()
     richer = quantize == "none"
+    if not richer and " " in torch.__file__:
+        pytest.skip("torch passes its own folder to g++ unquoted")
     if richer:
         monkeypatch.setattr(runner, "compiled_call", TRACED)
     lora = replace(LORA, dora=richer)
@@ -245,6 +248,11 @@ def test_compiled_blocks_give_the_same_gradients(keep: Keep, quantize: str, monk
         cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert cache.parts[-2:] == ("ltx-train", "compiled")
         assert any(cache.rglob("*.so"))
+        torch._dynamo.reset()
+        hits, bypassed = (counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "bypass"))
+        assert all(torch.equal(a, b) for a, b in zip(found_in(resident), alone, strict=True))
+        assert counters["aot_autograd"]["autograd_cache_hit"] > hits
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == bypassed
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

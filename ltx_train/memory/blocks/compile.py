@@ -21,6 +21,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 _MOST_GRAPHS = 64
 _WIDEST_ROW = 4096
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# What the compiler puts around every recomputed attention. torch caches graphs with it from 2.13 on.
+_RECOMPUTED = "torch.ops.higher_order.graphsafe_run_with_rng_state"
 
 
 def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,6 +30,9 @@ def compiled_call(call: Callable[..., Any]) -> Callable[..., Any]:
     keep_cache()
     torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._inductor.config.inductor_choices_class = kernel_choices
+    torch._inductor.config.unsafe_marked_cacheable_functions = {
+        **torch._inductor.config.unsafe_marked_cacheable_functions, _RECOMPUTED: "as in torch 2.13",
+    }  # fmt: skip
     return torch.compile(call, fullgraph=True, dynamic=False)
 
 

@@ -11,6 +11,7 @@ read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -210,12 +211,15 @@ def _recomputed(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool)
 
 
 def _keeping_attention(block: Block, video: Any, audio: Any, *rest: Any, **flags: bool) -> Pair:
-    contexts = partial(create_selective_checkpoint_contexts, _attention_policy)
     result: Any = checkpoint(
         lambda v, a: Block.forward(block, v, a, *rest, **flags), video, audio, use_reentrant=False,
-        preserve_rng_state=False, context_fn=contexts,
+        preserve_rng_state=False, context_fn=_attention_contexts,
     )  # fmt: skip
     return result
+
+
+def _attention_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_attention_policy)
 
 
 def _attention_policy(_context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
@@ -231,3 +235,5 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# The compiler caches a graph with a policy only under a name of that policy: a changed one must not find old graphs.
+_attention_contexts.__dict__["cache_hash"] = inspect.getsource(_attention_policy) + str(sorted(map(str, _ATTENTION)))
