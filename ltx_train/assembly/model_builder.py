@@ -29,6 +29,8 @@ from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model import adapter, export, lora_file
 from ltx_train.model.loaders import load_transformer
 from ltx_train.model.transformer import Block, Transformer
+from ltx_train.training.checkpoints.commit import Checkpoint
+from ltx_train.training.stability import coded_products
 from ltx_train.updates.sliced_parameters import SlicedParameters
 from ltx_train.updates.state_offload import StateOffload
 
@@ -53,6 +55,14 @@ def open_trainable(setup: Setup, *, fresh: bool = True) -> Transformer:
         tensors, _ = lora_file.read_lora(config.adapter.start_from)
         export.start_from(transformer, tensors, lora)
     return transformer.train()
+
+
+def open_saved(setup: Setup, checkpoint: Checkpoint) -> Transformer:
+    """With the weights that a checkpoint publishes, and the products of its run."""
+    transformer = open_trainable(setup, fresh=False)
+    adapter.load_state(transformer, checkpoint.published)
+    coded_products.dequantize(transformer, checkpoint.notes.get("dense_products") or [])
+    return transformer
 
 
 def open_sliced(setup: Setup, *, fresh: bool = True) -> tuple[Transformer, SlicedParameters]:

@@ -50,6 +50,7 @@ from ltx_train.training.loop import Outside, run_to_end
 from ltx_train.training.saving import CheckpointWriter
 from ltx_train.training.stability.average import Average
 from ltx_train.training.stability.balance import Balance
+from ltx_train.training.stability.coded_products import ProductChoice
 from ltx_train.training.stability.early_stop import EarlyStop
 from ltx_train.training.stability.spikes import Spikes
 from ltx_train.training.state import RunState
@@ -87,12 +88,14 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
     transformer, updates = update_builder.open_for_training(setup, fresh=start.checkpoint is None)
     watchdog.explain_with(updates.awaited)
     cadence = _cadence(setup)
-    recipe = step_recipe(setup, transformer, updates, detailed=cadence.logs)
+    recipe, products = step_recipe(setup, transformer, updates, detailed=cadence.logs), _products(setup, transformer)
+    if products is not None:
+        recipe = replace(recipe, backward=products.before(recipe.backward))
     state = RunState(
         step=OptimizerStep(recipe, start.step),
         monitor=Monitor(config.loss.video_weight, config.loss.audio_weight, setup.planned_gib),
         early_stop=EarlyStop(config.eval.patience), clock=Clock(_peak_flops(setup.device)),
-        base=model_source.weights(config).fingerprint(TRANSFORMER_PREFIX),
+        base=model_source.weights(config).fingerprint(TRANSFORMER_PREFIX), products=products,
     )  # fmt: skip
     if start.checkpoint is not None:
         _verify(start.checkpoint, ranks)
@@ -109,6 +112,12 @@ def train(setup: Setup, start: RunStart, watchdog: Watchdog) -> Exit:
             task, _data(setup, start), state, cadence, replace(outside, profiler=profiler), folder=start.folder,
             ranks=ranks, engine=updates.engine if isinstance(updates, EngineUpdates) else None,
         )  # fmt: skip
+
+
+def _products(setup: Setup, transformer: Transformer) -> ProductChoice | None:
+    if setup.memory.compute == "bf16":
+        return None
+    return ProductChoice(transformer, setup.ranks, lambda line: print(f"ltx-train: {line}", file=sys.stderr))
 
 
 def _planned_clips(setup: Setup, start: RunStart) -> TrainingClips | None:

@@ -27,7 +27,6 @@ from ltx_train.contracts import Clip, Exit
 from ltx_train.evaluation import alike, kept
 from ltx_train.evaluation.kept import Evaluated
 from ltx_train.evaluation.rows import BASE, CORRECT, OFF, WRONG, Row, gained, has, paired
-from ltx_train.model import adapter
 from ltx_train.model.transformer import Transformer
 from ltx_train.training.tracking.metrics import Metrics, read_rows
 
@@ -50,8 +49,7 @@ def run(config: Config) -> int:
     measurement = Measurement(
         setup=setup, root=root, index=index, neutral=neutral_references.of_heldout(setup, root, index)
     )
-    transformer = model_builder.open_trainable(setup, fresh=False)
-    adapter.load_state(transformer, checkpoint.published)
+    transformer = model_builder.open_saved(setup, checkpoint)
     rows, masses, step = measurement.rows(transformer), measurement.masses(transformer), checkpoint.step
     noise, strengths = measurement.repeated(transformer, rows), measurement.by_strength(transformer, rows)
     made = _generate(clips, transformer, step, has_base=not setup.sharing.full) if config.eval.samples else []

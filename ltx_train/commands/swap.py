@@ -13,7 +13,6 @@ from ltx_train.config import Config
 from ltx_train.contracts import ConfigError, Exit
 from ltx_train.evaluation import swap, swap_page
 from ltx_train.evaluation.swap import OFF, ON
-from ltx_train.model import adapter
 
 _PAGE = "swap.html"
 
@@ -28,8 +27,7 @@ def run(config: Config) -> int:
     configuration.refuse_drift(trained_with, setup.config, folder)
     root, index = open_heldout(setup.config)
     test = SwapTest(setup, root, index)
-    transformer = model_builder.open_trainable(setup, fresh=False)
-    adapter.load_state(transformer, checkpoint.published)
+    transformer = model_builder.open_saved(setup, checkpoint)
     swapped = test.run(transformer, folder / "samples" / "swap")
     verdict = swap.verdict(swapped.outputs, swapped.references)
     title = f"{folder.parent.name}/{folder.name}, step {checkpoint.step}: the reference swapped"

@@ -46,7 +46,7 @@ class Probe:
         self._name, self._targets = modality, targets
         self.shares: list[tuple[int, float, float]] = []
 
-    def __call__(self, index: int, block: Block, video: object, audio: object, *streams: object) -> None:
+    def __call__(self, index: int, block: Block, video: object, audio: object, *streams: object, **_: bool) -> None:
         hidden, stream = (video, streams[0]) if self._name is ModalityName.video else (audio, streams[1])
         assert isinstance(hidden, torch.Tensor)
         assert isinstance(stream, Stream)

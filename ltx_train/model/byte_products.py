@@ -1,7 +1,8 @@
 """Products of matrices of 8-bit codes, with a scale per row of either side.
 
-Owns the two operators and the codes of activations. Each operator is one node of a compiled graph, so that a checkpoint
-recomputes it like any other, and the codes are computed by the compiler, once for all layers with the same input.
+Owns the operators, the codes of activations and the measure of their error. Each operator is one node of a compiled
+graph, so that a checkpoint recomputes it like any other, and the codes are computed by the compiler, once for all
+layers with the same input.
 
 The hardware multiplies 8-bit matrices only along contiguous rows. The output needs the weight as it is stored, (out,
 in); the input gradient needs it as (in, out), and makes that copy for the time of one product: a second stored layout
@@ -17,6 +18,8 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = {FLOAT8: 448.0, torch.int8: 127.0}
+# Tokens of which the error of a product is measured.
+_MEASURED = 512
 # The hardware's tile: both sizes of a weight are multiples of it.
 TILE = 16
 
@@ -92,6 +95,67 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 _product.register_autograd(_backward, setup_context=_save)
+
+
+def dense_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """As `product`, but x is multiplied as it is, with the weight dequantized to its dtype for that time."""
+    output: Tensor = _dense_product(x.flatten(0, -2), weight, scale)
+    return output.view(*x.shape[:-1], -1)
+
+
+# Operators, so that a block that keeps everything keeps no dequantized weight.
+@torch.library.custom_op("ltx_train::dense_product", mutates_args=())
+def _dense_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x @ _dense(weight, scale, x.dtype).t()
+
+
+@torch.library.custom_op("ltx_train::dense_input_gradient", mutates_args=())
+def _dense_input_gradient(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return gradient @ _dense(weight, scale, gradient.dtype)
+
+
+@_dense_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    del scale
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_dense_input_gradient.register_fake
+def _(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    del scale
+    return gradient.new_empty(gradient.shape[0], weight.shape[1])
+
+
+def _dense_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _dense_input_gradient(gradient, *ctx.saved_tensors), None, None
+
+
+def _save_weight(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs[1:])
+
+
+_dense_product.register_autograd(_dense_backward, setup_context=_save_weight)
+
+
+def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) * scale.to(dtype)
+
+
+@torch.no_grad()
+def error(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """How far `product` is from `dense_product`: the root of the mean squared distance as a share of the outputs'
+    standard deviation over the tokens, a float32 scalar. Of at most 512 tokens, evenly spaced.
+
+    A part of the outputs that all tokens have in common counts nothing: it would hide a lost difference of tokens.
+    """
+    rows = x.flatten(0, -2)
+    rows = rows[:: -(-len(rows) // _MEASURED)]
+    exact = dense_product(rows, weight, scale).float()
+    spread = (exact - exact.mean(dim=0)).square().mean()
+    # Equal tokens have no spread: their error is measured against a thousandth of the outputs themselves.
+    least = (1e-6 * exact.square().mean()).clamp_min(1e-30)
+    return ((product(rows, weight, scale).float() - exact).square().mean() / spread.clamp_min(least)).sqrt()
 
 
 def transposed(codes: Tensor) -> Tensor:

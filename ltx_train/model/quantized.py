@@ -69,19 +69,27 @@ class CodedLinear(ByteLinear):
     """8-bit products for the output and the input gradient: float8 or int8 by the dtype of the weight's codes.
 
     weight (out, in), scale (out, 1) float32. The input and the gradient get codes with a scale per token. group: size
-    of the groups in which the weight is rotated, and the input with it; 0 where they are not.
+    of the groups in which the weight is rotated, and the input with it; 0 where they are not. dequantizes: whether the
+    products are those of the dequantized weight instead.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int = 0) -> None:
         super().__init__(weight.contiguous(), scale.float(), bias)
-        self.group = group
+        self.group, self.dequantizes = group, False
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         coded = super().dense(torch.float32 if self.group else dtype)
         return byte_products.rotated(coded, self.group).to(dtype) if self.group else coded
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        x = byte_products.rotated(input, self.group) if self.group else input
-        output = byte_products.product(x, self.weight, self.scale)
+        multiplied = byte_products.dense_product if self.dequantizes else byte_products.product
+        output = multiplied(self._rotated(input), self.weight, self.scale)
         bias = self._parameters["bias"]
         return output if bias is None else output + bias
+
+    def error(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The error of the 8-bit product of this input (`byte_products.error`), a float32 scalar."""
+        return byte_products.error(self._rotated(input), self.weight, self.scale)
+
+    def _rotated(self, input: Tensor) -> Tensor:  # noqa: A002
+        return byte_products.rotated(input, self.group) if self.group else input

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ltx_train.contracts import DataError
 from ltx_train.data.module import ShardData
 from ltx_train.training.checkpoints import commit
+from ltx_train.training.stability import coded_products
 from ltx_train.training.step import Task
 from ltx_train.training.tracking.metrics import read_rows
 from tests.conftest import REPOSITORY, command, settings
@@ -62,6 +63,36 @@ def test_stopped_at_13_of_30_equals_an_unbroken_run(
         first, second = load_file(newest(whole) / name), load_file(newest(run) / name)
         assert first.keys() == second.keys()
         assert all(bool((first[k] == second[k]).all()) for k in first)
+
+
+def test_a_continued_run_multiplies_as_it_began(
+    prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers whose 8-bit products are too far off are measured once, in the first pass of a run. `evaluate` multiplies
+    as the run did, too."""
+    fewer = (
+        "optim.steps=4", "eval.interval=4", "memory.compute=int8", "memory.quantize=int8", "memory.stream_blocks=1",
+        "memory.compile=off",
+    )  # fmt: skip
+    monkeypatch.setattr(coded_products, "MOST", 0.012)
+    assert command(*fit(prepared, clips, tmp_path / "whole", *fewer)) == 0
+    assert "multiplied with dequantized weights: " in capsys.readouterr().err
+    _stop_after(monkeypatch, 2)
+    broken = fit(prepared, clips, tmp_path / "broken", *fewer)
+    assert command(*broken) == 75
+    run = tmp_path / "broken" / "audio_reference" / "main"
+    chosen = commit.load(newest(run)).notes["dense_products"]
+    assert 0 < len(chosen) < 24
+    monkeypatch.undo()
+    monkeypatch.chdir(REPOSITORY)
+    capsys.readouterr()
+    assert command(*broken) == 0
+    assert "8-bit products: off by" not in capsys.readouterr().err, "not measured again"
+    assert curve(run) == curve(tmp_path / "whole" / "audio_reference" / "main")
+    assert commit.load(newest(run)).notes["dense_products"] == chosen
+    assert command("evaluate", *broken[1:]) == 0
+    of_run, of_evaluate = (row for row in read_rows(run / "metrics.jsonl") if "val/loss" in row)
+    assert of_evaluate["val/loss"] == of_run["val/loss"]
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.Signals) -> None:

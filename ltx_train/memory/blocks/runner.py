@@ -33,7 +33,7 @@ from ltx_train.memory.weights.stream import WeightStream
 from ltx_train.model.transformer import Block, Pair
 
 Call = Callable[..., Pair]
-Probe = Callable[..., None]
+Probe = Callable[..., Pair | None]
 
 
 class SideStream(Protocol):
@@ -93,7 +93,7 @@ class BlockRunner:
     @contextmanager
     def probed(self, probe: Probe) -> Generator[None]:
         """Within the context, `probe` is called with every block's arguments in passes without gradient, while the
-        block's weights are on the device."""
+        block's weights are on the device. A block is not called where the probe returns its outputs."""
         self._probe = probe
         try:
             yield
@@ -138,9 +138,9 @@ class BlockRunner:
         """Validation and sampling."""
         if streamed and self.stream is not None:
             self.stream.begin(index, backward=False, training=False)
-        if self._probe is not None:
-            self._probe(index, block, *arguments)
-        result = self._calls[Keep.everything](block, *arguments, **flags)
+        result = None if self._probe is None else self._probe(index, block, *arguments, **flags)
+        if result is None:
+            result = self._calls[Keep.everything](block, *arguments, **flags)
         if streamed and self.stream is not None:
             self.stream.end(index)
         return result
