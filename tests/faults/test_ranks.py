@@ -100,8 +100,14 @@ def test_two_ranks_give_the_curve_of_one_in_a_mixture_with_balance_and_average(
 def test_two_ranks_that_share_the_base_are_bitwise_two_with_a_copy_each(
     prepared: Path, clips: Path, tmp_path: Path
 ) -> None:
-    """20 steps with int8 weights, dropout and measurements, in a run that goes on from one kind to the other."""
-    more = ("optim.steps=20", "adapter.dropout=0.1", "memory.quantize=int8", "memory.stream_slots=2")
+    """20 steps with int8 products, dropout and measurements, in a run that goes on from one kind to the other."""
+    more = (
+        "optim.steps=20",
+        "adapter.dropout=0.1",
+        "memory.compute=int8",
+        "memory.quantize=int8",
+        "memory.stream_slots=2",
+    )
     shared = ("strategy=zero3", "strategy.devices=2")
     assert end(fit(prepared, clips, tmp_path / "copies", *more, *TWO), tmp_path / "log") == 0
     for last, how in ((13, shared), (20, TWO)):
