@@ -2,9 +2,9 @@
 
 Four of the 48 blocks (1.4 B parameters) with random weights. The teacher is the bf16 model with a planted LoRA; each
 student has the same base in its own format and learns the LoRA from the teacher's velocities, on equal draws. Losses
-are shares of the planted change: 1 is a student that has learned nothing, 0 one that is the teacher. Every student is a
-process of its own, and all run side by side. Differences to bf16 are paired by held-out draw, with 95 % intervals.
-Each factor is a table of its own, whose first channel of the tokens is scaled by it (1 and 100 without one).
+are shares of the planted change: 1 is a student that has learned nothing, 0 one that is the teacher. Differences to
+bf16 are paired by held-out draw, with 95 % intervals. Each factor is a table of its own, whose first channel of the
+tokens is scaled by it (1 and 100 without one).
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -50,11 +48,13 @@ _FIRST_HELD_OUT = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """Losses: before and after training by held-out draw, and of each training step."""
+    """before, after: losses by held-out draw, without training and with it. curve: loss of each training step."""
 
-    before: list[float]
-    after: list[float]
-    curve: list[float]
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
 
 
 def opened(tiny: bool, channel: float, *words: str) -> tuple[Setup, Transformer]:
@@ -94,22 +94,25 @@ def share(found: list[Tensor], teacher: list[Tensor], plain: list[Tensor]) -> Te
     return torch.stack([(f - t).square().mean() / (p - t).square().mean() for f, t, p in pairs]).mean()
 
 
-def imitate(teacher: Transformer, student: Transformer, setup: Setup, steps: int) -> list[float]:
-    """Trains the student's adapter; returns the loss of each step."""
-    parameters = list(adapter.lora_parameters(student).values())
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    curve: list[float] = []
+def student(model: Transformer) -> Student:
+    parameters = adapter.lora_parameters(model).values()
+    return Student(model, torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, betas=(0.9, 0.99)))
+
+
+def imitate(teacher: Transformer, students: list[Student], setup: Setup, steps: int) -> None:
+    """Trains the students' adapters on the same draws, each of which the teacher answers once."""
     for number, inputs in enumerate(draws(setup, 0, steps)):
         wanted, plain = both(teacher, inputs)
-        loss = share(velocities(student, inputs), wanted, plain)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (number + 1) / 20) * (1 - number / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(loss.item())
-    return curve
+        rate = RATE * min(1.0, (number + 1) / 20) * (1 - number / steps)
+        for one in students:
+            loss = share(velocities(one.model, inputs), wanted, plain)
+            loss.backward()
+            (group,) = one.optimizer.param_groups
+            group["lr"] = rate
+            torch.nn.utils.clip_grad_norm_(group["params"], CLIP)
+            one.optimizer.step()
+            one.optimizer.zero_grad()
+            one.curve.append(loss.item())
 
 
 @torch.no_grad()
@@ -121,11 +124,13 @@ def both(teacher: Transformer, inputs: ModelInputs) -> tuple[list[Tensor], list[
 
 
 @torch.no_grad()
-def held_out(teacher: Transformer, student: Transformer, setup: Setup, count: int) -> list[float]:
-    return [
-        float(share(velocities(student, inputs), *both(teacher, inputs)))
-        for inputs in draws(setup, _FIRST_HELD_OUT, count)
-    ]
+def held_out(teacher: Transformer, students: list[Student], setup: Setup, count: int) -> list[list[float]]:
+    """Losses by student and draw."""
+    answers = ((inputs, both(teacher, inputs)) for inputs in draws(setup, _FIRST_HELD_OUT, count))
+    by_draw = [
+        [share(velocities(one.model, inputs), *answer).item() for one in students] for inputs, answer in answers
+    ]  # fmt: skip
+    return [list(losses) for losses in zip(*by_draw, strict=True)]
 
 
 def apart(values: list[float], plain: list[float]) -> dict[str, float]:
@@ -133,25 +138,25 @@ def apart(values: list[float], plain: list[float]) -> dict[str, float]:
     return asdict(found)
 
 
-def measured(tiny: bool, channel: float, name: str) -> Student:
-    """One student in a process of its own."""
-    if not tiny:
-        presets.PRESETS["ltx2_3_22b"] = replace(presets.PRESETS["ltx2_3_22b"], layers=BLOCKS)
-    torch.set_num_threads(1)
+def measured(tiny: bool, channel: float) -> list[dict[str, Any]]:
     steps, count = (5, 3) if tiny else (STEPS, HELD_OUT)
-    _, teacher = opened(tiny, channel)
+    setup, teacher = opened(tiny, channel)
     plant(teacher)
-    setup, student = opened(tiny, channel, *FORMATS[name])
-    before = held_out(teacher, student, setup, count)
-    curve = imitate(teacher, student, setup, steps)
-    found = Student(before, held_out(teacher, student, setup, count), curve)
-    print(name, channel, round(mean(found.before), 4), round(mean(found.after), 4), flush=True)
-    return found
+    students = [student(opened(tiny, channel, *words)[1]) for words in FORMATS.values()]
+    for one, losses in zip(students, held_out(teacher, students, setup, count), strict=True):
+        one.before.extend(losses)
+    imitate(teacher, students, setup, steps)
+    for one, losses in zip(students, held_out(teacher, students, setup, count), strict=True):
+        one.after.extend(losses)
+    records = [record(name, channel, one, students[0]) for name, one in zip(FORMATS, students, strict=True)]
+    for made in records:
+        print(made["format"], channel, made["before"], made["after"], made["gained_to_bf16"], flush=True)
+    return records
 
 
 def record(name: str, channel: float, found: Student, base: Student) -> dict[str, Any]:
-    def gained(student: Student) -> list[float]:
-        return [b - a for b, a in zip(student.before, student.after, strict=True)]
+    def gained(one: Student) -> list[float]:
+        return [b - a for b, a in zip(one.before, one.after, strict=True)]
 
     return {
         "format": name, "channel": channel, "steps": len(found.curve), "heldout_draws": len(found.before),
@@ -164,13 +169,13 @@ def record(name: str, channel: float, found: Student, base: Student) -> dict[str
 
 
 def main(out: Path, *words: str) -> None:
-    channels = [float(word) for word in words if word != "tiny"] or [1.0, 100.0]
-    cases = [(channel, name) for channel in channels for name in FORMATS]
-    with ProcessPoolExecutor(1 if "tiny" in words else len(cases), mp_context=get_context("spawn")) as pool:
-        work = {case: pool.submit(measured, "tiny" in words, *case) for case in cases}
-        found = {case: future.result() for case, future in work.items()}
-    records = [record(name, channel, found[channel, name], found[channel, "bf16"]) for channel, name in cases]
-    out.write_text(json.dumps(records, indent=1) + "\n")
+    tiny = "tiny" in words
+    if not tiny:
+        presets.PRESETS["ltx2_3_22b"] = replace(presets.PRESETS["ltx2_3_22b"], layers=BLOCKS)
+    records: list[dict[str, Any]] = []
+    for channel in [float(word) for word in words if word != "tiny"] or [1.0, 100.0]:
+        records += measured(tiny, channel)
+        out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
