@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
+WAITING := tests/faults/test_slurm.py tests/faults/test_stores.py tests/faults/test_supervise.py tests/unit/test_sinks.py
 LTX := $(BIN)/ltx-train
 VOICE := data/sample/speaker03_0.mp4
 PROMPTS := eval.prompts=[{prompt: a person is speaking, seed: 1, reference_audio: $(VOICE)}, {prompt: a person is speaking, seed: 2, without_references: true}]
@@ -50,10 +51,10 @@ test: setup ## lint, types and all tests
 	@$(MAKE) --no-print-directory --jobs 2 computing waiting
 
 computing: setup # every test that needs a processor all the time
-	$(BIN)/pytest --numprocesses 2 --dist worksteal --ignore tests/faults/test_slurm.py
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(addprefix --ignore ,$(WAITING))
 
-waiting: setup # the tests of SLURM, which wait for its clocks for minutes
-	$(BIN)/pytest tests/faults/test_slurm.py
+waiting: setup # the tests that wait most of their time: for SLURM's clocks, stores and servers that stall, restarts
+	$(BIN)/pytest $(WAITING)
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff format --check --quiet ltx_train data docs tests
