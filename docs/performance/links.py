@@ -1,6 +1,6 @@
 """Times steps with streamed weights over slower links, beside the plan: links.py OUT.json [tiny] [case ...]
 
-The allocator's settings are those of a run: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+A budget near its limit needs the allocator setting of a run: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
 A link of half or a quarter of the rate: every block is copied two or four times, in the same stream. `tiny` tries the
 script on a CPU.
 """

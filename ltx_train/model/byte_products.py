@@ -106,12 +106,12 @@ def dense_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 # Operators, so that a block that keeps everything keeps no dequantized weight.
 @torch.library.custom_op("ltx_train::dense_product", mutates_args=())
 def _dense_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return x @ _dense(weight, scale, x.dtype).t()
+    return x @ dense(weight, scale, x.dtype).t()
 
 
 @torch.library.custom_op("ltx_train::dense_input_gradient", mutates_args=())
 def _dense_input_gradient(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return gradient @ _dense(weight, scale, gradient.dtype)
+    return gradient @ dense(weight, scale, gradient.dtype)
 
 
 @_dense_product.register_fake
@@ -138,7 +138,8 @@ def _save_weight(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 _dense_product.register_autograd(_dense_backward, setup_context=_save_weight)
 
 
-def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (out, in) with scale (out, 1), dequantized."""
     return weight.to(dtype) * scale.to(dtype)
 
 

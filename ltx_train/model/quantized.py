@@ -41,7 +41,7 @@ class ByteLinear(QuantizedLinear):
         super().__init__((weight.shape[0], weight.shape[1]), bias, weight=weight, scale=scale)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype) * self.scale.to(dtype)
+        return byte_products.dense(self.weight, self.scale, dtype)
 
 
 class NibbleLinear(QuantizedLinear):

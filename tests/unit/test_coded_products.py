@@ -30,7 +30,7 @@ CASE = "transformer_c_audio_ref_negative"
 
 
 def layer(kind: str) -> CodedLinear:
-    """512 inputs, of which the first one counts for nothing."""
+    """A layer with 512 input channels. The weights of the first channel are zero."""
     plain = nn.Linear(512, 64)
     nn.init.normal_(plain.weight)
     nn.init.zeros_(plain.weight[:, 0])
