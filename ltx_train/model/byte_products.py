@@ -24,11 +24,18 @@ _MEASURED = 512
 TILE = 16
 
 
-def row_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def row_codes(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """8-bit codes (rows, n) in `dtype`, float8 or int8, and float32 scales (rows, 1) of a matrix. The largest magnitude
-    of each row is mapped to the largest code. A row of zeros has codes of zero."""
-    values = x.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / _LARGEST[dtype]).clamp_min(1e-12)
+    of each row is mapped to the largest code. A row of zeros has codes of zero.
+
+    columns: positive float32 factors (1, n) that x is multiplied with first.
+    """
+    # The compiler stores a value that is read twice. Two expressions of x let it store x in its own dtype, half as
+    # large as one float32 matrix for both.
+    magnitudes, values = x.abs(), x.float()
+    if columns is not None:
+        magnitudes, values = magnitudes * columns, values * columns
+    scale = (magnitudes.amax(dim=1, keepdim=True).float() / _LARGEST[dtype]).clamp_min(1e-12)
     codes = values / scale
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
@@ -85,7 +92,7 @@ def _(codes: Tensor, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale = ctx.saved_tensors
     # This product sums over the axis of the weight's scales, so the gradient is scaled before its codes are made.
-    codes, rows = row_codes(gradient.float() * scale.t(), weight.dtype)
+    codes, rows = row_codes(gradient, weight.dtype, columns=scale.t())
     return _input_gradient(codes, rows, weight, gradient.dtype), None, None, None, None
 
 
