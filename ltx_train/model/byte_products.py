@@ -30,11 +30,9 @@ def row_codes(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> t
 
     columns: positive float32 factors (1, n) that x is multiplied with first.
     """
-    # The compiler stores a value that is read twice. Two expressions of x let it store x in its own dtype, half as
-    # large as one float32 matrix for both.
-    magnitudes, values = x.abs(), x.float()
-    if columns is not None:
-        magnitudes, values = magnitudes * columns, values * columns
+    # The compiler stores a value that is read twice. It stores x in its own dtype and not in float32, twice as large,
+    # because nothing here converts x: the operators below promote it.
+    magnitudes, values = (x.abs(), x) if columns is None else (x.abs() * columns, x * columns)
     scale = (magnitudes.amax(dim=1, keepdim=True).float() / _LARGEST[dtype]).clamp_min(1e-12)
     codes = values / scale
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale

@@ -10,6 +10,8 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch.nn import functional
 
 from ltx_train.memory.weights import quantize
 from ltx_train.memory.weights.quantize import block_quantizer
@@ -192,6 +194,27 @@ def test_the_compiler_makes_the_codes_of_an_input_once() -> None:
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert sum("byte_product" in t for t in targets) == 3
     assert sum("amax" in t for t in targets) == 1
+
+
+def test_the_compiler_stores_what_codes_are_made_of_in_its_own_dtype() -> None:
+    """Magnitudes and codes read one bfloat16 matrix, in both passes: a float32 one would be twice as large."""
+    first, second = (quantize.coded_layer(nn.Linear(32, 32).bfloat16(), byte_products.FLOAT8) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    graphs: list[torch.fx.GraphModule] = []
+
+    def remembered(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(joint_graph_passes(graph))
+        return make_boxed_func(graph.forward)
+
+    call = torch.compile(
+        lambda x: second(functional.gelu(first(x), approximate="tanh")), backend=aot_autograd(fw_compiler=remembered)
+    )
+    call(torch.randn(4, 32, dtype=torch.bfloat16, requires_grad=True)).float().sum().backward()
+    read = [node.args[0] for graph in graphs for node in graph.graph.nodes if "abs" in str(node.target)]
+    assert len(read) == 4
+    assert all(value.meta["val"].dtype == torch.bfloat16 for value in read)
+    assert all(len(value.users) >= 2 for value in read)
 
 
 def test_tiles_and_pairs_that_do_not_fit_stay_as_they_are() -> None:
