@@ -32,6 +32,7 @@ WORK_A = Workload(batch=1, video=4096, audio=209, text=1024)
 TRAINED_A = TrainedWeights(parameters=144_703_488, moment_bytes=OPTIMIZERS["adamw"].moment_bytes)
 EIGHT_BIT = replace(TRAINED_A, moment_bytes=OPTIMIZERS["adamw8bit"].moment_bytes)
 H200 = card_by_name("H200")
+FP8: dict[str, Any] = {"quantize": "float8", "compute": "fp8", "graphs": True}
 REAL = ("experiment=voice_reference_22b", "data.source=x", "data.root=y")
 
 
@@ -57,7 +58,7 @@ def test_the_predicted_peak_is_within_5_percent_of_measured_ones(peak: dict[str,
 
 
 def test_nearly_all_predicted_peaks_are_within_5_percent(size: ModelSizes) -> None:
-    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (37, 40)
+    assert (sum(abs(_over(peak, size)) <= 0.05 for peak in PEAKS), len(PEAKS)) == (43, 46)
 
 
 def test_sizes_of_the_real_model(size: ModelSizes) -> None:
@@ -467,23 +468,29 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)
 
 
-@pytest.mark.parametrize(("case", "within"), [("A_fp8_22gib", 0.05), ("A_fp8_12gib", 0.05), ("A_fp8_8gib", 0.06)])
-def test_a_pass_waits_for_the_weights_that_it_streams(case: str, within: float, size: ModelSizes) -> None:
-    """Forward is the shorter pass, so that it waits while backward has time to spare."""
+@pytest.mark.parametrize(
+    ("case", "choice"),
+    [
+        ("A_fp8_22gib", FP8 | {"keep": Keep.attention, "stream_blocks": 17}),
+        ("A_fp8_12gib", FP8 | {"stream_blocks": 34, "offload_inputs": True}),
+        ("A_fp8_12gib_inputs", FP8 | {"stream_blocks": 38}),
+        ("A_fp8_8gib", FP8 | {"stream_blocks": 44, "offload_inputs": True}),
+        ("A_fp8_8gib_inputs", FP8 | {"stream_blocks": 48}),
+        ("A_int8_8gib", {"quantize": "int8", "stream_blocks": 48, "graphs": True}),
+        ("A_int8mm_22gib", FP8 | {"compute": "int8", "quantize": "int8", "keep": Keep.attention, "stream_blocks": 20}),
+        ("A_bf16_12gib", {"quantize": "none", "stream_blocks": 43}),
+    ],
+)
+def test_steps_with_streamed_weights_are_predicted_within_5_percent(
+    case: str, choice: dict[str, Any], size: ModelSizes
+) -> None:
+    """A pass waits for the weights that it streams: forward is the shorter one, while backward has time to spare."""
     rows = json.loads((REPOSITORY / "docs/performance/h200.json").read_text())
     row = next(r for r in rows if r["case"] == case)
-    kept = {
-        "A_fp8_22gib": (Keep.attention, 1, 19),
-        "A_fp8_12gib": (Keep.inputs, 0, 38),
-        "A_fp8_8gib": (Keep.inputs, 0, 48),
-    }
-    keep, everything, streamed = kept[case]
-    choice = MemoryChoice(
-        quantize="float8", compute="fp8", keep=keep, keep_everything=everything, stream_blocks=streamed, graphs=True
-    )
-    found = predict(size, WORK_A, TRAINED_A, choice, card=H200)
-    assert found.step_s == pytest.approx(row["step_s_median"], rel=within)
-    endless = predict(size, WORK_A, TRAINED_A, choice, card=replace(H200, host_gbs=1e6))
+    chosen = MemoryChoice(**choice)
+    found = predict(size, WORK_A, TRAINED_A, chosen, card=H200)
+    assert found.step_s == pytest.approx(row["step_s_median"], rel=0.05)
+    endless = predict(size, WORK_A, TRAINED_A, chosen, card=replace(H200, host_gbs=1e6))
     assert found.step_s - endless.step_s == pytest.approx(row["stall_s"], abs=0.05)
 
 

@@ -24,16 +24,18 @@ from ltx_train.memory.weights.quantize import MANY_ROWS
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
 # docs/performance/h200.json.
 _LINEAR, _ATTENTION, _PASSES, _BANDWIDTH, _HOST = 0.75, 0.475, 330, 0.9, 0.95
-# The int8 kernel: 0.435 ms where bf16 takes 0.710 (4096 tokens, 4096 to 16384; performance/byte_products.json). A
-# step is predicted within 5 % (A_int8mm_22gib), the rotation of the products' inputs included.
-_INT8 = 0.6
+# 8-bit products, the codes of their inputs and the rotation of int8's included: from A_fp8_* and A_int8mm_22gib.
+_FLOAT8, _INT8 = 0.71, 0.55
 # Seconds per block: fixed, and for launching kernels, which CUDA graphs save.
 _BLOCK_OVERHEAD_S, _LAUNCHES_S = 1.0e-3, 0.7e-3
 # Seconds per block that the host needs to launch a step with 8-bit products, longer than a fast device computes:
 # A_fp8_12gib without CUDA graphs took 1.10 and 1.30 s on two hosts, 0.67 s with them. Combined as a hypotenuse and not
 # as a maximum, so that of two plans the one that computes less stays the faster one.
 _CODED_LAUNCHES_S = 21.0e-3
-_STREAM_OVERHEAD = 0.05
+# Shares of a step that copies of weights and of inputs cost the kernels beside them.
+_STREAM_OVERHEAD, _OFFLOAD_OVERHEAD = 0.01, 0.01
+# Bytes moved for each weight that is dequantized in a step.
+_DEQUANTIZED_BYTES = 4.0
 # Share of a step that its forward pass takes where blocks are recomputed, from the stalls of A_fp8_12gib, A_fp8_8gib.
 # Streamed weights travel once in each pass, and a pass waits for its own.
 _FORWARD = 0.29
@@ -47,7 +49,7 @@ _OFFLOADED_UPDATE_S = 1.0e-9
 # (offload_nvme), on a disk that writes 1.4e9. The disk of another machine can be several times faster or slower.
 _FILES_BYTES_S = 1.8e9
 # Share of the host link left for weights while inputs travel the other way.
-_BOTH_WAYS = 0.87
+_BOTH_WAYS = 0.95
 
 
 def seconds(
@@ -66,21 +68,21 @@ def seconds(
     passes = size.layers * unit_bytes(size, work) * _PASSES / bandwidth
     overhead = size.layers * (_BLOCK_OVERHEAD_S + (0.0 if choice.graphs else _LAUNCHES_S))
     compute = linear + attention + (passes + overhead) * (1 - 0.25 * everything)
-    compute += size.layers * 6.0 * dequantized_elements(size, choice) / bandwidth
+    compute += size.layers * _DEQUANTIZED_BYTES * dequantized_elements(size, choice) / bandwidth
     update_s = _offloaded_update_s(trained) if trained.offloaded else 0.0
     if trained.full and not trained.offloaded:
         compute += trained.parameters / trained.slices * _UPDATE_BYTES / bandwidth
-    if choice.offload_inputs:
-        compute *= 1.03
-    compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers
+    compute *= 1 + _STREAM_OVERHEAD * choice.stream_blocks / size.layers + _OFFLOAD_OVERHEAD * choice.offload_inputs
     if choice.compute != "bf16" and not choice.graphs and trained.parameters:
         compute = math.hypot(compute, size.layers * _CODED_LAUNCHES_S)
     if choice.slices > 1:
         travelling = (2 + trained.full) * streamed_bytes * (choice.slices - 1) / choice.slices
         return max(compute, travelling / (card.peer_gbs * 1e9 * _PEER)) + update_s
     link = card.host_gbs * 1e9 * _HOST * (_BOTH_WAYS if choice.offload_inputs else 1.0)
-    forward_s = compute * _FORWARD
-    stall_s = sum(max(0.0, streamed_bytes / link - pass_s) for pass_s in (forward_s, compute - forward_s))
+    # A pass begins with the last blocks of the pass before in the ring.
+    fetched = max(0, choice.stream_blocks - choice.stream_slots) / max(1, choice.stream_blocks)
+    copies_s, forward_s = fetched * streamed_bytes / link, compute * _FORWARD
+    stall_s = sum(max(0.0, copies_s - pass_s) for pass_s in (forward_s, compute - forward_s))
     return compute + stall_s + update_s
 
 
@@ -124,7 +126,7 @@ def _linear_seconds(
 
 def _rate(card: Card, compute: str) -> float:
     """Operations a second of products. A card without the arithmetic counts with bf16's; it is refused elsewhere."""
-    by_compute = {"bf16": card.bf16_tflops * _LINEAR, "fp8": card.fp8_tflops * _LINEAR, "int8": card.int8_tops * _INT8}
+    by_compute = {"bf16": card.bf16_tflops * _LINEAR, "fp8": card.fp8_tflops * _FLOAT8, "int8": card.int8_tops * _INT8}
     return (by_compute[compute] or by_compute["bf16"]) * 1e12
 
 
