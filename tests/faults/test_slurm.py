@@ -72,6 +72,17 @@ def submitted(
     return shown.split("submitted job ")[1].split()[0]
 
 
+def unhurried(folder: Path) -> str:
+    """The setting with which a job trains a step a second. Endless runs leave the processors to other tests then."""
+    python = folder / "unhurried"
+    python.write_text(
+        f'#!/bin/bash\nif [ "$2" = ltx_train ]; then exec {PYTHON} -m tests.faults.unhurried "${{@:3}}"; fi\n'
+        f'exec {PYTHON} "$@"\n'
+    )
+    python.chmod(0o755)
+    return f"cluster.python={python}"
+
+
 @needs_slurm
 def test_two_nodes_save_requeue_and_finish(
     slurm: Slurm, prepared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -82,7 +93,7 @@ def test_two_nodes_save_requeue_and_finish(
     twice after the notice, and the curve is that of one process.
 
     The job cannot end by itself before both have happened. Its configuration is written again while it is pending."""
-    arguments = fit(prepared, clips, tmp_path, "checkpoint.interval=5", "eval.interval=0")
+    arguments = fit(prepared, clips, tmp_path, "checkpoint.interval=5", "eval.interval=0", unhurried(tmp_path))
     run = tmp_path / "audio_reference" / "main"
     job = submitted(slurm, monkeypatch, capsys, [*arguments, *ENDLESS, "strategy=zero3"])
     waited(lambda: steps_done(run) > 3)

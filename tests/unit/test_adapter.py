@@ -32,12 +32,23 @@ SETS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def real() -> Transformer:
+    return loaders.build_transformer(RandomWeights("ltx2_3_22b"))
+
+
 @pytest.mark.parametrize(("name", "tensors"), SETS.items())
-def test_tensor_counts_on_the_real_model(name: str, tensors: int) -> None:
-    real = loaders.build_transformer(RandomWeights("ltx2_3_22b"))
+def test_tensor_counts_on_the_real_model(name: str, tensors: int, real: Transformer) -> None:
+    """A and B of each layer."""
     targets = config.compose_config([f"adapter={name}"]).adapter.targets
-    adapter.attach(real, adapter.Lora(rank=32, alpha=32, dropout=0.0, targets=tuple(targets)), 0)
-    assert len(adapter.lora_parameters(real)) == tensors
+    assert 2 * len(adapter.matched_modules(real, targets)) == tensors
+
+
+def test_an_adapter_has_two_tensors_for_each_layer_that_it_matches() -> None:
+    real = loaders.build_transformer(RandomWeights("ltx2_3_22b"))
+    targets = tuple(config.compose_config(["adapter=video_only"]).adapter.targets)
+    adapter.attach(real, adapter.Lora(rank=32, alpha=32, dropout=0.0, targets=targets), 0)
+    assert len(adapter.lora_parameters(real)) == SETS["video_only"]
 
 
 def test_suffixes_match_at_a_dot(model: Transformer) -> None:

@@ -6,7 +6,6 @@ Owns the formulas and their fitted constants (docs/performance.md). What several
 from __future__ import annotations
 
 import math
-import re
 
 from ltx_train.memory.blocks.keep import Keep
 from ltx_train.memory.planning.cards import Card
@@ -18,7 +17,6 @@ from ltx_train.memory.planning.sizes import (
     dequantized_elements,
     unit_bytes,
 )
-from ltx_train.memory.weights.quantize import MANY_ROWS
 
 # Rates: shares of a card's datasheet rates that kernels reach (products, attention, memory, host link), and passes of
 # the elementwise kernels over a block's input. Fitted to the step times of workloads A and B in
@@ -119,8 +117,7 @@ def _linear_seconds(
         flops = 2.0 * work.batch * rows[layer.rows] * layer.inputs * layer.outputs
         again = 0.0 if layer.name.endswith("ff.net.2") else 1 - everything
         times = 1 + again + (0 if layer.rows == "text" else 1) + full
-        coded = re.fullmatch(MANY_ROWS, layer.name) is not None
-        total += times * flops / _rate(card, choice.compute if coded else "bf16")
+        total += times * flops / _rate(card, choice.compute if layer.many_rows else "bf16")
     return total
 
 

@@ -5,7 +5,6 @@ Owns the formulas and their fitted constants (docs/performance.md).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from ltx_train.memory.blocks.keep import Keep
@@ -19,7 +18,6 @@ from ltx_train.memory.planning.sizes import (
     dequantized_elements,
     unit_bytes,
 )
-from ltx_train.memory.weights.quantize import MANY_ROWS
 
 # Fitted constants. Memory: to a part of the measured peaks in docs/performance/peaks.json (H200, torch 2.11), so that
 # predictions are within 5 % of the reserved memory; tests/unit/test_plan.py holds 37 of 40 to it. To fit again: measure
@@ -149,7 +147,7 @@ def _block_bytes(size: ModelSizes, choice: MemoryChoice, dtype_bytes: int) -> fl
     total = float(size.block_rest * dtype_bytes)
     for layer in size.linears:
         elements = layer.inputs * layer.outputs
-        if choice.compute != "bf16" and re.fullmatch(MANY_ROWS, layer.name):
+        if choice.compute != "bf16" and layer.many_rows:
             total += elements + 4 * layer.outputs
         elif choice.quantize == "none":
             total += dtype_bytes * elements
@@ -170,7 +168,7 @@ def _transposed(size: ModelSizes, choice: MemoryChoice) -> float:
     """Bytes of the largest weight of an 8-bit product, which the input gradient copies in the other layout."""
     if choice.compute == "bf16":
         return 0.0
-    return float(max((c.inputs * c.outputs for c in size.linears if re.fullmatch(MANY_ROWS, c.name)), default=0))
+    return float(max((c.inputs * c.outputs for c in size.linears if c.many_rows), default=0))
 
 
 def _fixed(size: ModelSizes, work: Workload) -> float:

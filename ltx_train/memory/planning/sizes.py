@@ -7,25 +7,26 @@ loaded: the sizes come from a transformer on the meta device.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from ltx_train.memory.blocks.keep import Keep
-from ltx_train.memory.weights.quantize import MANY_ROWS
+from ltx_train.memory.weights.quantize import has_many_rows
 from ltx_train.model.reach import tokens_seen
 from ltx_train.model.transformer import Transformer, transformer_widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One linear layer of a block. rows: the tokens that it processes (video, audio or text)."""
+    """One linear layer of a block. rows: the tokens that it processes (video, audio or text). many_rows: whether there
+    are enough of them for 8-bit products."""
 
     name: str
     inputs: int
     outputs: int
     rows: str
+    many_rows: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,13 @@ def sizes(transformer: Transformer) -> ModelSizes:
     width, audio_width = transformer_widths(transformer.config)
     block = transformer.transformer_blocks[0]
     linears = tuple(
-        Linear(name=name, inputs=layer.in_features, outputs=layer.out_features, rows=tokens_seen(name))
+        Linear(
+            name=name,
+            inputs=layer.in_features,
+            outputs=layer.out_features,
+            rows=tokens_seen(name),
+            many_rows=has_many_rows(name),
+        )
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and not name.endswith("to_gate_logits")
     )
@@ -127,5 +134,5 @@ def dequantized_elements(size: ModelSizes, choice: MemoryChoice) -> int:
     """Weights of a block that are dequantized to be computed with."""
     if choice.quantize == "none":
         return 0
-    layers = [c for c in size.linears if choice.compute == "bf16" or not re.fullmatch(MANY_ROWS, c.name)]
+    layers = [c for c in size.linears if choice.compute == "bf16" or not c.many_rows]
     return sum(layer.inputs * layer.outputs for layer in layers)

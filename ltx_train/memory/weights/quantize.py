@@ -23,7 +23,7 @@ from ltx_train.model.quantized import ByteLinear, CodedLinear, NibbleLinear, Qua
 Quantizer = Callable[[nn.Linear], QuantizedLinear | None]
 
 # The layers that process every video or text token. The others have too few rows for 8-bit products to pay off.
-MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
+_MANY_ROWS = r"(attn1|attn2|ff)\..*|audio_to_video_attn\.to_(q|out\.0)|video_to_audio_attn\.to_(k|v)"
 # The codes of 8-bit products, by `memory.compute`.
 CODES = {"fp8": FLOAT8, "int8": torch.int8}
 
@@ -39,12 +39,17 @@ def block_quantizer(weights: str, compute: str = "bf16") -> BlockQuantizer | Non
     return partial(_quantize, weights=quantizer, codes=CODES.get(compute))
 
 
+def has_many_rows(name: str) -> bool:
+    """Whether a block's layer of that name processes every video or text token."""
+    return re.fullmatch(_MANY_ROWS, name) is not None
+
+
 def _quantize(block: nn.Module, *, weights: Quantizer | None, codes: torch.dtype | None) -> None:
     for parent_name, parent in list(block.named_modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear) or name == "to_gate_logits":
                 continue
-            many_rows = re.fullmatch(MANY_ROWS, f"{parent_name}.{name}") is not None
+            many_rows = has_many_rows(f"{parent_name}.{name}")
             coded = coded_layer(layer, codes) if codes is not None and many_rows else None
             quantized = coded or (weights(layer) if weights else None)
             if quantized is not None:
