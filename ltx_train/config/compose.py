@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ltx_train.config import suggest
@@ -148,12 +149,18 @@ def parse(text: str, path: Path) -> Config:
         )
     try:
         _refuse_foreign_syntax(text, path)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(text))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a configuration of this release: {_first_line(error)}") from error
     assert isinstance(config, Config)
     return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The settings with their types and defaults. Not to be changed: it is made once, as long as reading a file."""
+    return OmegaConf.structured(Config)
 
 
 def _refuse_foreign_syntax(text: str, path: Path) -> None:

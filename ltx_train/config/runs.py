@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
+from typing import Any, cast
 
 from ltx_train.config.schema import Config
 from ltx_train.contracts import ConfigError
@@ -113,4 +112,15 @@ def flat(config: Config) -> dict[str, str]:
             else:
                 yield prefix + key, str(value)
 
-    return dict(walk(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), ""))
+    return dict(walk(_plain(config), ""))
+
+
+def _plain(value: Any) -> Any:
+    """Mappings, lists, texts and numbers in place of dataclasses and enumerations."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in cast("list[Any]", value)]
+    return value.name if isinstance(value, Enum) else value

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from ltx_train import config
 from ltx_train.contracts import ConfigError, DataError
@@ -197,6 +199,29 @@ def test_a_foreign_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("optim: {lrr: 1}\n")
     with pytest.raises(ConfigError, match="not a configuration of this release"):
         config.load(tmp_path / "config.yaml")
+
+
+def _as_omegaconf_has_them(node: Any, prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in node.items():
+        found |= (
+            _as_omegaconf_has_them(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=talking_head_22b"],
+        ["experiment=voice_reference_22b", "mixture={a2v: 1, t2a: 2}", "memory.keep=attention"],
+        ["experiment=av_lora", "eval.prompts=[{prompt: x}]", "loss.token_weights={face_mask: 3}", "adapter.alpha=0.5"],
+    ],
+)
+def test_settings_as_text_are_those_of_a_saved_configuration(words: list[str]) -> None:
+    made = config.compose_config([*words, "data.root=x", "data.source=y"])
+    container = OmegaConf.to_container(OmegaConf.structured(made), enum_to_str=True)
+    assert config.flat(made) == _as_omegaconf_has_them(container)
 
 
 def test_drift_is_sorted_into_harmless_and_refused(tmp_path: Path) -> None:

@@ -196,6 +196,16 @@ def test_the_compiler_makes_the_codes_of_an_input_once() -> None:
     assert sum("amax" in t for t in targets) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, byte_products.FLOAT8])
+def test_codes_of_bfloat16_values_are_those_of_float32_ones(dtype: torch.dtype) -> None:
+    x, columns = torch.randn(8, 64).bfloat16(), torch.rand(1, 64) + 0.1
+    for found, expected in (
+        (byte_products.row_codes(x, dtype), byte_products.row_codes(x.float(), dtype)),
+        (byte_products.row_codes(x, dtype, columns), byte_products.row_codes(x.float() * columns, dtype)),
+    ):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+
+
 def test_the_compiler_stores_what_codes_are_made_of_in_its_own_dtype() -> None:
     """Magnitudes and codes read one bfloat16 matrix, in both passes: a float32 one would be twice as large."""
     first, second = (quantize.coded_layer(nn.Linear(32, 32).bfloat16(), byte_products.FLOAT8) for _ in range(2))
@@ -214,7 +224,9 @@ def test_the_compiler_stores_what_codes_are_made_of_in_its_own_dtype() -> None:
     read = [node.args[0] for graph in graphs for node in graph.graph.nodes if "abs" in str(node.target)]
     assert len(read) == 4
     assert all(value.meta["val"].dtype == torch.bfloat16 for value in read)
-    assert all(len(value.users) >= 2 for value in read)
+    users = [{str(user.target) for user in value.users} for value in read]
+    assert all(len(names) == 2 for names in users)
+    assert not any("convert_element_type" in name for names in users for name in names)
 
 
 def test_tiles_and_pairs_that_do_not_fit_stay_as_they_are() -> None:
