@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 
 from ltx_train.__main__ import main
+from ltx_train.contracts import Batch
 from ltx_train.training.step import OptimizerStep
 
 _micro_batch = OptimizerStep.micro_batch
 
 
-def _later(step: OptimizerStep, batch: object) -> None:
-    time.sleep(1 / step.recipe.micro_batches)
-    _micro_batch(step, batch)  # pyright: ignore[reportArgumentType]
+def _later(self: OptimizerStep, batch: Batch) -> None:
+    time.sleep(1 / self.recipe.micro_batches)
+    _micro_batch(self, batch)
 
 
 if __name__ == "__main__":
