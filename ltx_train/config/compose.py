@@ -159,7 +159,8 @@ def parse(text: str, path: Path) -> Config:
 
 @functools.cache
 def _schema() -> DictConfig:
-    """The settings with their types and defaults. Not to be changed: it is made once, as long as reading a file."""
+    """The settings with their types and defaults. Made once, because that takes as long as reading a file; merging
+    leaves it as it is."""
     return OmegaConf.structured(Config)
 
 

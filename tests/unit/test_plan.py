@@ -32,7 +32,6 @@ WORK_A = Workload(batch=1, video=4096, audio=209, text=1024)
 TRAINED_A = TrainedWeights(parameters=144_703_488, moment_bytes=OPTIMIZERS["adamw"].moment_bytes)
 EIGHT_BIT = replace(TRAINED_A, moment_bytes=OPTIMIZERS["adamw8bit"].moment_bytes)
 H200 = card_by_name("H200")
-FP8: dict[str, Any] = {"quantize": "float8", "compute": "fp8", "graphs": True}
 REAL = ("experiment=voice_reference_22b", "data.source=x", "data.root=y")
 
 
@@ -468,42 +467,6 @@ def test_a_shared_base_takes_a_share_and_the_ring_of_every_device() -> None:
     assert alone.footprint.gib - found.footprint.gib == pytest.approx(34.4 * 3 / 4 - 2.15, abs=0.9)
 
 
-@pytest.mark.parametrize(
-    ("case", "choice"),
-    [
-        ("A_fp8_22gib", FP8 | {"keep": Keep.attention, "stream_blocks": 17}),
-        ("A_fp8_12gib", FP8 | {"stream_blocks": 34, "offload_inputs": True}),
-        ("A_fp8_12gib_inputs", FP8 | {"stream_blocks": 38}),
-        ("A_fp8_8gib", FP8 | {"stream_blocks": 44, "offload_inputs": True}),
-        ("A_fp8_8gib_inputs", FP8 | {"stream_blocks": 48}),
-        ("A_int8_8gib", {"quantize": "int8", "stream_blocks": 48, "graphs": True}),
-        ("A_int8mm_22gib", FP8 | {"compute": "int8", "quantize": "int8", "keep": Keep.attention, "stream_blocks": 20}),
-        ("A_bf16_12gib", {"quantize": "none", "stream_blocks": 43}),
-    ],
-)
-def test_steps_with_streamed_weights_are_predicted_within_5_percent(
-    case: str, choice: dict[str, Any], size: ModelSizes
-) -> None:
-    """A pass waits for the weights that it streams: forward is the shorter one, while backward has time to spare."""
-    rows = json.loads((REPOSITORY / "docs/performance/h200.json").read_text())
-    row = next(r for r in rows if r["case"] == case)
-    chosen = MemoryChoice(**choice)
-    found = predict(size, WORK_A, TRAINED_A, chosen, card=H200)
-    assert found.step_s == pytest.approx(row["step_s_median"], rel=0.05)
-    endless = predict(size, WORK_A, TRAINED_A, chosen, card=replace(H200, host_gbs=1e6))
-    assert found.step_s - endless.step_s == pytest.approx(row["stall_s"], abs=0.05)
-
-
-@pytest.mark.parametrize("compute", ["fp8", "int8"])
-def test_every_card_can_be_planned_with_8_bit_products(compute: str, size: ModelSizes) -> None:
-    """Also those without the arithmetic, which refuse it by name when a run begins."""
-    choice = MemoryChoice(quantize="none", compute=compute, graphs=True)
-    for card in CARDS:
-        plain = predict(size, WORK_A, TRAINED_A, MemoryChoice(graphs=True), card=card).step_s
-        coded = predict(size, WORK_A, TRAINED_A, choice, card=card).step_s
-        assert coded <= plain * 1.001, card.name
-
-
 def test_the_price_of_8_bit_products_is_the_measured_one() -> None:
     rows = json.loads((REPOSITORY / "docs/performance/quantization.json").read_text())
     measured = {row["weights"]: row for row in rows}
@@ -511,15 +474,6 @@ def test_the_price_of_8_bit_products_is_the_measured_one() -> None:
         found = measured[f"{compute} products"]["trained_to_bf16"]
         plain = measured["bf16"]["heldout_trained"] / 100
         assert (mean, half) == (round(found["mean"] / plain, 2), round(found["half"] / plain, 2))
-
-
-def test_8_bit_products_without_cuda_graphs_wait_for_the_host(size: ModelSizes) -> None:
-    """A_fp8_12gib took 1.10 and 1.30 s on two hosts; a card that computes for longer does not wait."""
-    choice = MemoryChoice(quantize="float8", compute="fp8", stream_blocks=36, stream_slots=2)
-    assert 1.0 < predict(size, WORK_A, TRAINED_A, choice, card=H200).step_s < 1.3
-    slow = card_by_name("RTX 4060 Ti")
-    recorded = predict(size, WORK_A, TRAINED_A, replace(choice, graphs=True), card=slow).step_s
-    assert predict(size, WORK_A, TRAINED_A, choice, card=slow).step_s < recorded + 0.1
 
 
 @pytest.mark.parametrize(("compute", "stored"), [("fp8", "float8"), ("int8", "int8")])

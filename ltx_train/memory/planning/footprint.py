@@ -20,7 +20,7 @@ from ltx_train.memory.planning.sizes import (
 )
 
 # Fitted constants. Memory: to a part of the measured peaks in docs/performance/peaks.json (H200, torch 2.11), so that
-# predictions are within 5 % of the reserved memory; tests/unit/test_plan.py holds 37 of 40 to it. To fit again: measure
+# predictions are within 5 % of the reserved memory; tests/unit/test_plan.py holds 43 of 46 to it. To fit again: measure
 # with docs/performance/measure.sh, add the records to peaks.json, and change the constant whose part of the footprint
 # the new records vary (keep_everything for the first pair, everything recomputed for _WORKING, int8 for _DEQUANTIZED,
 # a bare run for the reserve).
